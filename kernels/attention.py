@@ -1,0 +1,93 @@
+"""Softmax attention for the decoder (causal, grouped-query), the ViT (windows in packed rows) and decoding (ragged keys).
+
+Shapes: B batch, T queries, S keys, H query heads, K key/value heads (H % K == 0; query head h reads kv head h // (H/K)),
+D head dim. Every path computes softmax(scale * q k^T + mask) v with one of three masks:
+
+* causal:      query t sees key s when s <= t + (S - T): bottom-right aligned, so the last query sees every key;
+* key_lengths: row b has key_lengths[b] real keys (a KV cache whose rows are filled to different lengths);
+* cu_seqlens:  row 0 packs several segments end to end, with borders [0, n1, n1+n2, ...]; they do not see one another.
+
+A query that sees no key at all gets zeros (SDPA would give NaN: pytorch#103749).
+"""
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attention_reference(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | None = None,
+                        key_lengths: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+    """The definition, with the scores written out: q [B, T, H, D], k and v [B, S, K, D] -> [B, T, H, D].
+
+    The softmax is in float32 (float64 stays). The H/K query heads of a group are rows of one product: no copy of k or v.
+    """
+    B, T, H, D = q.shape
+    S, K = k.shape[1], k.shape[2]
+    group = H // K
+    q = (q * (D**-0.5 if scale is None else scale)).view(B, T, K, group, D).permute(0, 2, 3, 1, 4)
+    scores = q.reshape(B, K, group * T, D) @ k.permute(0, 2, 3, 1)                             # [B, K, group*T, S]
+    scores = scores.view(B, K, group, T, S).to(torch.promote_types(q.dtype, torch.float32))
+    mask = visible(T, S, causal=causal, key_lengths=key_lengths, cu_seqlens=cu_seqlens, device=q.device)
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, None, None], float("-inf"))
+    weights = scores.softmax(dim=-1)
+    if mask is not None and (key_lengths is not None or (causal and T > S)):  # only these can leave a query with no key
+        weights = weights.masked_fill(~mask.any(-1)[:, None, None, :, None], 0.0)
+    out = weights.to(v.dtype).view(B, K, group * T, S) @ v.transpose(1, 2)                       # [B, K, group*T, D]
+    return out.view(B, K, group, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
+
+
+def visible(T: int, S: int, *, causal: bool, key_lengths: Tensor | None, cu_seqlens: Tensor | None,
+            device: torch.device) -> Tensor | None:
+    """Which keys each query sees: bool [B or 1, T, S], or None when it sees all of them."""
+    if not causal and key_lengths is None and cu_seqlens is None:
+        return None
+    t, s = torch.arange(T, device=device)[:, None], torch.arange(S, device=device)[None, :]
+    mask = torch.ones(1, T, S, dtype=torch.bool, device=device)
+    if key_lengths is not None:
+        ends = key_lengths[:, None, None]
+        mask = (s < ends) & (s <= t + ends - T) if causal else (s < ends).expand(-1, T, -1)
+    elif causal:
+        mask = mask & (s <= t + S - T)
+    if cu_seqlens is not None:
+        segment = torch.bucketize(torch.arange(S, device=device), cu_seqlens[1:].to(device), right=True)
+        mask = mask & (segment[:, None] == segment[None, :])
+    return mask
+
+
+def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | None = None) -> Tensor:
+    """torch's fused attention, for the mask-free cases: full, and causal with as many queries as keys."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return out.transpose(1, 2)
+
+
+def attention_packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, causal: bool, scale: float | None) -> Tensor:
+    """Packed rows [1, T, H, D]: all segments of one length go through one batched call.
+
+    A ViT has many windows of few distinct lengths (full ones, and those cut by the image's border), so this is a
+    handful of calls and no [T, T] mask.
+    """
+    starts, lengths = cu_seqlens[:-1], cu_seqlens.diff()
+    out = torch.empty_like(q)
+    for length in lengths.unique().tolist():
+        if length == 0:
+            continue
+        index = starts[lengths == length][:, None] + torch.arange(length, device=starts.device)           # [n, length]
+        index = index.to(q.device)
+        out[0, index] = attention(q[0, index], k[0, index], v[0, index], causal=causal, scale=scale)
+    return out
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | None = None,
+              key_lengths: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Dispatcher. q [B, T, H, D], k and v [B, S, K, D] -> [B, T, H, D]; see the top of the file for the masks."""
+    if cu_seqlens is not None:
+        return attention_packed(q, k, v, cu_seqlens, causal=causal, scale=scale)
+    if key_lengths is not None or (causal and q.shape[1] != k.shape[1]) or prefers_reference(q):
+        return attention_reference(q, k, v, causal=causal, scale=scale, key_lengths=key_lengths)
+    return attention_sdpa(q, k, v, causal=causal, scale=scale)
+
+
+def prefers_reference(q: Tensor) -> bool:
+    """SDPA's CPU backward is slower than the two plain products as long as the scores fit in the cache."""
+    return q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad and q.shape[1] <= 256
