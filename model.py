@@ -135,7 +135,7 @@ def read_fields(cls: type, raw: dict, name: str):
             good = type(value) in (int, float) and 0 < value < float("inf")
         elif field.type in (bool, str):
             good = isinstance(value, field.type)
-        elif field.type is VisionConfig | None:
+        elif field.type == (VisionConfig | None):
             good = True
         else:  # a tuple of ints
             good = isinstance(value, (list, tuple)) and all(type(v) is int and v >= 0 for v in value)
