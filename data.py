@@ -1,4 +1,4 @@
-"""What goes into the model: tokenizer, chat template, image preprocessing, the paper's prompts, dataset readers, SFT rows.
+"""What goes into the model: tokenizer, chat template, image preprocessing, the paper's prompts, dataset readers.
 
 Shapes: P patches of 14 x 14 pixels, B batch, T tokens. Every complaint about what a user gave us is an `InputError`.
 """
@@ -267,28 +267,32 @@ class Prompt:
     grids: list[tuple[int, int, int]] = field(default_factory=list)  # per image
 
 
+def chat_prompt(messages: Sequence[dict], images: Sequence[Image.Image], tokenizer: Tokenizer,
+                image_config: ImageConfig) -> Prompt:
+    """A conversation, ready for the assistant to go on; `images` in the order of the messages' image parts."""
+    pairs = [preprocess_image(image, image_config) for image in images]
+    image_tokens = [rows * columns // MERGE**2 for _, (_, rows, columns) in pairs]
+    ids, _ = render_chat(messages, tokenizer, image_tokens=image_tokens, add_generation_prompt=True)
+    return Prompt(ids, torch.cat([patches for patches, _ in pairs]) if pairs else None, [grid for _, grid in pairs])
+
+
 def make_prompt(text: str, images: Sequence[Image.Image], tokenizer: Tokenizer, image_config: ImageConfig, *,
                 system: str | None = None) -> Prompt:
     """One user turn, the images before the text, ready for the assistant to go on."""
-    pairs = [preprocess_image(image, image_config) for image in images]
-    grids = [grid for _, grid in pairs]
     messages = [{"role": "system", "content": DEFAULT_SYSTEM if system is None else system},
-                {"role": "user", "content": [{"type": "image"}] * len(pairs) + [{"type": "text", "text": text}]}]
-    image_tokens = [rows * columns // MERGE**2 for _, rows, columns in grids]
-    ids, _ = render_chat(messages, tokenizer, image_tokens=image_tokens, add_generation_prompt=True)
-    return Prompt(ids, torch.cat([patches for patches, _ in pairs]) if pairs else None, grids)
+                {"role": "user", "content": [{"type": "image"}] * len(images) + [{"type": "text", "text": text}]}]
+    return chat_prompt(messages, images, tokenizer, image_config)
 
 
 # Examples and the paper's prompts
 
 TRAIN_PROMPT = (
     "You will solve a problem/request. You should provide your thoughts within <think> </think> tags before providing "
-    "the answer.\nWrite your final answer within <answer> </answer> tags. Here is the question: {question}")
+    "the answer.\nWrite your final answer within <answer> </answer> tags. Here is the question: ")
 MCQ_PROMPT = (
     "You should provide your thoughts within <think> </think> tags, then answer with just one of the options below "
     "within <answer> </answer> tags (For example, if the question is \n'Is the earth flat?\n A: Yes \nB: No', you "
-    "should answer with <think>...</think> <answer>B: No </answer>). Here is the question: {question} "
-    "Options:\n\n{options}")
+    "should answer with <think>...</think> <answer>B: No </answer>). Here is the question: ")
 MATH_PROMPT = (
     "A conversation between User and Assistant. The user asks a question, and you as the assistant solves it. You "
     "should first think about the reasoning process in the mind and then provide the user with the answer. The "
@@ -296,7 +300,7 @@ MATH_PROMPT = (
     "i.e., <think> reasoning process here </think><answer> the final answer as the option letter or the number "
     "depending on the question </answer> (For example, if the question is \n'Is the earth flat?\n A: Yes \nB: No', you "
     "should answer with <think> your reasoning </think> <answer>B: No</answer>. If the question is 'What is 1+1?', you "
-    "should answer with <think> your reasoning </think> <answer>2 </answer>).\n\nHere is the question: {question}")
+    "should answer with <think> your reasoning </think> <answer>2 </answer>).\n\nHere is the question: ")
 
 
 @dataclass
@@ -324,22 +328,19 @@ def question_text(example: Example) -> str:
 def format_prompt(example: Example, style: str) -> str:
     """The user's text in one of the paper's prompts (train, mcq, math), or the bare question (direct).
 
-    Options are lines "A: text". The paper ends its math prompt with " Options:\\n\\n{options}", which we leave off
-    where there are none.
+    The paper ends its math prompt with " Options:\\n\\n{options}", which we leave off where there are none.
     """
-    options = f" Options:\n\n{_option_lines(example)}" if example.options else ""
-    if style == "direct":
-        return question_text(example)
-    if style == "train":
-        return TRAIN_PROMPT.format(question=question_text(example))
-    if style == "math":
-        return MATH_PROMPT.format(question=example.question) + options
-    if style != "mcq":
-        raise InputError(f"prompt style must be train, mcq, math or direct, not {style!r}")
-    if not options:
+    if style == "mcq" and not example.options:
         raise InputError(f"{example.id}: the mcq prompt needs options")
-    return MCQ_PROMPT.format(question=example.question, options=_option_lines(example))
+    if style in ("mcq", "math"):
+        options = f" Options:\n\n{_option_lines(example)}" if example.options else ""
+        return (MCQ_PROMPT if style == "mcq" else MATH_PROMPT) + example.question + options
+    if style not in ("train", "direct"):
+        raise InputError(f"prompt style must be train, mcq, math or direct, not {style!r}")
+    return (TRAIN_PROMPT if style == "train" else "") + question_text(example)
 
+
+# Datasets
 
 def read_examples(path: str | Path) -> Iterator[Example]:
     """The examples of a JSONL file (streamed) or of one JSON array; each record's schema is known by its fields.
@@ -349,11 +350,11 @@ def read_examples(path: str | Path) -> Iterator[Example]:
     """
     path, count = Path(path), 0
     if path.suffix == ".parquet":
-        raise InputError(f"{path}: Parquet is not read. To convert it, where pandas and pyarrow are installed: "
-                         f"pandas.read_parquet({path.name!r}).to_json({path.stem + '.jsonl'!r}, orient='records', lines=True)")
+        raise InputError(f"{path}: Parquet is not read; convert it where pandas and pyarrow are installed: pandas."
+                         f"read_parquet({path.name!r}).to_json({path.stem + '.jsonl'!r}, orient='records', lines=True)")
     try:
         for count, (where, record) in enumerate(_records(path), 1):
-            yield _example(record, where, f"{path.stem}-{count}", path.parent)
+            yield _example(_plain(record, where), where, f"{path.stem}-{count}", path.parent)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     if not count:
@@ -363,25 +364,25 @@ def read_examples(path: str | Path) -> Iterator[Example]:
 def _records(path: Path) -> Iterator[tuple[str, object]]:
     """Every record, after the place that complaints name."""
     with path.open("rb") as file:
-        if file.read(256).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):  # an array, or Orz records as lines
-            file.seek(0)
+        if file.read(256).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):  # one array, or Orz records as lines
             try:
-                array = json.loads(file.read())
-            except (ValueError, RecursionError) as error:
-                if getattr(error, "msg", "") != "Extra data":  # which is to say: one line was well-formed
-                    raise InputError(f"{path}: malformed JSON ({error})") from None
-            else:
-                one = array and isinstance(array[0], dict) and "from" in array[0]
-                yield from ((f"{path}: item {item}", record) for item, record in enumerate([array] if one else array, 1))
+                array = json.loads(path.read_bytes())
+                if isinstance(array[0] if array else None, dict) and "from" in array[0]:
+                    array = [array]  # one line of the latter
+                yield from ((f"{path}: item {item}", record) for item, record in enumerate(array, 1))
                 return
+            except (ValueError, RecursionError) as error:
+                if getattr(error, "msg", "") != "Extra data":  # which says that the first line is well-formed
+                    raise InputError(f"{path}: malformed JSON ({error})") from None
         file.seek(0)
         for number, line in enumerate(file, 1):
+            try:
+                record = json.loads(line) if line.strip() else None
+            except (ValueError, RecursionError) as error:
+                reason = f"{error.msg}, column {error.colno}" if hasattr(error, "colno") else error
+                raise InputError(f"{path}: line {number}: malformed JSON ({reason})") from None
             if line.strip():
-                try:
-                    yield f"{path}: line {number}", json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    reason = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-                    raise InputError(f"{path}: line {number}: malformed JSON ({reason})") from None
+                yield f"{path}: line {number}", record
 
 
 def _get(record: object, key: str, kind: type, where: str, default: object = ...) -> object:
@@ -396,63 +397,40 @@ def _get(record: object, key: str, kind: type, where: str, default: object = ...
     if not isinstance(value, kind):
         names = {str: "text", dict: "an object", list: "an array"}
         raise InputError(f"{where}: field '{key}' must be {names[kind]}, not {json.dumps(value)[:40]}")
-    if kind is str:
-        try:
-            value.encode()
-        except UnicodeEncodeError:  # JSON can hold half a surrogate pair
-            raise InputError(f"{where}: field '{key}' is not valid Unicode") from None
+    if kind is str and re.search("[\ud800-\udfff]", value):  # JSON can hold half a surrogate pair
+        raise InputError(f"{where}: field '{key}' is not valid Unicode")
     return value
 
 
-def _example(record: object, where: str, default_id: str, folder: Path) -> Example:
-    if isinstance(record, list):
-        return _orz(record, where, default_id)
-    if not isinstance(record, dict):
-        raise InputError(f"{where}: a record must be an object, not {json.dumps(record)[:40]}")
-    if "conversations" in record:
-        fields, used = _open_thoughts(record, where), {"conversations"}
-    elif "answer_idx" in record:
-        fields, used = _question(record, "answer_idx", where), {"question", "options", "answer_idx"}
-    elif "question" in record or "answer" in record:
-        fields, used = _question(record, "answer", where), {"question", "options", "answer", "image", "response"}
-        images = record.get("image") or []
-        fields["images"] = images if isinstance(images, list) else [images]
-        if not all(isinstance(image, str) and image for image in fields["images"]):
-            raise InputError(f"{where}: field 'image' must be a path, a data URI or an array of them")
-        fields["images"] = [image if image.startswith("data:") else folder / image for image in fields["images"]]
-        fields["response"] = _get(record, "response", str, where, None)
-    else:
-        raise InputError(f"{where}: unknown schema (fields: {', '.join(record) or 'none'})")
-    rest = {key: value for key, value in record.items() if key not in used | {"id", "domain"}}
-    return Example(_get(record, "id", str, where, default_id), **fields, domain=_get(record, "domain", str, where, None),
-                   meta=fields.pop("meta", {}) | rest)
-
-
-def _question(record: dict, key: str, where: str) -> dict:
-    """Plain, GSM8K and MedQA; `key` is the answer's."""
-    options = _get(record, "options", dict, where, None)
-    options = options and {letter: _get(options, letter, str, f"{where}: field 'options'") for letter in options}
-    fields = {"question": _get(record, "question", str, where), "answer": _get(record, key, str, where), "options": options}
-    answer = fields["answer"]
-    if options and answer not in options:
-        letters = [letter for letter, text in options.items() if text == answer]
-        if len(letters) != 1:
-            raise InputError(f"{where}: field '{key}' is not one of the options: {answer[:40]!r}")
-        fields["answer"] = letters[0]
-    elif not options and "####" in answer:  # GSM8K: the worked solution, then the number
-        solution, _, answer = answer.rpartition("####")
-        fields |= {"answer": answer.strip().replace(",", ""), "meta": {"solution": solution.strip()}}
-        if not fields["answer"]:
-            raise InputError(f"{where}: field '{key}' has nothing behind ####")
-    return fields
-
-
+PLAIN_FIELDS = ("id", "question", "answer", "options", "image", "response", "domain")
 OPEN_THOUGHTS = re.compile(r"<\|begin_of_thought\|>(.*)<\|end_of_thought\|>\s*"
                            r"<\|begin_of_solution\|>(.*)<\|end_of_solution\|>", re.DOTALL)
 
 
+def _plain(record: object, where: str) -> dict:
+    """A record of a published schema as one of our own."""
+    if isinstance(record, list) and len(record) == 2:  # Orz
+        truth = _get(record[1], "ground_truth", dict, where)
+        answer = _get(truth, "value", str, f"{where}: field 'ground_truth'")
+        rest = {key: value for key, value in truth.items() if key != "value"}
+        return rest | {"question": _get(record[0], "value", str, where), "answer": answer}
+    if not isinstance(record, dict):
+        raise InputError(f"{where}: a record must be an object or [{{from, value}}, {{ground_truth}}]")
+    if "conversations" in record:
+        return _open_thoughts(record, where)
+    if "answer_idx" in record:  # MedQA, whose `answer` is the text of the right option
+        return record | {"answer": _get(record, "answer_idx", str, where)}
+    if not {"question", "answer"} & record.keys():
+        raise InputError(f"{where}: unknown schema (fields: {', '.join(record) or 'none'})")
+    answer = record.get("answer")
+    if isinstance(answer, str) and "####" in answer and not record.get("options"):  # GSM8K: the solution, then a number
+        solution, _, answer = answer.rpartition("####")
+        return record | {"answer": answer.strip().replace(",", ""), "solution": solution.strip()}
+    return record
+
+
 def _open_thoughts(record: dict, where: str) -> dict:
-    """The released tags become the paper's. The system prompt, which asks for the released ones, stays in meta."""
+    """The released tags become the paper's. The system prompt, which asks for the former, goes to meta."""
     turns, where = _get(record, "conversations", list, where), f"{where}: field 'conversations'"
     if [turn.get("from") if isinstance(turn, dict) else None for turn in turns] != ["user", "assistant"]:
         raise InputError(f"{where} must be a user's and an assistant's turn")
@@ -462,17 +440,28 @@ def _open_thoughts(record: dict, where: str) -> dict:
     if not thought or not solution or len(re.findall(r"<\|(?:begin|end)_of_(?:thought|solution)\|>", value)) != 4:
         raise InputError(f"{where}: the response is not <|begin_of_thought|> ... <|end_of_solution|>, each tag once")
     # The line break and the space keep `</think>` three tokens of its own: the very ids that a forced exit appends.
-    return {"question": _get(turns[0], "value", str, where), "answer": solution,
-            "response": f"<think>\n{thought}\n</think> <answer>{solution}</answer>"}
+    response = f"<think>\n{thought}\n</think> <answer>{solution}</answer>"
+    rest = {key: value for key, value in record.items() if key != "conversations"}
+    return rest | {"question": _get(turns[0], "value", str, where), "answer": solution, "response": response}
 
 
-def _orz(record: list, where: str, default_id: str) -> Example:
-    if len(record) != 2:
-        raise InputError(f"{where}: an array must be [{{from, value}}, {{ground_truth}}]")
-    truth = _get(record[1], "ground_truth", dict, where)
-    answer = _get(truth, "value", str, f"{where}: field 'ground_truth'")
-    return Example(default_id, _get(record[0], "value", str, where), answer,
-                   meta={key: value for key, value in truth.items() if key != "value"})
+def _example(record: dict, where: str, default_id: str, folder: Path) -> Example:
+    options = _get(record, "options", dict, where, None)
+    options = options and {letter: _get(options, letter, str, f"{where}: field 'options'") for letter in options}
+    answer = _get(record, "answer", str, where)
+    if options and answer not in options:
+        answer = next((letter for letter, text in options.items() if text == answer), None)
+        if answer is None:
+            raise InputError(f"{where}: field 'answer' is none of the options")
+    images = record.get("image") or []
+    images = images if isinstance(images, list) else [images]
+    if not all(isinstance(image, str) and image for image in images):
+        raise InputError(f"{where}: field 'image' must be a path, a data URI or an array of them")
+    return Example(
+        _get(record, "id", str, where, default_id), _get(record, "question", str, where), answer, options,
+        [image if image.startswith("data:") else folder / image for image in images],
+        _get(record, "response", str, where, None), _get(record, "domain", str, where, None),
+        {key: value for key, value in record.items() if key not in PLAIN_FIELDS})
 
 
 # SFT
