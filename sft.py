@@ -1,0 +1,115 @@
+"""Stage 1: supervised fine-tuning on long chains of thought, text only (paper: section 3.1, appendix A).
+
+    python sft.py                                                       # micro base on micro data, on a CPU, in minutes
+    python sft.py --recipe paper --model Qwen2.5-VL-7B-Instruct --data openthoughts.jsonl --out runs/sft-7b
+    python sft.py --answer-only --out runs/sft-answer-only              # the paper's ablation without thinking
+    python sft.py --resume                                              # go on after an interruption, bit for bit
+
+The vision tower is frozen and no image is seen.
+"""
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data import InputError, Tokenizer, collate, encode_example, epoch_order, read_examples
+from kernels import token_log_probs
+from model import Qwen2_5_VL
+from training import (MICRO_DATA, Run, TrainOptions, autocast, load_for_training, make_optimizer, option, optimizer_step,
+                      parse_options, run_command)
+
+RECIPES = {
+    "micro": {},
+    "paper": {"prompt_style": "train", "epochs": 4, "batch_size": 128, "max_length": 4096, "learning_rate": 1e-5,
+              "lr_decay": 0.8, "micro_batch_size": 1, "save_every": 100},
+    "med": {"prompt_style": "mcq", "epochs": 4, "batch_size": 128, "max_length": 4096, "learning_rate": 1e-5,
+            "lr_decay": 0.8, "micro_batch_size": 1, "save_every": 100},
+}
+
+
+@dataclass
+class SFTOptions(TrainOptions):
+    """Fine-tune on worked responses. The loss is on the response only."""
+    data: str = option(str(MICRO_DATA / "sft.jsonl"), "questions with worked responses")
+    out: str = option("runs/sft", "run folder")
+    learning_rate: float = option(1e-4, "learning rate of the first epoch", low=0.0)
+    lr_decay: float = option(1.0, "factor on the learning rate after each epoch", low=0.0, high=1.0)
+    batch_size: int = option(64, "sequences per optimiser step", low=1)
+    max_length: int = option(1024, "longer sequences are cut to so many tokens", low=2)
+    max_steps: int | None = option(40, "stop after so many optimiser steps", low=1)
+    answer_only: bool = option(False, "train on question -> answer with no thinking")
+
+
+def sft_loss(model: Qwen2_5_VL, input_ids: Tensor, loss_mask: Tensor) -> Tensor:
+    """Sum (not mean) of -log p over the tokens of input_ids [B, T] that loss_mask marks, each predicted from those before.
+
+    The caller divides by the loss tokens of the whole optimiser batch, so that the gradient does not depend on how the
+    batch is split (the mean of micro-batch means would weigh a token by its neighbours' number: TRL#3231).
+    """
+    hidden = model(input_ids)[:, :-1][loss_mask[:, 1:]]                                     # [N, C]: only what is scored
+    log_probs, _ = token_log_probs(hidden, model.head_weight, input_ids[:, 1:][loss_mask[:, 1:]])
+    return -log_probs.sum()
+
+
+def load_rows(options: SFTOptions, tokenizer: Tokenizer) -> list[tuple[list[int], list[bool]]]:
+    """All examples as (ids, loss mask); those whose prompt alone fills max_length are dropped and counted."""
+    rows = [encode_example(example, tokenizer, style=options.prompt_style, max_length=options.max_length,
+                           answer_only=options.answer_only) for example in read_examples(options.data)]
+    kept = [row for row in rows if any(row[1][1:])]
+    if len(kept) < len(rows):
+        print(f"{len(rows) - len(kept)} of {len(rows)} examples dropped: their prompts fill {options.max_length} tokens")
+    if not kept:
+        raise InputError(f"{options.data}: no example fits --max-length {options.max_length}")
+    return kept
+
+
+def train_step(model: Qwen2_5_VL, optimizer: torch.optim.Optimizer, rows: list, learning_rate: float,
+               options: SFTOptions) -> dict:
+    """One optimiser step on a batch of rows, in micro-batches of like length."""
+    num_tokens = sum(sum(mask[1:]) for _, mask in rows)
+    rows = sorted(rows, key=lambda row: len(row[0]))
+    total = 0.0
+    for start in range(0, len(rows), options.micro_batch_size):
+        input_ids, loss_mask = (t.to(model.head_weight.device) for t in collate(rows[start:start + options.micro_batch_size]))
+        with autocast(model, options):
+            loss = sft_loss(model, input_ids, loss_mask) / num_tokens
+        loss.backward()
+        total += loss.item()
+    grad_norm = optimizer_step(model, optimizer, learning_rate, options.max_grad_norm)
+    return {"loss": total, "lr": learning_rate, "grad_norm": grad_norm, "tokens": sum(len(ids) for ids, _ in rows)}
+
+
+def train(options: SFTOptions) -> None:
+    """The whole run: from the options to the run folder."""
+    tokenizer = Tokenizer.from_pretrained(options.model)
+    rows = load_rows(options, tokenizer)
+    model = load_for_training(options).train()
+    run = Run(options)
+    optimizer = make_optimizer(model, options)
+    if options.resume:
+        run.load_checkpoint(model, optimizer)
+    steps_per_epoch = -(-len(rows) // options.batch_size)  # the last batch of an epoch may be smaller
+    total_steps = min(options.epochs * steps_per_epoch, options.max_steps or 10**12)
+    progress = tqdm(range(run.step, total_steps), initial=run.step, total=total_steps, desc="sft", unit="step")
+    for step in progress:
+        started = time.perf_counter()
+        epoch, place = divmod(step, steps_per_epoch)
+        chosen = epoch_order(len(rows), options.seed, epoch)[place * options.batch_size:][:options.batch_size]
+        learning_rate = options.learning_rate * options.lr_decay**epoch
+        metrics = train_step(model, optimizer, [rows[i] for i in chosen], learning_rate, options)
+        seconds = time.perf_counter() - started
+        run.step = step + 1
+        run.log("metrics.jsonl", {"step": run.step, "epoch": epoch, **metrics, "tokens_per_second": metrics["tokens"] / seconds,
+                                  "seconds": seconds})
+        progress.set_postfix(loss=f"{metrics['loss']:.3f}")
+        run.save(model, optimizer, last=run.step == total_steps)
+
+
+def main(argv: list[str]) -> None:
+    train(parse_options(SFTOptions, argv, RECIPES))
+
+
+if __name__ == "__main__":
+    run_command(main)

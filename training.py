@@ -1,0 +1,232 @@
+"""What both training loops share: options, the run folder, the optimiser, checkpoints and exact resume, metrics.
+
+A run is a function of its options: data order and sampling seeds are computed from (seed, step), so no random state
+outlives a step, and a checkpoint needs no more than weights, optimiser state and the number of steps done.
+"""
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import types
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from data import InputError
+from model import Qwen2_5_VL, copy_side_files, read_json
+
+ROOT = Path(__file__).resolve().parent
+MICRO_BASE = ROOT / "micro" / "base"
+MICRO_DATA = ROOT / "micro" / "data"
+
+
+# --- Options ------------------------------------------------------------------------------------------------------------------
+
+def option(default, text: str, *, low=None, high=None, choices=None):
+    """A field of an options dataclass: its default, its help, and what it may be."""
+    extra = {"metadata": {"help": text, "low": low, "high": high, "choices": choices}}
+    return field(default_factory=lambda: list(default), **extra) if isinstance(default, list) else field(default=default, **extra)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise InputError(message)
+
+
+def parse_options(cls: type, argv: list[str], recipes: dict[str, dict] | None = None):
+    """An options dataclass from the command line: its defaults, then those of --recipe, then what was typed.
+
+    `--some-name` sets the field some_name. Raises InputError for an unknown option or a malformed value.
+    """
+    parser = OneLineParser(description=cls.__doc__, allow_abbrev=False)
+    if recipes:
+        parser.add_argument("--recipe", default="micro", choices=list(recipes), help="a set of defaults (micro)")
+    for f in fields(cls):
+        kind = next(t for t in f.type.__args__ if t is not type(None)) if isinstance(f.type, types.UnionType) else f.type
+        default = f.default if f.default is not MISSING else f.default_factory()
+        extra = {"help": f"{f.metadata['help']} ({default})", "default": argparse.SUPPRESS}
+        if kind is bool:
+            extra["action"] = argparse.BooleanOptionalAction
+        elif kind == list[str]:
+            extra |= {"nargs": "+", "metavar": "VALUE"}
+        else:
+            extra |= {"type": kind, "choices": f.metadata["choices"], "metavar": None if f.metadata["choices"] else kind.__name__.upper()}
+        parser.add_argument("--" + f.name.replace("_", "-"), **extra)
+    typed = vars(parser.parse_args(argv))
+    options = cls(**{**(recipes[typed.pop("recipe")] if recipes else {}), **typed})
+    for f in fields(cls):
+        value, low, high = getattr(options, f.name), f.metadata["low"], f.metadata["high"]
+        if value is not None and (low is not None and not value >= low or high is not None and not value <= high):
+            limits = f"at least {low}" if high is None else f"between {low} and {high}"
+            raise InputError(f"--{f.name.replace('_', '-')} must be {limits}, not {value}")
+    return options
+
+
+def run_command(main) -> None:
+    """Runs a command. What the user can mend is one line on stderr and exit code 2."""
+    try:
+        main(sys.argv[1:])
+    except (InputError, OSError) as error:
+        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def pick_device(name: str) -> torch.device:
+    """auto: a GPU if there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
+
+
+@dataclass
+class TrainOptions:
+    """Options that both training commands have."""
+    model: str = option(str(MICRO_BASE), "model folder to start from")
+    data: str = option("", "training data")
+    out: str = option("", "run folder")
+    resume: bool = option(False, "go on from the run folder's checkpoint")
+    overwrite: bool = option(False, "replace a run that the folder holds")
+    prompt_style: str = option("direct", "how a question is asked", choices=("direct", "train", "mcq", "math"))
+    epochs: int = option(1, "passes over the data", low=1)
+    max_steps: int | None = option(None, "stop after so many optimiser steps", low=1)
+    learning_rate: float = option(1e-5, "peak learning rate", low=0.0)
+    weight_decay: float = option(0.0, "of AdamW", low=0.0)
+    beta1: float = option(0.9, "of AdamW", low=0.0, high=1.0)
+    beta2: float = option(0.999, "of AdamW", low=0.0, high=1.0)
+    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm", low=0.0)
+    micro_batch_size: int = option(32, "sequences per forward and backward pass; changes memory, not the gradient", low=1)
+    save_every: int = option(0, "steps between checkpoints; 0 is at the end only", low=0)
+    seed: int = option(0, "of data order and sampling", low=0)
+    device: str = option("auto", "auto, cpu or cuda")
+    dtype: str = option("auto", "of the forward pass; weights are float32. auto: bfloat16 on a GPU",
+                        choices=("auto", "float32", "bfloat16"))
+
+
+# --- The run folder -----------------------------------------------------------------------------------------------------------
+
+class Run:
+    """runs/NAME: config.json, metrics.jsonl, samples.jsonl, checkpoint/, model/."""
+
+    def __init__(self, options: TrainOptions):
+        """Makes the folder, or with --resume takes it up again. `self.step` is the number of steps already done."""
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise InputError("training on several processes is not supported yet: run without torchrun")
+        self.options, self.folder, self.step = options, Path(options.out), 0
+        config = {"options": asdict(options), "commit": git_commit(), "python": sys.version.split()[0], "torch": torch.__version__}
+        if options.resume:
+            self.resume(config)
+        else:
+            self.create(config)
+
+    def create(self, config: dict) -> None:
+        if (self.folder / "config.json").exists():
+            if not self.options.overwrite:
+                raise InputError(f"{self.folder} holds a run: use --resume, --overwrite, or another --out")
+            for name in ("checkpoint", "checkpoint.old", "model"):
+                shutil.rmtree(self.folder / name, ignore_errors=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            (self.folder / name).unlink(missing_ok=True)
+        (self.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+    def resume(self, config: dict) -> None:
+        """Finds the checkpoint and drops the metrics of steps that it does not hold."""
+        before, now = read_json(self.folder / "config.json").get("options", {}), config["options"]
+        free = ("resume", "overwrite", "save_every", "out", "device", "micro_batch_size")  # may differ from the first run
+        changed = [f"--{k.replace('_', '-')} was {before.get(k)!r}" for k in now if k not in free and before.get(k) != now[k]]
+        if changed:
+            raise InputError(f"{self.folder}: cannot resume with other options: {'; '.join(changed)}")
+        self.checkpoint = next((self.folder / n for n in ("checkpoint", "checkpoint.old") if (self.folder / n).exists()), None)
+        if self.checkpoint is None:
+            raise InputError(f"{self.folder}: there is no checkpoint to resume from")
+        self.step = read_json(self.checkpoint / "state.json")["step"]
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            if (self.folder / name).exists():
+                lines = (self.folder / name).read_text().splitlines(keepends=True)
+                kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self.step]
+                (self.folder / name).write_text("".join(kept))
+
+    def log(self, name: str, *records: dict) -> None:
+        """Appends records to metrics.jsonl or samples.jsonl."""
+        with open(self.folder / name, "a") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+
+    def save_checkpoint(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Replaces checkpoint/ as a whole: at any moment either it or checkpoint.old is complete."""
+        new, final, old = (self.folder / n for n in ("checkpoint.tmp", "checkpoint", "checkpoint.old"))
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir()
+        safetensors.torch.save_file(dict(model.state_dict()), new / "weights.safetensors")
+        torch.save(optimizer.state_dict(), new / "optimizer.pt")
+        (new / "state.json").write_text(json.dumps({"step": self.step}))
+        shutil.rmtree(old, ignore_errors=True)
+        if final.exists():
+            final.rename(old)
+        new.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def load_checkpoint(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Weights and optimiser state as they were after `self.step` steps."""
+        model.load_state_dict(safetensors.torch.load_file(self.checkpoint / "weights.safetensors"))
+        optimizer.load_state_dict(torch.load(self.checkpoint / "optimizer.pt", weights_only=True))
+
+    def save_model(self, model: Qwen2_5_VL) -> None:
+        """Writes model/: a model folder like the one the run started from, in its dtype."""
+        model.save_pretrained(self.folder / "model", dtype=getattr(torch, model.config.torch_dtype))
+        copy_side_files(self.options.model, self.folder / "model")
+
+    def save(self, model: Qwen2_5_VL, optimizer: torch.optim.Optimizer, *, last: bool) -> None:
+        """Checkpoint and model folder, every `save_every` steps and at the end."""
+        if last or self.options.save_every and self.step % self.options.save_every == 0:
+            self.save_checkpoint(model, optimizer)
+            self.save_model(model)
+
+
+def git_commit() -> str | None:
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() or None
+
+
+# --- Model and optimiser ------------------------------------------------------------------------------------------------------
+
+def load_for_training(options: TrainOptions) -> Qwen2_5_VL:
+    """The model with float32 master weights (an update of 3e-6 is lost in bfloat16) and the vision tower frozen."""
+    model = Qwen2_5_VL.from_pretrained(options.model, device=pick_device(options.device))
+    if model.config.vision is not None:
+        model.visual.requires_grad_(False)
+    return model
+
+
+def make_optimizer(model: nn.Module, options: TrainOptions) -> torch.optim.Optimizer:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(parameters, lr=options.learning_rate, betas=(options.beta1, options.beta2),
+                             weight_decay=options.weight_decay)
+
+
+def autocast(model: Qwen2_5_VL, options: TrainOptions):
+    """The forward pass's precision: the one place that decides it."""
+    device = model.head_weight.device.type
+    if options.dtype == "float32" or options.dtype == "auto" and device == "cpu":
+        return contextlib.nullcontext()
+    return torch.autocast(device, torch.bfloat16)
+
+
+def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer, learning_rate: float, max_grad_norm: float) -> float:
+    """One step at the given rate, the gradient clipped; returns its norm before that."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm.item()
