@@ -85,8 +85,6 @@ class Tokenizer:
 
 PATCH, MERGE, TEMPORAL = 14, 2, 2  # pixels; patches per merged cell's side; frames per patch (a still is repeated)
 IMAGE_MEAN, IMAGE_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-MAX_ASPECT_RATIO = 200
-MAX_IMAGE_PIXELS = 100_000_000
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")  # not EPS: PIL runs a program for it
 
 
@@ -98,8 +96,8 @@ def smart_resize(height: int, width: int, *, factor: int = 28, min_pixels: int =
     """
     if min(height, width) < 1:
         raise InputError(f"image is zero-sized ({width} x {height})")
-    if max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
-        raise InputError(f"image's aspect ratio is over {MAX_ASPECT_RATIO} ({width} x {height})")
+    if max(height, width) / min(height, width) > 200:
+        raise InputError(f"image's aspect ratio is over 200 ({width} x {height})")
     new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
     if new_height * new_width > max_pixels:
         beta = math.sqrt(height * width / max_pixels)
@@ -152,18 +150,18 @@ def load_image(source: str | Path | bytes | Image.Image, name: str | None = None
             header, _, body = source.partition(";base64,")
             source = base64.b64decode(body if body else header, validate=True)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
+            warnings.simplefilter("ignore")  # PIL's warnings of large and of odd files: we refuse, or take them
             if not isinstance(source, Image.Image):
                 source = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=IMAGE_FORMATS)
-        width, height = source.size  # of the header: nothing is decoded yet
-        if width * height > MAX_IMAGE_PIXELS:
-            raise InputError(f"image is over 100 megapixels ({width} x {height})")
-        smart_resize(height, width)  # complains of zero-sized and of too narrow ones
-        return _to_rgb(source)
+            width, height = source.size  # from the header: nothing is decoded yet
+            if width * height > 100_000_000:
+                raise InputError(f"image is over 100 megapixels ({width} x {height})")
+            smart_resize(height, width)  # complains of zero-sized and of too narrow ones
+            return _to_rgb(source)
     except InputError as error:
         reason = str(error)
     except UnidentifiedImageError:
-        reason = f"not an image of a known format ({', '.join(IMAGE_FORMATS)})"
+        reason = f"not an image of a known format ({', '.join(IMAGE_FORMATS)}), or zero-sized"
     except Image.DecompressionBombError:
         reason = "image is over 100 megapixels"
     except Exception as error:  # on damaged files the decoders raise almost anything
@@ -172,11 +170,12 @@ def load_image(source: str | Path | bytes | Image.Image, name: str | None = None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits, which PIL also hands out as 32; its own conversion to 8 would clip
-        image = image.convert("I")
-        if image.getextrema()[0] < 0 or image.getextrema()[1] > 65535:
+    if image.mode[0] in "IF":  # 16-bit grey, which PIL also hands out as 32; its own conversion to 8 would clip
+        wide = image.convert("I")
+        if image.mode == "F" or wide.getextrema()[0] < 0 or wide.getextrema()[1] > 65535:
             raise InputError("image has more than 16 bits per channel")
-        image = image.point(lambda value: value * (1 / 257) + 0.5).convert("L")
+        image = wide.point(lambda value: value * (1 / 257) + 0.5).convert("L")
+        image.info.pop("transparency", None)  # a 16-bit value; such a colour stays opaque
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGB", image.size, (255, 255, 255))
