@@ -121,20 +121,18 @@ class ImageConfig:
         """Of `preprocessor_config.json`: min_pixels, max_pixels or (newer files) size.shortest_edge, .longest_edge."""
         path = Path(folder) / "preprocessor_config.json"
         raw = read_json(path)
-        ours = {"patch_size": PATCH, "temporal_patch_size": TEMPORAL, "merge_size": MERGE, "resample": 3,
-                "image_mean": list(IMAGE_MEAN), "image_std": list(IMAGE_STD)}
-        for key, value in ours.items():
+        fixed = {"patch_size": PATCH, "temporal_patch_size": TEMPORAL, "merge_size": MERGE, "resample": 3,
+                 "image_mean": list(IMAGE_MEAN), "image_std": list(IMAGE_STD)}
+        for key, value in fixed.items():
             if raw.get(key, value) != value:
                 raise InputError(f"{path}: field '{key}' is {raw[key]!r}, only {value} is supported")
         size = raw.get("size") if isinstance(raw.get("size"), dict) else {}
-        bounds = []
-        for key, inner in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
-            value = size.get(inner) if raw.get(key) is None else raw[key]
-            if type(value) is not int or value < 1 or bounds and value < bounds[0]:
-                raise InputError(f"{path}: field '{key}' (or size.{inner}) must be a positive integer, max_pixels "
-                                 f"not below min_pixels, but is {value!r}")
-            bounds.append(value)
-        return cls(*bounds)
+        low = size.get("shortest_edge") if raw.get("min_pixels") is None else raw["min_pixels"]
+        high = size.get("longest_edge") if raw.get("max_pixels") is None else raw["max_pixels"]
+        if type(low) is not int or type(high) is not int or not 1 <= low <= high:
+            raise InputError(f"{path}: fields 'min_pixels' and 'max_pixels' must be whole numbers, 1 <= min <= max, "
+                             f"but are {low!r} and {high!r}")
+        return cls(low, high)
 
 
 def load_image(source: str | Path | bytes | Image.Image, name: str | None = None) -> Image.Image:
@@ -241,18 +239,17 @@ def render_chat(messages: Sequence[dict], tokenizer: Tokenizer, *, image_tokens:
             if part["type"] == "text":
                 text += part["text"]
             elif part["type"] == "image":
-                if images == len(image_tokens):
-                    raise InputError(f"message: more image parts than images ({images})")
                 add(tokenizer.encode(text), produced)
                 text = ""
-                add([tokenizer.vision_start, *[tokenizer.image_pad] * image_tokens[images], tokenizer.vision_end])
+                count = image_tokens[images] if images < len(image_tokens) else 0  # complained of below
+                add([tokenizer.vision_start, *[tokenizer.image_pad] * count, tokenizer.vision_end])
                 images += 1
             else:
                 raise InputError(f"message: a part must be 'text' or 'image', not {part['type']!r}")
         add([*tokenizer.encode(text), tokenizer.im_end], produced)
         add(tokenizer.encode("\n"))
     if images != len(image_tokens):
-        raise InputError(f"message: {len(image_tokens)} images for {images} image parts")
+        raise InputError(f"messages: {len(image_tokens)} images for {images} image parts")
     if add_generation_prompt:
         add([tokenizer.im_start, *tokenizer.encode("assistant\n")])
     return ids, mask
@@ -316,7 +313,7 @@ class Example:
 
 
 def _option_lines(example: Example) -> str:
-    return "\n".join(f"{letter}: {text}" for letter, text in (example.options or {}).items())
+    return "\n".join(f"{letter}: {text}" for letter, text in example.options.items())
 
 
 def question_text(example: Example) -> str:
@@ -418,6 +415,7 @@ def _plain(record: object, where: str) -> dict:
     if "conversations" in record:
         return _open_thoughts(record, where)
     if "answer_idx" in record:  # MedQA, whose `answer` is the text of the right option
+        _get(record, "options", dict, where)
         return record | {"answer": _get(record, "answer_idx", str, where)}
     if not {"question", "answer"} & record.keys():
         raise InputError(f"{where}: unknown schema (fields: {', '.join(record) or 'none'})")
@@ -485,9 +483,8 @@ def encode_example(example: Example, tokenizer: Tokenizer, *, style: str, max_le
 def collate(rows: Sequence[tuple[Sequence[int], Sequence[bool]]], pad_id: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """input_ids [B, T] and bool loss_mask [B, T], padded on the right (attention is causal: any pad id will do)."""
     length = max(len(ids) for ids, _ in rows)
-    input_ids = torch.tensor([[*ids, *[pad_id] * (length - len(ids))] for ids, _ in rows])
-    loss_mask = torch.tensor([[*mask, *[False] * (length - len(mask))] for _, mask in rows])
-    return input_ids, loss_mask
+    return (torch.tensor([[*ids, *[pad_id] * (length - len(ids))] for ids, _ in rows]),
+            torch.tensor([[*mask, *[False] * (length - len(mask))] for _, mask in rows]))
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> list[int]:

@@ -1,6 +1,6 @@
-"""Makes tests/golden/data_*: run with an interpreter that has transformers (5.23), torchvision-free image path:
+"""Makes tests/golden/data_* with transformers 5.23 and its PIL image processor:
 
-    python tests/make_golden_data.py PUBLISHED_TOKENIZER_FOLDER
+    python tests/make_golden_data.py FOLDER_OF_THE_PUBLISHED_TOKENIZER
 
 data_tokenizer/tokenizer.json is an excerpt of the published tokenizer with its real ids: all merges that can take part
 in tokenising the texts below, so on these texts it gives the very ids of the whole. The script checks that it does.
@@ -8,11 +8,11 @@ in tokenising the texts below, so on these texts it gives the very ids of the wh
 import hashlib
 import json
 import random
+import re
 import sys
 from pathlib import Path
 
 import numpy
-import torch
 from PIL import Image
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
@@ -23,8 +23,9 @@ CHAT_TEMPLATE = (  # of Qwen2.5-VL's chat_template.json
     "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}{% for message in messages %}"
     "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
     "{% endif %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}{{ message['content'] }}"
-    "<|im_end|>\n{% else %}{% for content in message['content'] %}{% if content['type'] == 'image' or 'image' in content "
-    "or 'image_url' in content %}{% set image_count.value = image_count.value + 1 %}{% if add_vision_id %}Picture "
+    "<|im_end|>\n{% else %}{% for content in message['content'] %}{% if content['type'] == 'image' or 'image' in "
+    "content or 'image_url' in content %}{% set image_count.value = image_count.value + 1 %}{% if add_vision_id %}"
+    "Picture "
     "{{ image_count.value }}: {% endif %}<|vision_start|><|image_pad|><|vision_end|>{% elif content['type'] == 'video' "
     "or 'video' in content %}{% set video_count.value = video_count.value + 1 %}<|vision_start|><|video_pad|>"
     "<|vision_end|>{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}"
@@ -52,17 +53,19 @@ CHATS = {  # name: messages, image tokens, generation prompt
     "empty": ([{"role": "user", "content": ""}, {"role": "assistant", "content": ""}], [], False),
     "assistant_first": ([{"role": "assistant", "content": "56"}, {"role": "user", "content": USER}], [], True),
     "image": ([{"role": "user", "content": [IMAGE, text(USER)]}], [4], True),
-    "images": ([{"role": "user", "content": [text("A: "), IMAGE, IMAGE, text("\n\nB"), text("ut"), IMAGE]}], [1, 6, 2], True),
+    "images": ([{"role": "user", "content": [text("A: "), IMAGE, IMAGE, text("\n\nB"), text("ut"), IMAGE]}],
+               [1, 6, 2], True),
     "text_parts": ([{"role": "user", "content": [text("Becau"), text("se\n"), text("\n7")]},
                     {"role": "assistant", "content": [text("Wa"), text("it")]}], [], False),
     "image_alone": ([{"role": "user", "content": [IMAGE]}], [3], False),
     "unicode": ([{"role": "user", "content": "caf\u00e9 cafe\u0301 \u65e5\u672c \U0001f600\u00a0x"}], [], True),
     "code": ([{"role": "user", "content": "if x:\n    y = 'it''s'\r\n\treturn  1234\n\n\n"}], [], True),
 }
-PIECES = ["<think>", "<think>\n", "</think>", "</think>\n\n", ".</think>", ")</think>", "</think><answer>B", "<answer>", "Wait",
-          "\nFinal Answer:", "<|begin_of_thought|>", "<|im_end|>", "a<|image_pad|>b", "<|endoftext|>", "1234", "<tool_call>"]
-SIZES = [(512, 512), (480, 640), (1080, 1920), (10, 10), (70, 126), (1365, 2048), (200, 1000), (14, 2000), (1, 200), (200, 1),
-         (28, 28), (42, 42), (56, 56), (6000, 8000), (9999, 60), (27, 29), (98, 154)]
+PIECES = ["<think>", "<think>\n", "</think>", "</think>\n\n", ".</think>", ")</think>", "</think><answer>B", "<answer>",
+          "Wait", "\nFinal Answer:", "<|begin_of_thought|>", "<|im_end|>", "a<|image_pad|>b", "<|endoftext|>", "1234",
+          "<tool_call>"]
+SIZES = [(512, 512), (480, 640), (1080, 1920), (10, 10), (70, 126), (1365, 2048), (200, 1000), (14, 2000), (1, 200),
+         (200, 1), (28, 28), (42, 42), (56, 56), (6000, 8000), (9999, 60), (27, 29), (98, 154)]
 BOUNDS = [(3136, 12845056), (262144, 262144), (3136, 1003520), (200704, 301056)]
 PICTURES = [(123, 211, 3136, 12845056), (56, 56, 3136, 12845056), (20, 33, 3136, 12845056), (300, 200, 3136, 20000),
             (64, 97, 12544, 12544), (28, 448, 3136, 12845056), (5, 900, 3136, 12845056)]
@@ -88,8 +91,9 @@ def excerpt(published: dict, texts: list[str]) -> dict:
 def picture(height: int, width: int) -> Image.Image:
     """Smooth and noisy parts; tests/test_data.py has the same lines."""
     noise = random.Random(height * 10000 + width)
-    data = bytes((x * 3 + y * 5 * c + noise.randrange(40)) % 256 for y in range(height) for x in range(width) for c in range(3))
-    return Image.frombytes("RGB", (width, height), data)
+    places = ((x, y, c) for y in range(height) for x in range(width) for c in range(3))
+    values = ((x * 3 + y * 5 * c + noise.randrange(40)) % 256 for x, y, c in places)
+    return Image.frombytes("RGB", (width, height), bytes(values))
 
 
 def main(folder: str):
@@ -103,8 +107,7 @@ def main(folder: str):
             rendered = rendered.replace("<|image_pad|>", "<|held|>" * count, 1)
         rendered = rendered.replace("<|held|>", "<|image_pad|>")
         ids = hf(rendered, add_special_tokens=False).input_ids
-        texts += [part for part in rendered.replace("<|im_start|>", "<|im_end|>").replace("<|vision_start|>", "<|im_end|>")
-                  .replace("<|vision_end|>", "<|im_end|>").replace("<|image_pad|>", "<|im_end|>").split("<|im_end|>")]
+        texts += re.split(r"<\|(?:im_start|im_end|vision_start|vision_end|image_pad)\|>", rendered)
         chats[name] = {"messages": messages, "image_tokens": counts, "add_generation_prompt": generation, "ids": ids}
     texts += ["assistant\n"]
     small = excerpt(published, texts)
@@ -112,7 +115,8 @@ def main(folder: str):
     (OUT / "data_tokenizer" / "tokenizer.json").write_text(json.dumps(small, ensure_ascii=False, separators=(",", ":")))
     check = PreTrainedTokenizerFast(tokenizer_file=str(OUT / "data_tokenizer" / "tokenizer.json"))
     for case in chats.values():
-        assert check(core.decode(case["ids"], skip_special_tokens=False), add_special_tokens=False).input_ids == case["ids"]
+        rendered = core.decode(case["ids"], skip_special_tokens=False)
+        assert check(rendered, add_special_tokens=False).input_ids == case["ids"]
     core.encode_special_tokens = True
     pieces = {piece: core.encode(piece, add_special_tokens=False).ids for piece in PIECES}
     (OUT / "data_chat.json").write_text(json.dumps({"chats": chats, "pieces": pieces}, separators=(",", ":")))
@@ -123,7 +127,7 @@ def main(folder: str):
     for height, width, low, high in PICTURES:
         processor = Qwen2VLImageProcessorPil(min_pixels=low, max_pixels=high)
         out = processor(images=[picture(height, width)], return_tensors="pt")
-        patches = out["pixel_values"].to(torch.float32).numpy()
+        patches = out["pixel_values"].float().numpy()
         pictures.append({"height": height, "width": width, "min_pixels": low, "max_pixels": high,
                          "grid": out["image_grid_thw"][0].tolist(), "shape": list(patches.shape),
                          "sha256": hashlib.sha256(numpy.ascontiguousarray(patches).tobytes()).hexdigest(),
