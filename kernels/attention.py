@@ -83,11 +83,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | N
     """Dispatcher. q [B, T, H, D], k and v [B, S, K, D] -> [B, T, H, D]; see the top of the file for the masks."""
     if cu_seqlens is not None:
         return attention_packed(q, k, v, cu_seqlens, causal=causal, scale=scale)
-    if key_lengths is not None or (causal and q.shape[1] != k.shape[1]) or prefers_reference(q):
+    if key_lengths is not None or (causal and q.shape[1] != k.shape[1]):
         return attention_reference(q, k, v, causal=causal, scale=scale, key_lengths=key_lengths)
     return attention_sdpa(q, k, v, causal=causal, scale=scale)
-
-
-def prefers_reference(q: Tensor) -> bool:
-    """SDPA's CPU backward is slower than the two plain products as long as the scores fit in the cache."""
-    return q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad and q.shape[1] <= 256
