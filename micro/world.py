@@ -1,0 +1,210 @@
+"""The micro world: questions whose answer takes k small steps, asked in words or as an image.
+
+A question is a start state and k operations; the answer is the state after them. Two domains:
+    A (trained)  digits, + and - modulo 10                          3+4-2  ->  5
+    L (other)    letters a to j on a clock, > forward and < back    c>4<2  ->  e
+A text prompt spells every symbol as a word, among filler words; an image prompt shows one glyph per cell of a strip.
+The chain of thought first restates the question with numbered operations, then takes one numbered step at a time:
+    <think>3#1+4#2-2;#13+4=7#27-2=5</think><answer>5</answer>
+
+    python micro/world.py --seed 0 --out micro/data          # writes the shipped data again
+"""
+
+import argparse
+import hashlib
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+MODULUS, MAX_OPERAND, MAX_DEPTH = 10, 5, 7
+STATES = {"A": "0123456789", "L": "abcdefghij"}
+SIGNS = {"A": "+-", "L": "><"}  # the first adds, the second subtracts
+NUMBER_WORDS = "zero one two three four five six seven eight nine".split()
+STATE_WORDS = {"A": NUMBER_WORDS, "L": "alfa bravo charlie delta echo foxtrot golf hotel india juliett".split()}
+SIGN_WORDS = {"A": ("plus", "minus"), "L": ("forward", "back")}
+FILLERS = ("river stone cloud lamp window garden silver paper bottle forest candle bridge pocket mirror basket "
+           "ladder pillow anchor feather hammer").split()
+TASKS = {"solve": "Solve:", "direct": "Answer:", "read": "Read:", "recall": "Recall:"}
+
+CELL, CELLS = 28, 16  # a strip is 28 x 448 pixels: one merged vision token per cell
+GLYPHS = {  # 5 x 7 bitmaps, a row per hexadecimal pair (bit 4 is the leftmost column): no font file, the same everywhere
+    "0": "0e11131519110e", "1": "040c040404040e", "2": "0e11010204081f", "3": "1f02040201110e", "4": "02060a121f0202",
+    "5": "1f101e0101110e", "6": "0608101e11110e", "7": "1f010204080808", "8": "0e11110e11110e", "9": "0e11110f01020c",
+    "+": "0004041f040400", "-": "0000001f000000", ">": "10080402040810", "<": "01020408040201",
+    "a": "00000e010f110f", "b": "10101619111e00", "c": "00000e1010110e", "d": "01010d13110f00", "e": "00000e111f100e",
+    "f": "0609081c080808", "g": "000f110f01110e", "h": "10101619111111", "i": "04000c0404040e", "j": "0200060202120c",
+}
+GLYPH_SIZES = ((10, 14), (12, 18), (15, 21))  # width, height in pixels
+MAX_JITTER, SPECKS = 3, 0.02  # pixels; the share of pixels that are noise
+
+
+@dataclass(frozen=True)
+class Question:
+    domain: str  # "A" or "L"
+    start: int  # 0 to 9
+    operations: tuple[tuple[int, int], ...]  # (0 adds or 1 subtracts, operand 1 to 5)
+
+    @property
+    def depth(self) -> int:
+        return len(self.operations)
+
+    @property
+    def form(self) -> str:
+        """The canonical form, such as 3+4-2: what the glyphs of an image show."""
+        return STATES[self.domain][self.start] + "".join(f"{SIGNS[self.domain][sign]}{n}" for sign, n in self.operations)
+
+    @property
+    def words(self) -> list[str]:
+        words = [STATE_WORDS[self.domain][self.start]]
+        for sign, n in self.operations:
+            words += [SIGN_WORDS[self.domain][sign], NUMBER_WORDS[n]]
+        return words
+
+    @property
+    def restated(self) -> str:
+        """The form with numbered operations, 3#1+4#2-2: a transcription, and the first line of every chain."""
+        numbered = (f"#{i}{SIGNS[self.domain][sign]}{n}" for i, (sign, n) in enumerate(self.operations, 1))
+        return STATES[self.domain][self.start] + "".join(numbered)
+
+    def after(self, steps: int) -> int:
+        return (self.start + sum(-n if sign else n for sign, n in self.operations[:steps])) % MODULUS
+
+    @property
+    def answer(self) -> str:
+        return STATES[self.domain][self.after(self.depth)]
+
+    def step(self, i: int, state: int) -> str:
+        """Operation i (from 1) done on a state: #13+4=7."""
+        sign, n = self.operations[i - 1]
+        states = STATES[self.domain]
+        return f"#{i}{states[state]}{SIGNS[self.domain][sign]}{n}={states[(state + (-n if sign else n)) % MODULUS]}"
+
+    def chain(self, limit: int = MAX_DEPTH) -> str:
+        """The whole response; cut after `limit` steps it answers with the state reached there."""
+        steps = min(limit, self.depth)
+        thought = self.restated + ";" + "".join(self.step(i, self.after(i - 1)) for i in range(1, steps + 1))
+        return f"<think>{thought}</think><answer>{STATES[self.domain][self.after(steps)]}</answer>"
+
+
+def bucket(form: str) -> int:
+    """0 to 9, from the canonical form alone: 0 and 1 are for tests only, 2 to 5 for SFT, 6 to 9 for RL."""
+    return hashlib.sha256(form.encode()).digest()[0] % 10
+
+
+TEST_BUCKETS, SFT_BUCKETS, RL_BUCKETS, TRAIN_BUCKETS = range(0, 2), range(2, 6), range(6, 10), range(2, 10)
+
+
+def draw_question(rng: random.Random, domain: str, depth: int, buckets: range = TRAIN_BUCKETS) -> Question:
+    while True:
+        operations = tuple((rng.randrange(2), rng.randint(1, MAX_OPERAND)) for _ in range(depth))
+        question = Question(domain, rng.randrange(MODULUS), operations)
+        if bucket(question.form) in buckets:
+            return question
+
+
+def text_prompt(question: Question | None, rng: random.Random, task: str = "solve") -> str:
+    """The question in words amid fillers. The number of words says nothing of the depth; without a question all are fillers."""
+    words = question.words if question else []
+    fillers = [rng.choice(FILLERS) for _ in range(rng.randint(2 * MAX_DEPTH + 3, 2 * MAX_DEPTH + 9) - len(words))]
+    before = rng.randint(0, len(fillers))
+    return " ".join([TASKS[task], *fillers[:before], *words, *fillers[before:]])
+
+
+def image_prompt(rng: random.Random, task: str = "solve") -> str:
+    """The text that goes with an image: the task and up to 6 fillers."""
+    return " ".join([TASKS[task], *(rng.choice(FILLERS) for _ in range(rng.randint(0, 6)))])
+
+
+def glyph_mask(symbol: str, size: tuple[int, int]) -> np.ndarray:
+    """bool [height, width]: the bitmap, scaled by repeating pixels."""
+    width, height = size
+    rows = np.array([[int(GLYPHS[symbol][2 * r:2 * r + 2], 16) >> (4 - c) & 1 for c in range(5)] for r in range(7)], dtype=bool)
+    return rows[np.arange(height) * 7 // height][:, np.arange(width) * 5 // width]
+
+
+MASKS = {(symbol, size): glyph_mask(symbol, size) for symbol in GLYPHS for size in GLYPH_SIZES}
+
+
+def draw_image(question: Question, rng: random.Random) -> tuple[Image.Image, list[str]]:
+    """A palette image of 28 x 448 pixels and the symbol in each of its 16 cells ("" is empty). Four colours: small as PNG."""
+    noise = np.random.RandomState(rng.getrandbits(32))  # the legacy generator: its stream is frozen for good
+    size = rng.choice(GLYPH_SIZES)
+    offset = rng.randint(0, CELLS - len(question.form))
+    cells = [""] * offset + list(question.form) + [""] * (CELLS - offset - len(question.form))
+    pixels = np.zeros((CELL, CELL * CELLS), dtype=np.uint8)
+    for i, symbol in enumerate(cells):
+        if symbol:
+            x = i * CELL + (CELL - size[0]) // 2 + rng.randint(-MAX_JITTER, MAX_JITTER)
+            y = (CELL - size[1]) // 2 + rng.randint(-MAX_JITTER, MAX_JITTER)
+            pixels[y:y + size[1], x:x + size[0]] = MASKS[symbol, size]
+    where = noise.random_sample(pixels.shape) < SPECKS
+    pixels[where] = noise.randint(0, 4, int(where.sum()))
+    image = Image.frombytes("P", (CELL * CELLS, CELL), pixels.tobytes())
+    paper, ink = [rng.randint(190, 255) for _ in range(3)], [rng.randint(0, 90) for _ in range(3)]
+    image.putpalette(paper + ink + [rng.randint(0, 255) for _ in range(6)])
+    return image, cells
+
+
+def draw_tests(rng: random.Random, domain: str) -> list[Question]:
+    """TEST_COUNT questions, each depth in turn, no form twice."""
+    questions: dict[str, Question] = {}
+    while len(questions) < TEST_COUNT:
+        question = draw_question(rng, domain, TEST_DEPTHS[len(questions) % len(TEST_DEPTHS)], TEST_BUCKETS)
+        questions.setdefault(question.form, question)
+    return list(questions.values())
+
+
+def record(name: str, i: int, question: Question, prompt: str, answer: str, **more) -> dict:
+    return {"id": f"{name}-{i}", "question": prompt, "answer": answer, **more,
+            "domain": question.domain, "depth": question.depth, "form": question.form}
+
+
+SFT_DEPTHS, RL_DEPTHS, TEST_DEPTHS = range(2, 7), range(2, 7), range(2, 7)
+SFT_COUNT, RL_COUNT, TEST_COUNT = 2000, 2000, 500
+
+
+def make_data(seed: int) -> tuple[dict[str, list[dict]], dict[str, Image.Image]]:
+    """The records of every shipped file, by its name without .jsonl, and the images by file name."""
+    rng = random.Random(f"data {seed}")
+    files, images = {"sft": [], "rl": [], "test_transcription": []}, {}
+    for i in range(SFT_COUNT):
+        q = draw_question(rng, "A", SFT_DEPTHS[i % len(SFT_DEPTHS)], SFT_BUCKETS)
+        files["sft"].append(record("sft", i, q, text_prompt(q, rng), q.answer, response=q.chain()))
+    for i in range(RL_COUNT):
+        q = draw_question(rng, "A", RL_DEPTHS[i % len(RL_DEPTHS)], RL_BUCKETS)
+        files["rl"].append(record("rl", i, q, text_prompt(q, rng), q.answer))
+    for domain, suffix in (("A", ""), ("L", "_other")):
+        text, image = f"test_text{suffix}", f"test_image{suffix}"
+        files[text], files[image] = [], []
+        for i, q in enumerate(draw_tests(rng, domain)):  # the same questions as text, as image, and half of them to read
+            path = f"images/{domain}{i:03}.png"
+            images[path] = draw_image(q, rng)[0]
+            files[text].append(record(text, i, q, text_prompt(q, rng), q.answer))
+            files[image].append(record(image, i, q, image_prompt(rng), q.answer, image=path))
+            if i < TEST_COUNT // 2:
+                files["test_transcription"].append(
+                    record("read", len(files["test_transcription"]), q, image_prompt(rng, "read"), q.restated, image=path))
+    return files, images
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "data")
+    args = parser.parse_args()
+    (args.out / "images").mkdir(parents=True, exist_ok=True)
+    files, images = make_data(args.seed)
+    for name, image in images.items():
+        image.save(args.out / name, optimize=True, bits=2)
+    for name, records in files.items():
+        path = args.out / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+        print(f"{path}: {len(records)} records, {path.stat().st_size / 1e3:.0f} kB")
+
+
+if __name__ == "__main__":
+    main()
