@@ -17,16 +17,12 @@ from tqdm import tqdm
 from data import InputError, Tokenizer, collate, encode_example, epoch_order, read_examples
 from kernels import token_log_probs
 from model import Qwen2_5_VL
-from training import (MICRO_DATA, Run, TrainOptions, autocast, load_for_training, make_optimizer, option, optimizer_step,
-                      parse_options, run_command)
+from training import (MICRO_DATA, Run, TrainOptions, autocast, check_vocabulary, load_for_training, make_optimizer, option,
+                      optimizer_step, parse_options, run_command)
 
-RECIPES = {
-    "micro": {},
-    "paper": {"prompt_style": "train", "epochs": 4, "batch_size": 128, "max_length": 4096, "learning_rate": 1e-5,
-              "lr_decay": 0.8, "micro_batch_size": 1, "save_every": 100},
-    "med": {"prompt_style": "mcq", "epochs": 4, "batch_size": 128, "max_length": 4096, "learning_rate": 1e-5,
-            "lr_decay": 0.8, "micro_batch_size": 1, "save_every": 100},
-}
+PAPER = {"epochs": 4, "max_steps": None, "batch_size": 128, "max_length": 4096, "learning_rate": 1e-5, "lr_decay": 0.8,
+         "micro_batch_size": 1, "save_every": 100}
+RECIPES = {"micro": {}, "paper": {"prompt_style": "train", **PAPER}, "med": {"prompt_style": "mcq", **PAPER}}
 
 
 @dataclass
@@ -55,8 +51,13 @@ def sft_loss(model: Qwen2_5_VL, input_ids: Tensor, loss_mask: Tensor) -> Tensor:
 
 def load_rows(options: SFTOptions, tokenizer: Tokenizer) -> list[tuple[list[int], list[bool]]]:
     """All examples as (ids, loss mask); those whose prompt alone fills max_length are dropped and counted."""
-    rows = [encode_example(example, tokenizer, style=options.prompt_style, max_length=options.max_length,
-                           answer_only=options.answer_only) for example in read_examples(options.data)]
+    rows = []
+    for example in list(read_examples(options.data)):
+        try:
+            rows.append(encode_example(example, tokenizer, style=options.prompt_style, max_length=options.max_length,
+                                       answer_only=options.answer_only))
+        except InputError as error:  # which knows no file
+            raise InputError(f"{options.data}: {error}") from None
     kept = [row for row in rows if any(row[1][1:])]
     if len(kept) < len(rows):
         print(f"{len(rows) - len(kept)} of {len(rows)} examples dropped: their prompts fill {options.max_length} tokens")
@@ -86,6 +87,7 @@ def train(options: SFTOptions) -> None:
     tokenizer = Tokenizer.from_pretrained(options.model)
     rows = load_rows(options, tokenizer)
     model = load_for_training(options).train()
+    check_vocabulary(tokenizer, model.config)
     run = Run(options)
     optimizer = make_optimizer(model, options)
     if options.resume:

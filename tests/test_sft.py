@@ -1,0 +1,266 @@
+"""Stage 1: the loss against transformers, which tokens carry it, batches however they are split, and whole runs."""
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import sft  # noqa: E402
+import tiny  # noqa: E402
+from data import InputError, Tokenizer, collate, encode_example, read_examples  # noqa: E402
+from model import Qwen2_5_VL, copy_side_files  # noqa: E402
+from training import load_for_training  # noqa: E402
+
+GOLDEN = Path(__file__).parent / "golden" / "model_sft.npz"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tiny.make_folder(tmp_path_factory.mktemp("model"), "vl")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Five questions of different lengths with worked responses."""
+    path = tmp_path_factory.mktemp("data") / "sft.jsonl"
+    path.write_text("".join(json.dumps({
+        "id": f"q{i}", "question": f"What is {i} + {i}?{' Think.' * i}", "answer": str(2 * i),
+        "response": f"<think>{i} and {'and' * i} {i}</think><answer>{2 * i}</answer>"}) + "\n" for i in range(1, 6)))
+    return path
+
+
+@pytest.fixture
+def options(folder, data, tmp_path):
+    """Makes options for a run in the test's own folder."""
+    def make(**changes) -> sft.SFTOptions:
+        return sft.SFTOptions(**{"model": str(folder), "data": str(data), "out": str(tmp_path / "run"), "device": "cpu",
+                                 "batch_size": 2, "max_steps": None, **changes})
+    return make
+
+
+def metrics(o: sft.SFTOptions) -> list[dict]:
+    return [json.loads(line) for line in (Path(o.out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def gradients(o: sft.SFTOptions, rows: list, monkeypatch) -> tuple[dict[str, torch.Tensor], dict]:
+    """The gradient that train_step hands to the optimiser, in float64, and its metrics."""
+    model, out = load_for_training(o).double(), {}
+
+    def catch(model, *_):
+        out.update((name, p.grad.clone()) for name, p in model.named_parameters() if p.grad is not None)
+        return 0.0
+
+    monkeypatch.setattr(sft, "optimizer_step", catch)
+    return out, sft.train_step(model, None, rows, 1e-3, o)
+
+
+@pytest.mark.parametrize("variant", ["vl", "vl_tied"])
+def test_loss_and_gradients_equal_transformers(tmp_path, variant):
+    golden = {k.removeprefix(f"{variant}/"): v for k, v in np.load(GOLDEN).items() if k.startswith(f"{variant}/")}
+    model, case = Qwen2_5_VL.from_pretrained(tiny.make_folder(tmp_path, variant)), tiny.sft_case()
+    loss_mask = case.labels != -100
+    loss = sft.sft_loss(model, case.input_ids, loss_mask) / loss_mask.sum()
+    loss.backward()
+    assert loss.item() == pytest.approx(float(golden.pop("loss")), rel=1e-5)
+    ours = {f"grad/{name}": tiny.gradient_summary(p.grad).numpy() for name, p in model.named_parameters() if p.grad is not None}
+    assert ours.keys() == golden.keys() and len(golden) > 20
+    for name, value in golden.items():  # norm, then 16 values
+        assert ours[name][0] == pytest.approx(value[0], rel=1e-4), name
+        assert np.abs(ours[name] - value).max() <= 1e-4 * np.abs(value).max(), name
+
+
+@pytest.mark.parametrize("answer_only, response", [(False, "<think>2 and andand 2</think><answer>4</answer>"),
+                                                   (True, "<answer>4</answer>")])
+def test_only_the_response_and_its_end_carry_loss(options, folder, data, monkeypatch, answer_only, response):
+    tokenizer, scored = Tokenizer.from_pretrained(folder), []
+    original = sft.token_log_probs
+    monkeypatch.setattr(sft, "token_log_probs", lambda h, w, targets: (scored.append(targets), original(h, w, targets))[1])
+    row = encode_example(list(read_examples(data))[1], tokenizer, style="direct", max_length=1000, answer_only=answer_only)
+    model = load_for_training(options())
+    sft.sft_loss(model, *collate([row]))
+    assert scored[0].tolist() == [*tokenizer.encode(response), tokenizer.im_end]  # and no newline behind it
+
+
+def test_loss_is_the_sum_of_each_token_given_those_before(options, folder, data):
+    rows = sft.load_rows(options(), Tokenizer.from_pretrained(folder))[:3]
+    model = load_for_training(options())
+    by_hand = 0.0
+    for ids, mask in rows:  # one row at a time, no padding, plain log-softmax
+        log_probs = model.logits(model(torch.tensor([ids])))[0].log_softmax(-1)
+        by_hand -= sum(log_probs[t - 1, ids[t]].item() for t in range(1, len(ids)) if mask[t])
+    assert sft.sft_loss(model, *collate(rows)).item() == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_targets_that_the_mask_leaves_out_do_not_matter(options, folder, data):
+    """What stands behind the response (newline, padding) may be anything: loss and gradient stay the same bit for bit."""
+    model = load_for_training(options())
+    input_ids, loss_mask = collate(sft.load_rows(options(), Tokenizer.from_pretrained(folder))[:3])
+    behind = loss_mask.flip(1).cumsum(1).flip(1) == 0
+    results = []
+    for ids in (input_ids, torch.where(behind, input_ids + 7, input_ids)):
+        model.zero_grad()
+        loss = sft.sft_loss(model, ids, loss_mask)
+        loss.backward()
+        results.append([loss, *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    assert behind.sum() > 3 and all(torch.equal(a, b) for a, b in zip(*results))
+
+
+def test_gradient_does_not_depend_on_micro_batches_or_order(options, folder, monkeypatch):
+    rows = sft.load_rows(options(), Tokenizer.from_pretrained(folder))
+    wanted, wanted_metrics = gradients(options(micro_batch_size=5), rows, monkeypatch)
+    assert len({sum(mask) for _, mask in rows}) > 1  # else the mean of means would be right too
+    for size, order in ((1, rows), (3, rows), (5, rows[::-1]), (2, rows[3:] + rows[:3])):
+        found, found_metrics = gradients(options(micro_batch_size=size), order, monkeypatch)
+        assert found.keys() == wanted.keys()
+        for name, value in wanted.items():
+            assert (found[name] - value).abs().max() <= 1e-6 * value.abs().max(), (name, size)
+        assert found_metrics == pytest.approx(wanted_metrics, rel=1e-6)
+
+
+def test_metrics_of_a_step_count_each_token_once(options, folder):
+    rows = sft.load_rows(options(), Tokenizer.from_pretrained(folder))
+    model = load_for_training(options())
+    input_ids, loss_mask = collate(rows)
+    mean = sft.sft_loss(model, input_ids, loss_mask).item() / loss_mask.sum().item()
+    found = sft.train_step(model, torch.optim.SGD(model.parameters()), rows, 0.0, options())
+    assert found["loss"] == pytest.approx(mean, rel=1e-5) and found["grad_norm"] > 0
+    assert found["tokens"] == sum(len(ids) for ids, _ in rows)
+
+
+def test_learning_rate_falls_after_each_epoch_and_epochs_see_every_row(options, monkeypatch):
+    o = options(epochs=3, learning_rate=1e-3, lr_decay=0.8)
+    seen, original = [], sft.train_step
+    monkeypatch.setattr(sft, "train_step", lambda m, opt, rows, *rest: (seen.append(rows), original(m, opt, rows, *rest))[1])
+    sft.train(o)
+    found = metrics(o)
+    assert [m["lr"] for m in found] == pytest.approx([1e-3] * 3 + [8e-4] * 3 + [6.4e-4] * 3)
+    assert [m["epoch"] for m in found] == [0, 0, 0, 1, 1, 1, 2, 2, 2] and [m["step"] for m in found] == list(range(1, 10))
+    assert [len(rows) for rows in seen] == [2, 2, 1] * 3  # the last batch of an epoch is smaller, not filled up
+    epochs = [[ids for rows in seen[i:i + 3] for ids, _ in rows] for i in (0, 3, 6)]
+    assert all(len(set(map(tuple, epoch))) == 5 for epoch in epochs) and epochs[0] != epochs[1]
+    assert {"loss", "grad_norm", "tokens", "tokens_per_second", "seconds"} <= found[0].keys()
+
+
+def test_over_long_examples_are_cut_and_not_given_an_end(options, folder, capsys):
+    tokenizer = Tokenizer.from_pretrained(folder)
+    whole = sft.load_rows(options(), tokenizer)
+    longest = max(len(ids) for ids, _ in whole)
+    cut = sft.load_rows(options(max_length=longest - 10), tokenizer)
+    (ids, mask), (full_ids, full_mask) = cut[-1], whole[-1]
+    assert len(cut) == 5 and len(ids) == longest - 10 == len(full_ids) - 10
+    assert ids == full_ids[:-10] and mask == full_mask[:-10] and mask[-1] and ids[-1] != tokenizer.im_end
+    assert "dropped" not in capsys.readouterr().out
+
+
+def test_examples_whose_prompt_fills_the_length_are_dropped_and_counted(options, folder, capsys):
+    tokenizer = Tokenizer.from_pretrained(folder)
+    prompts = [mask.index(True) for _, mask in sft.load_rows(options(), tokenizer)]
+    kept = sft.load_rows(options(max_length=prompts[2]), tokenizer)  # the third prompt just fills it, later ones are longer
+    assert len(kept) == 2
+    assert f"3 of 5 examples dropped: their prompts fill {prompts[2]} tokens" in capsys.readouterr().out
+    with pytest.raises(InputError, match="no example fits --max-length 2$"):
+        sft.load_rows(options(max_length=2), tokenizer)
+
+
+def test_loss_falls_on_a_few_examples(options):
+    o = options(epochs=15, batch_size=5, learning_rate=3e-3)
+    sft.train(o)
+    losses = [m["loss"] for m in metrics(o)]
+    assert len(losses) == 15 and losses[-1] < 0.4 * losses[0] and losses[0] > 3
+
+
+def test_max_steps_cuts_the_run_short(options):
+    o = options(epochs=10, max_steps=4)
+    sft.train(o)
+    assert len(metrics(o)) == 4
+
+
+def test_vision_tower_stays_as_it_is(options, folder):
+    before = load_file(folder / "model.safetensors")
+    o = options(learning_rate=1e-2, weight_decay=0.1)  # decay would move weights without a gradient
+    sft.train(o)
+    after = load_file(Path(o.out) / "model" / "model.safetensors")
+    assert after.keys() == before.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if not name.startswith("visual.")}
+    model = load_for_training(o)
+    sft.sft_loss(model, *collate(sft.load_rows(o, Tokenizer.from_pretrained(folder)))).backward()
+    assert all(p.grad is None and not p.requires_grad for p in model.visual.parameters())
+    assert all(p.grad is not None for name, p in model.named_parameters() if not name.startswith("visual."))
+
+
+def test_model_folder_holds_the_trained_weights_and_loads(options, folder):
+    o = options()
+    sft.train(o)
+    saved, source = Qwen2_5_VL.from_pretrained(Path(o.out) / "model"), Qwen2_5_VL.from_pretrained(folder)
+    trained = load_file(Path(o.out) / "checkpoint" / "weights.safetensors")
+    assert all(torch.equal(saved.state_dict()[name], value) for name, value in trained.items())
+    assert saved.config == source.config
+    assert Tokenizer.from_pretrained(Path(o.out) / "model").encode("and then") == Tokenizer.from_pretrained(folder).encode("and then")
+    sft.train(options(model=str(Path(o.out) / "model"), out=o.out + "-2", max_steps=1))  # and can be trained on
+
+
+def test_text_only_folder_trains(options, tmp_path):
+    sft.train(options(model=str(tiny.make_folder(tmp_path / "text", "text_tied")), max_steps=2))
+
+
+def test_small_updates_of_a_bfloat16_model_are_kept(options, folder, tmp_path):
+    """lr 3e-6 is below half a bfloat16 step of almost every weight: bare bfloat16 weights would never move."""
+    source = tmp_path / "bf16"
+    Qwen2_5_VL.from_pretrained(folder).save_pretrained(source, dtype=torch.bfloat16)
+    copy_side_files(folder, source)
+    o = options(model=str(source), learning_rate=3e-6, epochs=4)
+    sft.train(o)
+    before = Qwen2_5_VL.from_pretrained(source).state_dict()
+    master = load_file(Path(o.out) / "checkpoint" / "weights.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    moved = (master[name] - before[name]).abs()
+    assert master[name].dtype == torch.float32
+    assert (moved > 0).float().mean() > 0.95 and moved.max() < 12 * 3e-6 * 1.5
+    assert moved.median() > 3e-6  # several steps have added up
+    on_disk = load_file(Path(o.out) / "model" / "model.safetensors")[name]
+    assert on_disk.dtype == torch.bfloat16 and torch.equal(on_disk, master[name].bfloat16())
+    assert (on_disk == before[name].bfloat16()).float().mean() > 0.9
+
+
+def test_resumed_run_equals_an_uninterrupted_one(options, tmp_path, monkeypatch):
+    whole = options(epochs=2, save_every=2, lr_decay=0.5)
+    sft.train(whole)
+    broken, original = options(epochs=2, save_every=2, lr_decay=0.5, out=str(tmp_path / "broken")), sft.train_step
+    count = iter(range(100))
+
+    def stop_in_the_sixth(*args):
+        if next(count) == 5:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(sft, "train_step", stop_in_the_sixth)
+    with pytest.raises(KeyboardInterrupt):
+        sft.train(broken)
+    assert len(metrics(broken)) == 5
+    monkeypatch.setattr(sft, "train_step", original)
+    sft.train(options(epochs=2, save_every=2, lr_decay=0.5, out=broken.out, resume=True, micro_batch_size=16))
+    exact = ("step", "epoch", "loss", "lr", "grad_norm", "tokens")
+    assert [{k: m[k] for k in exact} for m in metrics(broken)] == [{k: m[k] for k in exact} for m in metrics(whole)]
+    weights = [load_file(Path(o.out) / "model" / "model.safetensors") for o in (whole, broken)]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_command_line_run(options, folder, data, tmp_path, monkeypatch):
+    sft.main(["--model", str(folder), "--data", str(data), "--out", str(tmp_path / "cli"), "--max-steps", "1", "--device", "cpu",
+              "--answer-only"])
+    config = json.loads((tmp_path / "cli" / "config.json").read_text())
+    assert config["options"]["answer_only"] is True and config["options"]["learning_rate"] == 1e-4
+    shutil.rmtree(tmp_path / "cli")
+
+
+def test_paper_recipe_is_the_papers():
+    o = sft.parse_options(sft.SFTOptions, ["--recipe", "paper"], sft.RECIPES)
+    assert (o.epochs, o.max_steps, o.batch_size, o.max_length, o.learning_rate, o.lr_decay) == (4, None, 128, 4096, 1e-5, 0.8)
+    assert (o.weight_decay, o.beta1, o.beta2, o.prompt_style) == (0.0, 0.9, 0.999, "train")
+    assert sft.parse_options(sft.SFTOptions, ["--recipe", "med"], sft.RECIPES).prompt_style == "mcq"
