@@ -59,11 +59,9 @@ def group_advantages(rewards: Tensor, *, normalize_std: bool = True) -> Tensor:
     nothing: its advantages are exactly 0 (the floor of 1e-3 keeps rounding residue from being blown up: NeMo-RL#4161).
     normalize_std=False gives Dr. GRPO's advantages (arXiv 2503.20783), which do not favour very easy and hard questions.
     """
-    centred = rewards - rewards.mean(dim=1, keepdim=True)
-    if not normalize_std:
-        return centred
-    std = rewards.std(dim=1, keepdim=True)
-    return torch.where(std > 1e-3, centred / std.clamp(min=1e-3), torch.zeros_like(centred))
+    centred, std = rewards - rewards.mean(dim=1, keepdim=True), rewards.std(dim=1, keepdim=True)
+    advantages = centred / std.clamp(min=1e-3) if normalize_std else centred
+    return torch.where(std > 1e-3, advantages, torch.zeros_like(advantages))
 
 
 def kl_penalty(log_probs: Tensor, ref_log_probs: Tensor, kl_type: str) -> Tensor:
@@ -92,19 +90,25 @@ def grpo_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, comp
     summed and divided by num_tokens: the response tokens of the *whole* optimiser batch (default: of this call), so that
     micro-batches add up to the batch's loss. Returns the loss and metrics, which are token means and add up likewise.
     """
-    mask = completion_mask.to(log_probs.dtype)
-    num_tokens = (mask.sum() if num_tokens is None else torch.as_tensor(num_tokens, device=mask.device)).clamp(min=1.0)
+    if kl_coef and ref_log_probs is None:
+        raise ValueError("kl_coef needs ref_log_probs")
+    masked_out = ~completion_mask.bool()
+    num_tokens = torch.as_tensor((~masked_out).sum() if num_tokens is None else num_tokens, device=log_probs.device).clamp(min=1.0)
+
+    def clean(x: Tensor) -> Tensor:
+        return x.masked_fill(masked_out, 0.0)  # before the arithmetic and not by 0 * x: inf and NaN would reach the gradient
 
     def token_mean(x: Tensor) -> Tensor:
-        return x.masked_fill(~completion_mask.bool(), 0.0).sum() / num_tokens  # not x * mask: 0 * inf is NaN
+        return clean(x).sum() / num_tokens
 
-    ratio = (log_probs - old_log_probs).exp()
+    log_probs = clean(log_probs)
+    ratio = (log_probs - clean(old_log_probs)).exp()
     clipped = ratio.clamp(1.0 - clip_eps_low, 1.0 + clip_eps_high)
     gain, clipped_gain = ratio * advantages[:, None], clipped * advantages[:, None]
     loss = token_mean(-torch.minimum(gain, clipped_gain))
-    metrics = {"ratio_mean": token_mean(ratio).item(), "clip_fraction": token_mean((clipped_gain < gain).to(mask.dtype)).item()}
+    metrics = {"ratio_mean": token_mean(ratio).item(), "clip_fraction": token_mean((clipped_gain < gain).to(ratio.dtype)).item()}
     if ref_log_probs is not None:
-        kl = token_mean(kl_penalty(log_probs, ref_log_probs, kl_type))
+        kl = token_mean(kl_penalty(log_probs, clean(ref_log_probs), kl_type))
         loss, metrics["kl"] = loss + kl_coef * kl, kl.item()
     return loss, metrics
 
@@ -141,7 +145,7 @@ def make_batch(prompts: list[Prompt], groups: list[list[Completion]], advantages
         start, end = len(prompt.ids), len(prompt.ids) + len(completion.ids)
         input_ids[row, :end] = torch.tensor(prompt.ids + completion.ids)
         log_probs[row, start:end] = torch.tensor(completion.log_probs)
-        mask[row, start:end] = ~torch.tensor(completion.forced)
+        mask[row, start:end] = ~torch.tensor(completion.forced, dtype=torch.bool)
     return Batch(input_ids.to(device), mask.to(device), log_probs.to(device), advantages.flatten().to(device))
 
 
@@ -168,6 +172,8 @@ class Trainer:
         self.reference = load_for_training(options).requires_grad_(False) if options.kl_coef > 0 else None
         self.sampler = Sampler(self.model, self.tokenizer, max_batch=options.questions_per_step * options.group_size)
         self.masked_ids = self.sampler.masked_ids
+        for example, prompt in zip(self.examples, self.prompts):
+            self.sampler.check(prompt, f"{options.data}: question {example.id}")
 
     def rollout(self, chosen: list[int], step: int) -> tuple[Batch, list[dict], dict]:
         """Samples, rewards and weighs the responses to the chosen questions. Returns the batch, samples.jsonl's records
@@ -211,7 +217,7 @@ class Trainer:
         # With a single step the policy is still the one that sampled: its own log-probs, detached, are the old ones.
         old_log_probs = self.score(self.model, batch) if o.updates_per_rollout > 1 else None
         ref_log_probs = self.score(self.reference, batch) if self.reference is not None else None
-        for share in torch.arange(len(batch.advantages)).chunk(o.updates_per_rollout):
+        for share in torch.arange(len(batch.advantages), device=batch.advantages.device).chunk(o.updates_per_rollout):
             num_tokens = batch.completion_mask[share].sum().clamp(min=1)
             total: dict[str, float] = {}
             for rows in share[batch.lengths[share].argsort()].split(o.micro_batch_size):
@@ -236,7 +242,7 @@ class Trainer:
         # Sampler and trainer should agree to rounding. Old log-probs are compared: the policy may have moved since.
         difference = (old_log_probs - part.sampler_log_probs)[part.completion_mask].abs()
         return {"loss": loss.item(), "kl": 0.0, **metrics, "entropy": (entropy / num_tokens).item(),
-                "logprob_diff": (difference.sum() / num_tokens).item(), "logprob_diff_max": difference.max().item()}
+                "logprob_diff": (difference.sum() / num_tokens).item(), "logprob_diff_max": max(difference.tolist(), default=0.0)}
 
 
 def load_questions(options: GRPOOptions, tokenizer: Tokenizer) -> tuple[list[Example], list[Prompt]]:
@@ -245,8 +251,6 @@ def load_questions(options: GRPOOptions, tokenizer: Tokenizer) -> tuple[list[Exa
     for example in examples:
         if example.images:
             raise InputError(f"{options.data}: question {example.id} has an image: training is on text only")
-        if not example.answer:
-            raise InputError(f"{options.data}: question {example.id} has no answer to check against")
     prompts = [make_prompt(format_prompt(e, options.prompt_style), [], tokenizer, ImageConfig()) for e in examples]
     return examples, prompts
 

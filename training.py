@@ -6,6 +6,7 @@ outlives a step, and a checkpoint needs no more than weights, optimiser state an
 import argparse
 import contextlib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -18,8 +19,8 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from data import InputError
-from model import Qwen2_5_VL, copy_side_files, read_json
+from data import InputError, Tokenizer
+from model import Config, Qwen2_5_VL, copy_side_files, read_json
 
 ROOT = Path(__file__).resolve().parent
 MICRO_BASE = ROOT / "micro" / "base"
@@ -62,7 +63,9 @@ def parse_options(cls: type, argv: list[str], recipes: dict[str, dict] | None = 
     options = cls(**{**(recipes[typed.pop("recipe")] if recipes else {}), **typed})
     for f in fields(cls):
         value, low, high = getattr(options, f.name), f.metadata["low"], f.metadata["high"]
-        if value is not None and (low is not None and not value >= low or high is not None and not value <= high):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"--{f.name.replace('_', '-')} must be a finite number, not {value}")
+        if value is not None and (low is not None and value < low or high is not None and value > high):
             limits = f"at least {low}" if high is None else f"between {low} and {high}"
             raise InputError(f"--{f.name.replace('_', '-')} must be {limits}, not {value}")
     return options
@@ -84,9 +87,18 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device must be auto, cpu or cuda, not {name}")
+    return device
+
+
+def check_vocabulary(tokenizer: Tokenizer, config: Config) -> None:
+    """Raises InputError where text could turn into ids that the model has no row for."""
+    if tokenizer.vocab_size > config.vocab_size:
+        raise InputError(f"tokenizer.json has ids up to {tokenizer.vocab_size - 1}, config.json a vocab_size of {config.vocab_size} only")
 
 
 @dataclass
@@ -170,8 +182,8 @@ class Run:
         safetensors.torch.save_file(dict(model.state_dict()), new / "weights.safetensors")
         torch.save(optimizer.state_dict(), new / "optimizer.pt")
         (new / "state.json").write_text(json.dumps({"step": self.step}))
-        shutil.rmtree(old, ignore_errors=True)
-        if final.exists():
+        if final.exists():  # else an interrupted replacement left checkpoint.old as the only one
+            shutil.rmtree(old, ignore_errors=True)
             final.rename(old)
         new.rename(final)
         shutil.rmtree(old, ignore_errors=True)
