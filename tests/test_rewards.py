@@ -162,7 +162,8 @@ def test_strings(one, other, expected):
 HACKS = [
     "3 or 4", "3, 4", "3,4", "3; 4", "3/4", "4 or 3", "3 and 4", "3 (or 4)", "3 4", "3=4", "3 = 3", "3|4", "{3,4}",
     "[3,4]", "3..4", "3-4", "~3 or 4", "one of 3, 4", "3\n4", "3 not 4", "either 3", "3?4", "between 3 and 4", "3 plus",
-    "x", "3!", "0 or x=3", "3 sqrt", r"3 \pm 1", r"\pm 3", "±3", "", " ", ".", "**", "$", "$$", r"\text{}", "()", "The answer is",
+    "x", "3!", "0 or x=3", "3 sqrt", r"3 \pm 1", r"\pm 3", "±3", "", " ", ".", "**", "$", "$$", r"\text{}", "()",
+    "The answer is",
 ]
 
 
