@@ -1,0 +1,415 @@
+import io
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import tiny  # noqa: E402
+from data import InputError, Prompt, Tokenizer  # noqa: E402
+from model import KVCache, Qwen2_5_VL  # noqa: E402
+from sample import Sampler, SamplingParams, draw, load_sampler, sampling_log_probs, stream  # noqa: E402
+
+IDS = tiny.special_ids()
+STOPS = (IDS["im_end"], IDS["endoftext"])
+NEVER = [*(IDS[name] for name in IDS if name.startswith(("vision", "image", "video"))), *range(tiny.KNOWN_IDS, tiny.VOCAB_ROWS)]
+
+
+@pytest.fixture(scope="module")
+def sampler(tmp_path_factory) -> Sampler:
+    return load_sampler(str(tiny.make_folder(tmp_path_factory.mktemp("vl"), "vl")), "cpu", "float32")[0]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(sampler) -> Tokenizer:
+    return sampler.tokenizer
+
+
+class Biased:
+    """A model with some logits raised."""
+
+    def __init__(self, model: Qwen2_5_VL, bias: dict[int, float]):
+        self.model, self.config, self.head_weight = model, model.config, model.head_weight
+        self.bias = torch.zeros(model.config.vocab_size)
+        self.bias[list(bias)] = torch.tensor(list(bias.values()))
+
+    def __call__(self, *args, **options) -> Tensor:
+        return self.model(*args, **options)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.model.logits(hidden) + self.bias
+
+
+class Scripted:
+    """A model that says script[p] behind position p, with probability 1 / (1 + (rows - 1) / e^5); elsewhere `filler`.
+
+    Prompts of different lengths use different stretches of positions, so every row of a batch can have its own lines.
+    """
+
+    def __init__(self, script: dict[int, int], filler: int):
+        fields = {"num_hidden_layers": 1, "num_key_value_heads": 1, "head_dim": 2, "vision": None,
+                  "vocab_size": tiny.VOCAB_ROWS, "max_position_embeddings": 512}
+        self.config, self.head_weight = SimpleNamespace(**fields), torch.zeros(1)
+        self.script, self.filler = script, filler
+
+    def __call__(self, input_ids: Tensor, *, position_ids: Tensor, cache: KVCache, **_) -> Tensor:
+        return position_ids[0, :, :, None].expand(*input_ids.shape, 1).float()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        ids = [self.script.get(int(p), self.filler) for p in hidden[:, 0]]
+        return 5.0 * torch.nn.functional.one_hot(torch.tensor(ids), tiny.VOCAB_ROWS)
+
+
+def prompts() -> list[Prompt]:
+    """Ragged: text and images mixed, one with two images."""
+    square, cut, strip = (tiny.GRIDS[name] for name in ("square", "cut", "strip"))
+    image_lists = [[], [cut], [], [square, strip], [], []]
+    lengths = [9, 14, 31, 12, 1, 20]
+    return [Prompt(tiny.row(40 + i, length, grids), tiny.patches(grids, i) if grids else None, grids)
+            for i, (length, grids) in enumerate(zip(lengths, image_lists))]
+
+
+def full_log_probs(model, prompt: Prompt, ids: list[int], params: SamplingParams) -> Tensor:
+    """The log-probs of ids behind the prompt [len(ids)] from one forward over everything, without a cache."""
+    with torch.no_grad():
+        hidden = model(torch.tensor([prompt.ids + ids]), pixel_values=prompt.patches, image_grid_thw=prompt.grids or None)
+        logits = model.logits(hidden)[0, len(prompt.ids) - 1:-1]
+    return sampling_log_probs(logits, params, torch.tensor(NEVER)).gather(-1, torch.tensor(ids)[:, None])[:, 0]
+
+
+def assert_same(one: list, other: list) -> None:
+    """Two results of generate: the same ids, log-probs within 1e-5."""
+    assert len(one) == len(other)
+    for a, b in zip(sum(one, []), sum(other, []), strict=True):
+        assert (a.ids, a.forced, a.text, a.finish_reason) == (b.ids, b.forced, b.text, b.finish_reason)
+        torch.testing.assert_close(torch.tensor(a.log_probs), torch.tensor(b.log_probs), atol=1e-5, rtol=0)
+
+
+def scripted(tokenizer: Tokenizer, *lines: str | list[int], start: int = 10) -> tuple[Sampler, list[Prompt]]:
+    """A sampler that says the lines, and the prompt for each; behind its line it says "." for ever."""
+    script, texts = {}, []
+    for i, line in enumerate(lines):
+        length = start + 100 * i
+        ids = tokenizer.encode(line) if isinstance(line, str) else line
+        script |= {length - 1 + j: token for j, token in enumerate(ids)}
+        texts.append(Prompt([5] * length))
+    return Sampler(Scripted(script, tokenizer.encode(".")[0]), tokenizer), texts
+
+
+def byte_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """One token per byte: another spelling than the tokenizer's own where that merges."""
+    return [token for byte in text for token in tokenizer.encode(byte)]
+
+
+# --- The engine ---------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("params", [SamplingParams(24, 0.0), SamplingParams(24, 1.0, n=2), SamplingParams(24, 0.7, top_k=20)],
+                         ids=["greedy", "T=1", "T=0.7 top-k"])
+def test_cached_log_probs_equal_those_of_one_forward_without_a_cache(sampler, params):
+    for prompt, group in zip(prompts(), sampler.generate(prompts(), params), strict=True):
+        assert len(group) == params.n
+        for completion in group:
+            assert len(completion.ids) == len(completion.log_probs) == len(completion.forced)
+            wanted = full_log_probs(sampler.model, prompt, completion.ids, params)
+            torch.testing.assert_close(torch.tensor(completion.log_probs), wanted, atol=1e-5, rtol=0)
+
+
+def test_greedy_takes_the_argmax_of_one_forward_without_a_cache(sampler):
+    for prompt, [completion] in zip(prompts(), sampler.generate(prompts(), SamplingParams(12, 0.0))):
+        with torch.no_grad():
+            hidden = sampler.model(torch.tensor([prompt.ids + completion.ids]), pixel_values=prompt.patches,
+                                   image_grid_thw=prompt.grids or None)
+        logits = sampler.model.logits(hidden)[0, len(prompt.ids) - 1:-1].index_fill(-1, torch.tensor(NEVER), -math.inf)
+        assert completion.ids == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("params", [SamplingParams(40, 0.0), SamplingParams(40, 1.0, seed=3, n=2)], ids=["greedy", "T=1"])
+@pytest.mark.parametrize("max_batch", [1, 3, 4, 100])
+def test_batched_equals_alone(sampler, max_batch, params):
+    """Stop ids are made likely, so rows finish at all times and the batch is compacted again and again."""
+    model = Biased(sampler.model, {IDS["im_end"]: 2.5, IDS["endoftext"]: 1.5})
+    alone = [Sampler(model, sampler.tokenizer).generate([prompt], params)[0] for prompt in prompts()]
+    assert_same(Sampler(model, sampler.tokenizer, max_batch=max_batch).generate(prompts(), params), alone)
+    backwards = Sampler(model, sampler.tokenizer, max_batch=max_batch).generate(prompts()[::-1], params)
+    assert_same(backwards[::-1], alone)
+
+
+def test_compaction_drops_finished_rows_and_changes_nothing(sampler, monkeypatch):
+    model, params = Biased(sampler.model, {IDS["im_end"]: 3.0}), SamplingParams(60, n=4, seed=1)
+    sizes, select = [], KVCache.select
+    monkeypatch.setattr(KVCache, "select", lambda cache, rows: sizes.append(len(rows)) or select(cache, rows))
+    compacted = Sampler(model, sampler.tokenizer).generate(prompts(), params)
+    assert sizes[0] == 24 and len(sizes) >= 4 and sizes == sorted(sizes, reverse=True)
+    lengths = {len(c.ids) for group in compacted for c in group}
+    assert len(lengths) > 8
+    for prompt, group in zip(prompts(), compacted):
+        for completion in group:  # rows that lived through compactions still score as in a plain forward
+            wanted = full_log_probs(model, prompt, completion.ids, params)
+            torch.testing.assert_close(torch.tensor(completion.log_probs), wanted, atol=1e-5, rtol=0)
+
+
+def test_text_only_model(tmp_path):
+    sampler, _ = load_sampler(str(tiny.make_folder(tmp_path, "text")), "cpu", "float32")
+    batch, params = [Prompt(tiny.row(i, 5 + 3 * i)) for i in range(3)], SamplingParams(10)
+    assert_same(sampler.generate(batch, params), [sampler.generate([prompt], params)[0] for prompt in batch])
+    with pytest.raises(InputError, match="takes no images"):
+        sampler.generate([prompts()[1]], params)
+
+
+def test_completions_differ_and_the_seed_reproduces_them(sampler):
+    def ids(**options):
+        return [c.ids for c in sampler.generate(prompts()[:1], SamplingParams(16, **options))[0]]
+
+    first = ids(n=4, seed=7)
+    assert len({tuple(i) for i in first}) == 4
+    assert ids(n=4, seed=7) == first and ids(n=2, seed=7) == first[:2]
+    assert not {tuple(i) for i in ids(n=4, seed=8)} & {tuple(i) for i in first}
+    assert len({tuple(i) for i in ids(n=3, temperature=0.0)}) == 1
+
+
+def test_on_token_sees_every_token_once(sampler):
+    seen: dict[int, list] = {}
+    model = Biased(sampler.model, {IDS["im_end"]: 2.5})
+    results = Sampler(model, sampler.tokenizer).generate(
+        prompts(), SamplingParams(20, n=2), on_token=lambda c: seen.setdefault(id(c), []).append(list(c.ids)))
+    completions = {id(c): c for group in results for c in group}
+    assert seen.keys() == completions.keys()
+    for key, steps in seen.items():
+        assert steps == [completions[key].ids[:i + 1] for i in range(len(completions[key].ids))]
+
+
+def test_no_prompts_no_completions(sampler):
+    assert sampler.generate([], SamplingParams(4)) == []
+
+
+# --- The distribution ---------------------------------------------------------------------------------------------------------
+
+LOGITS = torch.tensor([[2.0, -1.0, 0.5, 1.5, 0.0, 3.0], [0.0, 0.1, 0.2, 0.3, 0.4, 9.0]])
+NONE = torch.tensor([], dtype=torch.long)
+
+
+def oracle(logits: list[float], temperature: float, top_k: int, top_p: float, masked: list[int]) -> list[float]:
+    """Probabilities by the definitions, in plain Python: the k largest; of these the fewest, from the largest on, that
+    hold at least top_p together; renormalised."""
+    weight = {i: math.exp(x / temperature) for i, x in enumerate(logits) if i not in masked}
+    kept = sorted(weight, key=weight.get, reverse=True)[:top_k or None]
+    total, held, nucleus = sum(weight[i] for i in kept), 0.0, []
+    for i in kept:
+        if not nucleus or held < top_p:
+            nucleus.append(i)
+            held += weight[i] / total
+    total = sum(weight[i] for i in nucleus)
+    return [weight[i] / total if i in nucleus else 0.0 for i in range(len(logits))]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.3, 2.0])
+@pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (1, 1.0), (3, 1.0), (99, 1.0), (0, 0.9), (0, 0.5), (0, 0.0), (4, 0.8)])
+def test_temperature_top_k_and_top_p_by_definition(temperature, top_k, top_p):
+    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
+    for masked in ([], [5]):
+        probs = sampling_log_probs(LOGITS, params, torch.tensor(masked, dtype=torch.long)).exp()
+        wanted = torch.tensor([oracle(row, temperature, top_k, top_p, masked) for row in LOGITS.tolist()])
+        torch.testing.assert_close(probs, wanted, atol=1e-6, rtol=1e-5)
+        assert torch.equal(probs == 0, wanted == 0)
+
+
+def test_temperature_divides_logits_not_log_probs():
+    log_probs = sampling_log_probs(LOGITS, SamplingParams(temperature=0.5), NONE)
+    torch.testing.assert_close(log_probs, (LOGITS * 2).log_softmax(-1))
+    torch.testing.assert_close(log_probs.exp().sum(-1), torch.ones(2))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-6])  # the hub's generation_config has 1e-6
+def test_greedy_reports_the_untempered_distribution(sampler, temperature):
+    untempered = sampling_log_probs(LOGITS, SamplingParams(temperature=temperature, top_k=1, top_p=0.1), NONE)
+    torch.testing.assert_close(untempered, LOGITS.log_softmax(-1))
+    [[completion]] = sampler.generate(prompts()[:1], SamplingParams(8, temperature, top_k=1))
+    wanted = full_log_probs(sampler.model, prompts()[0], completion.ids, SamplingParams())
+    torch.testing.assert_close(torch.tensor(completion.log_probs), wanted, atol=1e-5, rtol=0)
+    assert max(completion.log_probs) < -0.01
+
+
+def test_draw_follows_the_distribution():
+    probs = torch.tensor([0.0, 0.3, 0.0, 0.05, 0.2, 0.25, 0.1, 0.0999, 0.0001, 0.0])
+    n = 200_000
+    ids = draw(probs.log().expand(n, -1), torch.rand(n, generator=torch.Generator().manual_seed(0)))
+    counts, kept = torch.bincount(ids, minlength=10).double(), probs > 0
+    assert counts[~kept].sum() == 0
+    expected = probs.double() * n
+    chi_square = ((counts - expected)[kept] ** 2 / expected[kept]).sum()
+    assert chi_square < 22.5  # 6 degrees of freedom, p = 0.001
+
+
+def test_draw_at_the_ends_of_the_unit_interval_gives_no_impossible_id():
+    probs = torch.tensor([[0.0, 0.0, 0.25, 0.0, 0.75, 0.0]]).expand(4, -1)
+    uniforms = torch.tensor([0.0, 1e-8, 0.25, 1 - 2**-24])
+    assert draw(probs.log(), uniforms).tolist() == [2, 2, 4, 4]
+    flat = torch.full((1, 151_936), -math.log(151_936))  # rounding of a long sum does not lead past the end
+    flat[0, -1] = -math.inf
+    assert draw(flat, torch.tensor([1 - 2**-24])).item() == 151_934
+
+
+def test_sampled_frequencies_match_reported_log_probs(sampler):
+    params = SamplingParams(1, 0.6, top_k=6, n=4000)
+    [group] = sampler.generate([Prompt(tiny.row(1, 8))], params)
+    reported = {c.ids[0]: c.log_probs[0] for c in group}
+    assert len(reported) == 6
+    assert sum(map(math.exp, reported.values())) == pytest.approx(1, abs=1e-5)
+    for token, log_prob in reported.items():
+        p = math.exp(log_prob)
+        assert sum(c.ids[0] == token for c in group) / 4000 == pytest.approx(p, abs=4.5 * (p * (1 - p) / 4000)**0.5)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_ids_without_a_token_and_vision_ids_never_come(sampler, temperature):
+    """However likely the model finds them; and the log-probs are normalised without them."""
+    biased = Sampler(Biased(sampler.model, dict.fromkeys(NEVER, 50.0)), sampler.tokenizer)
+    params = SamplingParams(30, temperature, n=3)
+    results = biased.generate(prompts()[:3], params)
+    assert_same(results, sampler.generate(prompts()[:3], params))
+    assert not {i for group in results for c in group for i in c.ids} & set(NEVER)
+    assert sorted(sampler.masked_ids.tolist()) == sorted(NEVER)
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_refused(tmp_path):
+    tiny.make_folder(tmp_path, "text", vocab_rows=tiny.KNOWN_IDS - 1)
+    with pytest.raises(InputError, match=r"ids up to 271.*vocab_size of 271"):
+        load_sampler(str(tmp_path), "cpu", "float32")
+
+
+# --- Where a response ends ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("stop", STOPS, ids=["im_end", "endoftext"])
+def test_both_stop_ids_end_a_response_and_belong_to_it(tokenizer, stop):
+    engine, batch = scripted(tokenizer, [*tokenizer.encode("yes"), stop], "no, not ever")
+    [[one], [two]] = engine.generate(batch, SamplingParams(9, 0.0))
+    assert one.ids == [*tokenizer.encode("yes"), stop] and one.text == "yes" and one.finish_reason == "stop"
+    assert len(one.log_probs) == len(one.ids) and one.log_probs[-1] == pytest.approx(one.log_probs[0]) and not any(one.forced)
+    assert two.ids == tokenizer.encode("no, not ever")[:9] and two.finish_reason == "length"
+
+
+def test_a_stop_id_as_the_last_allowed_token_is_a_stop(tokenizer):
+    engine, batch = scripted(tokenizer, [*tokenizer.encode("ab"), IDS["im_end"]])
+    assert engine.generate(batch, SamplingParams(3, 0.0))[0][0].finish_reason == "stop"
+    assert engine.generate(batch, SamplingParams(2, 0.0))[0][0].finish_reason == "length"
+
+
+def test_a_response_ends_where_the_context_does(sampler):
+    sizes = (505, 400, 511)
+    batch = [Prompt(tiny.row(i, size)) for i, size in enumerate(sizes)]
+    results = sampler.generate(batch, SamplingParams(120, 0.0))
+    for prompt, [completion] in zip(batch, results):
+        assert completion.finish_reason == "stop" or len(completion.ids) == min(120, 512 - len(prompt.ids))
+        wanted = full_log_probs(sampler.model, prompt, completion.ids, SamplingParams())
+        torch.testing.assert_close(torch.tensor(completion.log_probs), wanted, atol=1e-5, rtol=0)
+    [[alone]] = sampler.generate(batch[:1], SamplingParams(10**9, 0.0))  # no memory is set aside beyond the context
+    assert alone.ids == results[0][0].ids
+
+
+def test_a_prompt_that_fills_the_context_is_refused(sampler):
+    with pytest.raises(InputError, match="prompt 2: its 512 tokens do not fit the context of 512"):
+        sampler.generate([Prompt(tiny.row(0, 20)), Prompt(tiny.row(0, 512))], SamplingParams(4))
+
+
+# --- Forced exit --------------------------------------------------------------------------------------------------------------
+
+def forced_exit(engine: Sampler, batch: list[Prompt], budget: int, **options) -> list:
+    return [group[0] for group in engine.generate(batch, SamplingParams(60, 0.0, think_budget=budget, **options))]
+
+
+def test_think_budget_appends_the_tag_and_lets_the_model_answer(tokenizer):
+    tag = tokenizer.encode("</think>")
+    assert len(tag) > 3
+    line = [*tokenizer.encode("x" * 12), *tokenizer.encode("z" * len(tag)), *tokenizer.encode("<answer>4</answer>"), IDS["im_end"]]
+    engine, batch = scripted(tokenizer, line)
+    [completion] = forced_exit(engine, batch, 12)
+    assert completion.text == "x" * 12 + "</think><answer>4</answer>" and completion.finish_reason == "forced"
+    assert completion.ids[12:12 + len(tag)] == tag
+    assert completion.forced == [False] * 12 + [True] * len(tag) + [False] * (len(line) - 12 - len(tag))
+    assert len(completion.log_probs) == len(completion.ids)
+    other = -math.log(math.exp(5) + tiny.VOCAB_ROWS - len(NEVER) - 1)  # forced ids: what the model gave them, not 0
+    assert completion.log_probs[12:12 + len(tag)] == pytest.approx([other] * len(tag), abs=1e-4)
+
+
+def test_forced_ids_go_through_the_cache(sampler):
+    """What follows a forced exit is conditioned on it, and its log-probs are right."""
+    params = SamplingParams(30, 1.0, n=2, think_budget=8)
+    tag = sampler.tokenizer.encode("</think>")
+    for prompt, group in zip(prompts(), sampler.generate(prompts(), params)):
+        for completion in group:
+            assert len(completion.ids) <= 8 or completion.ids[8:8 + len(tag)] == tag
+            wanted = full_log_probs(sampler.model, prompt, completion.ids, params)
+            torch.testing.assert_close(torch.tensor(completion.log_probs), wanted, atol=1e-5, rtol=0)
+    alone = [sampler.generate([prompt], params)[0] for prompt in prompts()]
+    assert_same(sampler.generate(prompts(), params), alone)
+
+
+@pytest.mark.parametrize("budget, spelling", [(20, "tokens"), (20, "bytes"), (10, "tokens"), (8, "tokens"), (7, "bytes"), (5, "bytes")])
+def test_no_tag_is_appended_where_it_has_come_or_is_half_written(tokenizer, budget, spelling):
+    """The tag may come in other tokens than its usual ones: only the text counts. It begins at token 4 here."""
+    text = "</think>"
+    tag = tokenizer.encode(text) if spelling == "tokens" else byte_ids(tokenizer, text)
+    line = [*tokenizer.encode("abcd"), *tag, *tokenizer.encode("<answer>1</answer>"), IDS["im_end"]]
+    engine, batch = scripted(tokenizer, line)
+    [completion] = forced_exit(engine, batch, budget)
+    assert completion.ids == line and not any(completion.forced) and completion.finish_reason == "stop"
+
+
+def test_what_only_looks_like_half_a_tag_is_forced_when_it_goes_on(tokenizer):
+    engine, batch = scripted(tokenizer, byte_ids(tokenizer, "ab </theory and more"))
+    [completion] = forced_exit(engine, batch, 6)
+    assert completion.text.startswith("ab </the</think>") and completion.finish_reason == "length"
+    engine, batch = scripted(tokenizer, byte_ids(tokenizer, "<" * 60))  # always half a tag: its grace ends
+    [completion] = forced_exit(engine, batch, 6)
+    assert completion.text.startswith("<" * 14 + "</think>") and completion.text.count("</think>") == 1
+
+
+def test_a_batch_is_forced_row_by_row(tokenizer):
+    lines = ["u" * 60, [*tokenizer.encode("v"), IDS["im_end"]], "ww</think>" + "w" * 50, [*byte_ids(tokenizer, "y" * 9), IDS["endoftext"]]]
+    engine, batch = scripted(tokenizer, *lines)
+    together = forced_exit(engine, batch, 9)
+    assert [c.text[:18] for c in together] == ["u" * 9 + "</think>u", "v", "ww</think>wwwwwwww", "y" * 9 + "</think>."]
+    assert [c.finish_reason for c in together] == ["length", "stop", "length", "length"]
+    alone = [forced_exit(engine, [prompt], 9)[0] for prompt in batch]
+    assert_same([[c] for c in together], [[c] for c in alone])
+
+
+def test_think_budget_0_forces_at_once_and_a_budget_over_the_limit_never(tokenizer):
+    engine, batch = scripted(tokenizer, "abc")
+    assert forced_exit(engine, batch, 0)[0].text.startswith("</think>")
+    assert not any(forced_exit(engine, batch, 60)[0].forced)
+
+
+# --- Streaming ----------------------------------------------------------------------------------------------------------------
+
+class Writes(io.StringIO):
+    def __init__(self):
+        super().__init__()
+        self.pieces = []
+
+    def write(self, text: str) -> int:
+        self.pieces.append(text)
+        return super().write(text)
+
+
+@pytest.mark.parametrize("text", ["caf\u00e9 \u20ac5 \U0001F600!", "\u4f60\u597d"])
+def test_streaming_never_prints_half_a_character(tokenizer, monkeypatch, text):
+    engine, [prompt] = scripted(tokenizer, [*tokenizer.encode(text), IDS["im_end"]])
+    out = Writes()
+    monkeypatch.setattr(sys, "stdout", out)
+    assert stream(engine, prompt, SamplingParams(40, 0.0, n=3)) == text
+    assert out.getvalue() == text + "\n"
+    assert "\ufffd" not in out.getvalue() and len([p for p in out.pieces if p.strip()]) >= len(text.replace(" ", "")) - 1
+
+
+def test_streaming_shows_a_broken_character_only_at_the_end(tokenizer, monkeypatch):
+    engine, [prompt] = scripted(tokenizer, [*tokenizer.encode("a\u20ac")[:-1], IDS["im_end"]])
+    out = Writes()
+    monkeypatch.setattr(sys, "stdout", out)
+    assert stream(engine, prompt, SamplingParams(40, 0.0)) == "a\ufffd"
+    assert out.getvalue() == "a\ufffd\n"
