@@ -14,13 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
-import torch
-
-from data import Example, ImageConfig, InputError, Tokenizer, format_prompt, load_image, make_prompt, read_examples
-from model import Qwen2_5_VL
+from data import Example, ImageConfig, InputError, Prompt, format_prompt, load_image, make_prompt, read_examples
 from rewards import accuracy_reward, extract_answer, is_equivalent
-from sample import Sampler, SamplingParams
-from training import MICRO_BASE, MICRO_DATA, option, parse_options, pick_device, run_command
+from sample import Sampler, SamplingParams, load_sampler
+from training import MICRO_BASE, MICRO_DATA, option, parse_options, run_command
 
 MICRO_TESTS = ("test_text", "test_image", "test_text_other", "test_image_other")
 
@@ -45,30 +42,40 @@ class EvaluateOptions:
     dtype: str = option("auto", "auto is the one on disk", choices=("auto", "float32", "bfloat16"))
 
 
+def example_prompt(sampler: Sampler, images: ImageConfig, example: Example, options: EvaluateOptions) -> Prompt:
+    """The question with its images in the chosen prompt."""
+    pictures = [] if options.mask_images else [load_image(image) for image in example.images]
+    return make_prompt(format_prompt(example, options.prompt_style), pictures, sampler.tokenizer, images)
+
+
 def evaluate(sampler: Sampler, images: ImageConfig, examples: list[Example], options: EvaluateOptions) -> list[dict]:
     """One record per question and run, in order: what was asked, answered, extracted, and the verdict."""
-    prompts = []
-    for example in examples:
-        pictures = [] if options.mask_images else [load_image(image) for image in example.images]
-        prompts.append(make_prompt(format_prompt(example, options.prompt_style), pictures, sampler.tokenizer, images))
+    prompts = [example_prompt(sampler, images, example, options) for example in examples]
     params = SamplingParams(options.max_new_tokens, options.temperature, n=options.runs, seed=options.seed,
                             think_budget=options.think_budget)
     groups = sampler.generate(prompts, params, progress=True)
     return [{"id": example.id, "run": run, "domain": example.domain, "meta": example.meta, "response": completion.text,
              "prompt": format_prompt(example, options.prompt_style), "extracted": extract_answer(completion.text),
-             "answer": example.answer, "correct": accuracy_reward(completion.text, example.answer, example.options) == 1.0,
+             "vote": vote(completion.text, example), "answer": example.answer, "correct": accuracy_reward(completion.text, example.answer, example.options) == 1.0,
              "finish_reason": completion.finish_reason, "forced": any(completion.forced), "tokens": len(completion.ids),
              "words": len(completion.text.split())}
             for example, group in zip(examples, groups) for run, completion in enumerate(group)]
 
 
+def vote(response: str, example: Example) -> str | None:
+    """What a response counts for in a majority: the option it names ("B: No" is a vote for B), else its answer."""
+    if not example.options:
+        return extract_answer(response)
+    return next((letter for letter in example.options if accuracy_reward(response, letter, example.options)), None)
+
+
 def majority(records: list[dict]) -> bool:
     """Is the answer that most of a question's runs gave right? Equivalent answers vote together, unparsed ones not at
     all, and of equally many the answer that came first wins."""
-    parsed = [r for r in records if r["extracted"] is not None]
-    votes = [sum(r["correct"] == other["correct"] and (r["correct"] or is_equivalent(r["extracted"], other["extracted"]))
-                 for other in parsed) for r in parsed]
-    return bool(parsed) and parsed[votes.index(max(votes))]["correct"]
+    voters = [r for r in records if r["vote"] is not None]
+    votes = [sum(r["correct"] == other["correct"] and (r["correct"] or is_equivalent(r["vote"], other["vote"]))
+                 for other in voters) for r in voters]
+    return bool(voters) and voters[votes.index(max(votes))]["correct"]
 
 
 def summarise(records: list[dict]) -> dict:
@@ -91,13 +98,11 @@ def summarise(records: list[dict]) -> dict:
 
 
 def load_examples(path: str, limit: int | None) -> list[Example]:
-    """The file's questions, each with a name of its own and an answer."""
+    """The file's questions, each with a name of its own."""
     examples = []
     for example in read_examples(path):
         if limit is not None and len(examples) == limit:
             break
-        if not example.answer:
-            raise InputError(f"{path}: question {example.id} has no answer to check against")
         examples.append(example)
     if len({example.id for example in examples}) < len(examples):
         raise InputError(f"{path}: field 'id' is not unique")
@@ -119,10 +124,13 @@ def main(argv: list[str]) -> None:
     if options.runs > 1 and options.temperature == 0:
         raise InputError("--runs above 1 needs a --temperature above 0: greedy runs are all the same")
     files = {path: load_examples(path, options.limit) for path in options.data}
-    tokenizer, images = Tokenizer.from_pretrained(options.model), ImageConfig.from_pretrained(options.model)
-    dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
-    model = Qwen2_5_VL.from_pretrained(options.model, device=pick_device(options.device), dtype=dtype)
-    sampler = Sampler(model, tokenizer, max_batch=options.max_batch)
+    sampler, images = load_sampler(options.model, options.device, options.dtype, max_batch=options.max_batch)
+    for path, examples in files.items():  # whatever is wrong with the last file is said before the first is sampled
+        for example in examples:
+            try:
+                sampler.check(example_prompt(sampler, images, example, options), "prompt")
+            except InputError as error:
+                raise InputError(f"{path}: question {example.id}: {error}") from None
     out = open(options.out, "w") if options.out else None
     results = {}
     for path, examples in files.items():

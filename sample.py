@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from data import ImageConfig, InputError, Prompt, Tokenizer, chat_prompt, load_image, make_prompt
 from model import KVCache, Qwen2_5_VL, rope_positions
-from training import MICRO_BASE, option, parse_options, pick_device, run_command
+from training import MICRO_BASE, check_vocabulary, option, parse_options, pick_device, run_command
 
 END_OF_THOUGHT = "</think>"
 TAG_GRACE = 8  # tokens that a half-written </think> may still take when the think budget is used up
@@ -73,6 +73,7 @@ def sampling_log_probs(logits: Tensor, params: SamplingParams, masked_ids: Tenso
         if params.top_p < 1.0:
             probs, order = logits.softmax(-1).sort(-1, descending=True)
             outside = probs.cumsum(-1) - probs >= params.top_p  # the token that crosses top_p is still inside
+            outside[:, 0] = False  # also at top_p 0
             logits = logits.masked_fill(outside.scatter(-1, order, outside), float("-inf"))
     return logits.log_softmax(-1)
 
@@ -84,25 +85,26 @@ def draw(log_probs: Tensor, uniforms: Tensor) -> Tensor:
 
 
 class Sampler:
-    """Samples completions for a list of prompts, text and images mixed, at most `max_batch` sequences at a time."""
+    """Samples completions for a list of prompts, text and images mixed, about `max_batch` sequences at a time (those of
+    one prompt stay together). Raises InputError where the tokenizer has ids beyond the model's vocabulary."""
 
     def __init__(self, model: Qwen2_5_VL, tokenizer: Tokenizer, *, max_batch: int = 256):
         self.model, self.tokenizer, self.max_batch = model, tokenizer, max_batch
         self.device = model.head_weight.device
+        check_vocabulary(tokenizer, model.config)
         self.masked_ids = tokenizer.never_sampled(model.config.vocab_size).to(self.device)
         self.end_of_thought = tokenizer.encode(END_OF_THOUGHT)
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams, *, progress: bool = False,
                  on_token: Callable[[Completion], None] | None = None) -> list[list[Completion]]:
-        """params.n completions of each prompt, in order. A prompt that leaves no room in the context is refused.
+        """params.n completions of each prompt, in order; `check` says which prompts are refused.
 
         `on_token` is called with a completion (ids only) after each of its tokens.
         """
-        context = self.model.config.max_position_embeddings
         for i, prompt in enumerate(prompts):
-            if len(prompt.ids) >= context:
-                raise InputError(f"prompt {i + 1}: its {len(prompt.ids)} tokens do not fit the context of {context}")
+            self.check(prompt, f"prompt {i + 1}")
+        context = self.model.config.max_position_embeddings
         # Prompts of like length share a batch: less padding in the prefill.
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
         size = max(1, self.max_batch // params.n)
@@ -118,7 +120,15 @@ class Sampler:
                     results[chosen[j // params.n]].append(self.finish(sequence.completion))
         return results
 
-    def prefill(self, prompts: list[Prompt], params: SamplingParams) -> tuple[KVCache, Tensor, Tensor]:
+    def check(self, prompt: Prompt, name: str) -> None:
+        """Raises InputError for a prompt that leaves no room in the context, and for images where the model takes none."""
+        context = self.model.config.max_position_embeddings
+        if len(prompt.ids) >= context:
+            raise InputError(f"{name}: its {len(prompt.ids)} tokens do not fit the context of {context}")
+        if prompt.grids and self.model.config.vision is None:
+            raise InputError(f"{name}: this model has no vision tower: it takes no images")
+
+    def prefill(self, prompts: list[Prompt], n: int, max_new_tokens: int) -> tuple[KVCache, Tensor, Tensor]:
         """Runs each prompt once. Returns cache, next position [B] and logits [B, V], each row n times over."""
         lengths = torch.tensor([len(p.ids) for p in prompts], device=self.device)
         T = int(lengths.max())
@@ -128,24 +138,25 @@ class Sampler:
         patches = [p.patches for p in prompts if p.patches is not None]
         grids = [grid for p in prompts for grid in p.grids]
         config, dtype = self.model.config, self.model.head_weight.dtype
-        cache = KVCache(config, len(prompts), T + params.max_new_tokens, device=self.device, dtype=dtype)
+        cache = KVCache(config, len(prompts), T + max_new_tokens, device=self.device, dtype=dtype)
         position_ids, next_position = rope_positions(input_ids, grids, config)
         hidden = self.model(input_ids, position_ids=position_ids, image_grid_thw=grids or None, cache=cache, lengths=lengths,
                             pixel_values=torch.cat(patches).to(self.device) if patches else None)
         hidden = hidden[torch.arange(len(prompts), device=self.device), lengths - 1]
         next_position = next_position - (T - lengths)  # rope_positions counts to the padded end
-        rows = torch.arange(len(prompts), device=self.device).repeat_interleave(params.n)
+        rows = torch.arange(len(prompts), device=self.device).repeat_interleave(n)
         return cache.select(rows), next_position[rows], self.model.logits(hidden)[rows]
 
     def run(self, prompts: list[Prompt], sequences: list[Generation], params: SamplingParams, bar: tqdm,
             on_token: Callable[[Completion], None] | None) -> None:
         """Samples one batch to its end: a token for every live sequence per step."""
-        cache, position, logits = self.prefill(prompts, params)
-        uniforms = torch.stack([torch.nn.functional.pad(s.uniforms, (0, params.max_new_tokens - s.limit)) for s in sequences])
+        steps = max(s.limit for s in sequences)
+        cache, position, logits = self.prefill(prompts, params.n, steps)
+        uniforms = torch.stack([torch.nn.functional.pad(s.uniforms, (0, steps - s.limit)) for s in sequences])
         uniforms = uniforms.to(self.device)
         rows = list(sequences)  # row b of the cache belongs to rows[b]
         done = [False] * len(rows)
-        for step in range(params.max_new_tokens):
+        for step in range(steps):
             log_probs = sampling_log_probs(logits, params, self.masked_ids)
             greedy = params.temperature <= GREEDY_BELOW
             ids = log_probs.argmax(-1) if greedy else draw(log_probs, uniforms[:, step])
@@ -245,8 +256,8 @@ def sample_once(sampler: Sampler, options: SampleOptions, images: ImageConfig) -
     tokens = sum(len(c.ids) for c in completions)
     print(json.dumps({
         "prompt_ids": prompt.ids,
-        "completions": [{"ids": c.ids, "log_probs": c.log_probs, "text": c.text, "finish_reason": c.finish_reason}
-                        for c in completions],
+        "completions": [{"ids": c.ids, "log_probs": [p if p > float("-inf") else None for p in c.log_probs],  # forced ids
+                         "text": c.text, "finish_reason": c.finish_reason} for c in completions],
         "usage": {"prompt_tokens": len(prompt.ids), "completion_tokens": tokens, "seconds": seconds,
                   "tokens_per_second": tokens / seconds}}))
 
@@ -255,6 +266,7 @@ def chat(sampler: Sampler, options: SampleOptions, image_config: ImageConfig) ->
     """A conversation in the terminal: the answer appears as it is sampled. `/image FILE` puts an image before the next
     message, `/reset` forgets everything, `/quit` or Ctrl-D ends."""
     print("/image FILE adds an image to your next message, /reset starts again, /quit ends.", file=sys.stderr)
+    sys.stdin.reconfigure(errors="replace")
     messages, images, pending = [], [], []
     while True:
         try:
@@ -296,12 +308,18 @@ def stream(sampler: Sampler, prompt: Prompt, params: SamplingParams) -> str:
     return completion.text
 
 
+def load_sampler(folder: str, device: str, dtype: str, **options) -> tuple[Sampler, ImageConfig]:
+    """A model folder, ready to be sampled from. Text-only folders say nothing about images."""
+    device, dtype = pick_device(device), None if dtype == "auto" else getattr(torch, dtype)
+    tokenizer = Tokenizer.from_pretrained(folder)
+    model = Qwen2_5_VL.from_pretrained(folder, device=device, dtype=dtype)
+    images = ImageConfig.from_pretrained(folder) if model.config.vision is not None else ImageConfig()
+    return Sampler(model, tokenizer, **options), images
+
+
 def main(argv: list[str]) -> None:
     options = parse_options(SampleOptions, argv)
-    device = pick_device(options.device)
-    tokenizer, images = Tokenizer.from_pretrained(options.model), ImageConfig.from_pretrained(options.model)
-    dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
-    sampler = Sampler(Qwen2_5_VL.from_pretrained(options.model, device=device, dtype=dtype), tokenizer)
+    sampler, images = load_sampler(options.model, options.device, options.dtype)
     if options.prompt is None:
         chat(sampler, options, images)
     else:
