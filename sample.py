@@ -137,7 +137,8 @@ class Sampler:
             input_ids[row, :len(prompt.ids)] = torch.tensor(prompt.ids)
         patches = [p.patches for p in prompts if p.patches is not None]
         grids = [grid for p in prompts for grid in p.grids]
-        config, dtype = self.model.config, self.model.head_weight.dtype
+        config, kind = self.model.config, self.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.model.head_weight.dtype
         cache = KVCache(config, len(prompts), T + max_new_tokens, device=self.device, dtype=dtype)
         position_ids, next_position = rope_positions(input_ids, grids, config)
         hidden = self.model(input_ids, position_ids=position_ids, image_grid_thw=grids or None, cache=cache, lengths=lengths,
