@@ -58,18 +58,19 @@ class Config:
         kind = raw.get("model_type")
         if kind not in ("qwen2_5_vl", "qwen2"):
             raise InputError(f"{name}: model_type {kind!r} is not supported (qwen2_5_vl, or qwen2 for text only)")
-        flat = {**raw, **(raw.get("text_config") or {})}
-        if "tie_word_embeddings" in raw:  # newer saves have it at the top, older ones inside text_config
-            flat["tie_word_embeddings"] = raw["tie_word_embeddings"]
-        flat.setdefault("tie_word_embeddings", False)
-        if isinstance(flat.get("eos_token_id"), list):
+        text = section(raw, "text_config", name)
+        flat = {**raw, **{k: v for k, v in text.items() if v is not None}}  # re-saves leave nulls behind
+        # newer saves have the flag at the top, older ones inside text_config beside the top's default
+        flat["tie_word_embeddings"] = raw.get("tie_word_embeddings") or text.get("tie_word_embeddings") or False
+        if isinstance(flat.get("eos_token_id"), list) and flat["eos_token_id"]:
             flat["eos_token_id"] = flat["eos_token_id"][0]
         flat["torch_dtype"] = raw.get("torch_dtype") or raw.get("dtype") or flat.get("dtype") or "float32"
-        rope = flat.get("rope_parameters") or flat.get("rope_scaling") or {}
+        rope = section(flat, "rope_parameters", name) or section(flat, "rope_scaling", name)
         rope_kind = rope.get("rope_type", rope.get("type", "default"))
         if rope_kind not in ("mrope", "default"):
             raise InputError(f"{name}: rope_scaling type {rope_kind!r} is not supported (mrope or default)")
-        flat.setdefault("rope_theta", rope.get("rope_theta"))
+        flat["rope_theta"] = rope.get("rope_theta", flat.get("rope_theta"))
+        flat["mrope_section"], flat["vision"] = None, None
         if kind == "qwen2_5_vl":
             flat["mrope_section"] = rope.get("mrope_section")
             flat["vision"] = read_fields(VisionConfig, vision_fields(raw, name), f"{name}: vision_config")
@@ -86,17 +87,24 @@ class Config:
             if not condition:
                 raise InputError(f"{name}: {message}")
 
-        require(self.hidden_size % self.num_attention_heads == 0, "hidden_size is not a multiple of num_attention_heads")
+        require(self.hidden_size % (2 * self.num_attention_heads) == 0,
+                "hidden_size is not an even multiple of num_attention_heads")
         require(self.num_attention_heads % self.num_key_value_heads == 0,
                 "num_attention_heads is not a multiple of num_key_value_heads")
-        require(hasattr(torch, self.torch_dtype), f"torch_dtype {self.torch_dtype!r} is not a torch dtype")
+        require(self.torch_dtype in ("float32", "float16", "bfloat16"),
+                f"torch_dtype {self.torch_dtype!r} is not supported")
         if self.vision is not None:
-            require(self.mrope_section is not None and sum(self.mrope_section) * 2 == self.head_dim,
-                    f"mrope_section {self.mrope_section} does not sum to half the head dim {self.head_dim}")
-            require(self.vision.out_hidden_size == self.hidden_size, "vision_config: out_hidden_size is not hidden_size")
+            require(len(self.mrope_section or ()) == 3 and sum(self.mrope_section) * 2 == self.head_dim,
+                    f"mrope_section {self.mrope_section} is not three numbers with sum {self.head_dim // 2}, half the head dim")
+            require(self.vision.out_hidden_size == self.hidden_size,
+                    "vision_config: out_hidden_size is not hidden_size")
             require(self.vision.hidden_size % (4 * self.vision.num_heads) == 0,
                     "vision_config: hidden_size is not a multiple of 4 * num_heads")
-            require(self.image_token_id is not None, "image_token_id is missing")
+            require(self.vision.window_size >= self.vision.patch_size * self.vision.spatial_merge_size,
+                    "vision_config: window_size is smaller than a merged cell")
+            for field in ("image_token_id", "video_token_id"):
+                require(getattr(self, field) is not None, f"{field} is missing")
+                require(getattr(self, field) < self.vocab_size, f"{field} is not below vocab_size")
 
     def to_dict(self) -> dict:
         """The hub's flat config.json."""
@@ -112,10 +120,18 @@ class Config:
         return raw
 
 
+def section(raw: dict, field: str, name: str) -> dict:
+    """An object inside the config; empty where it is missing or null."""
+    value = raw.get(field) or {}
+    if not isinstance(value, dict):
+        raise InputError(f"{name}: {field} has a bad value: {value!r}")
+    return value
+
+
 def vision_fields(raw: dict, name: str) -> dict:
     """The config's `vision_config`, with `in_chans` under its newer name."""
-    vision = raw.get("vision_config")
-    if not isinstance(vision, dict):
+    vision = section(raw, "vision_config", name)
+    if not vision:
         raise InputError(f"{name}: vision_config is missing")
     if vision.get("hidden_act", "silu") != "silu":
         raise InputError(f"{name}: vision_config: hidden_act {vision['hidden_act']!r} is not supported (only 'silu')")
@@ -123,7 +139,7 @@ def vision_fields(raw: dict, name: str) -> dict:
 
 
 def read_fields(cls: type, raw: dict, name: str):
-    """Builds a config dataclass from the fields that it defines; numbers must be positive. InputError names the field."""
+    """Builds a config dataclass from the fields that it defines; numbers must be positive, or InputError."""
     values = {}
     for field in fields(cls):
         value = raw.get(field.name)
@@ -146,7 +162,7 @@ def read_fields(cls: type, raw: dict, name: str):
     try:
         return cls(**values)
     except TypeError as error:  # "missing 2 required positional arguments: 'a' and 'b'"
-        raise InputError(f"{name}: missing {str(error).partition('arguments: ')[2] or str(error).rpartition(': ')[2]}") from None
+        raise InputError(f"{name}: missing {str(error).rpartition(': ')[2]}") from None
 
 
 class KVCache:
@@ -167,6 +183,7 @@ class KVCache:
         """Writes k and v [B, T, K, D] behind each row; returns all keys, all values [B, S, K, D] and the keys per row
         (None for the first tokens of empty rows: plain causal attention)."""
         T, end = k.shape[1], self.longest + k.shape[1]
+        k, v = k.to(self.keys.dtype), v.to(self.values.dtype)  # under autocast they arrive in two precisions
         if self.longest == 0:
             self.keys[layer, :, :T], self.values[layer, :, :T] = k, v
             return k, v, None
@@ -199,8 +216,6 @@ def rope_positions(input_ids: Tensor, grids: list[Grid], config: Config) -> tupl
     B, T = input_ids.shape
     position_ids = torch.arange(T).expand(3, B, T)
     if config.vision is None:
-        if grids:
-            raise InputError("this model has no vision tower: it takes no images")
         return position_ids.to(input_ids.device), torch.full((B,), T, device=input_ids.device)
     if (input_ids == config.video_token_id).any():
         raise InputError("video input is not supported: images only")
@@ -228,6 +243,23 @@ def rope_positions(input_ids: Tensor, grids: list[Grid], config: Config) -> tupl
     if pending:
         raise InputError(f"{len(pending)} images have no image tokens")
     return position_ids.to(input_ids.device), next_position.to(input_ids.device)
+
+
+def check_images(pixel_values: Tensor | None, grids: list[Grid], config: Config) -> None:
+    """Raises InputError where patches [P, 1176] and grids do not belong together, or cannot be images."""
+    if (pixel_values is None) == bool(grids):
+        raise InputError("pixel_values and image_grid_thw go together: one of them is missing")
+    if not grids:
+        return
+    if config.vision is None:
+        raise InputError("this model has no vision tower: it takes no images")
+    merge = config.vision.spatial_merge_size
+    for t, h, w in grids:
+        if t != 1 or h < merge or w < merge or h % merge or w % merge:
+            raise InputError(f"image_grid_thw {(t, h, w)} is not one image of whole {merge} x {merge} cells")
+    wanted = (sum(h * w for _, h, w in grids), config.vision.patch_dim)
+    if tuple(pixel_values.shape) != wanted:
+        raise InputError(f"pixel_values has shape {list(pixel_values.shape)}, the grids need {list(wanted)}")
 
 
 def rope_angles(position_ids: Tensor, config: Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -299,8 +331,7 @@ class Qwen2_5_VL(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        if config.vision is not None:
-            self.visual = VisionTower(config.vision)
+        self.visual = VisionTower(config.vision) if config.vision is not None else None
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -320,6 +351,7 @@ class Qwen2_5_VL(nn.Module):
         offsets belong to the request, not to the model. `lengths` [B]: the real tokens per row, for the cache.
         """
         grids = [tuple(map(int, grid)) for grid in image_grid_thw] if image_grid_thw is not None else []
+        check_images(pixel_values, grids, self.config)
         if position_ids is None:
             if cache is not None and cache.longest:
                 raise ValueError("tokens behind a cache need their position_ids")
@@ -346,12 +378,14 @@ class Qwen2_5_VL(nn.Module):
         return F.linear(hidden, self.head_weight)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, device="cpu", dtype: torch.dtype | None = torch.float32) -> "Qwen2_5_VL":
+    def from_pretrained(cls, folder: str | Path, *, device="cpu",
+                        dtype: torch.dtype | None = torch.float32) -> "Qwen2_5_VL":
         """Loads a model folder, strictly; dtype None keeps the one on disk. Raises InputError listing what is wrong."""
         config = Config.from_dict(read_json(Path(folder) / "config.json"), str(Path(folder) / "config.json"))
         with torch.device("meta"):
             model = cls(config)
-        state = read_weights(Path(folder), model.state_dict(), config, device, dtype or getattr(torch, config.torch_dtype))
+        dtype = dtype or getattr(torch, config.torch_dtype)
+        state = read_weights(Path(folder), model.state_dict(), config, device, dtype)
         model.load_state_dict(state, assign=True)
         return model.eval()
 
@@ -359,12 +393,14 @@ class Qwen2_5_VL(nn.Module):
         """Writes config.json and model.safetensors in the published layout, all or nothing; other files there stay."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        state = {k: v.detach().to(device="cpu", dtype=dtype or v.dtype).contiguous() for k, v in self.state_dict().items()}
+        state = {key: tensor.detach().to(device="cpu", dtype=dtype or tensor.dtype).contiguous()
+                 for key, tensor in self.state_dict().items()}
         raw = self.config.to_dict() | {"torch_dtype": str(state["model.norm.weight"].dtype).removeprefix("torch.")}
-        save_file(state, folder / "model.safetensors.tmp", metadata={"format": "pt"})
         (folder / "config.json.tmp").write_text(json.dumps(raw, indent=2) + "\n")
+        save_file(state, folder / "model.safetensors.tmp", metadata={"format": "pt"})
         for name in ("model.safetensors", "config.json"):
             os.replace(folder / f"{name}.tmp", folder / name)
+        (folder / "model.safetensors.index.json").unlink(missing_ok=True)  # of shards that stood here before
 
 
 SIDE_FILES = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "generation_config.json",
@@ -407,36 +443,37 @@ def published_key(key: str) -> str:
     return key.replace("model.language_model.", "model.", 1).replace("model.visual.", "visual.", 1)
 
 
-def read_weights(folder: Path, wanted: dict[str, Tensor], config: Config, device, dtype: torch.dtype) -> dict[str, Tensor]:
+def read_weights(folder: Path, wanted: dict[str, Tensor], config: Config, device,
+                 dtype: torch.dtype) -> dict[str, Tensor]:
     """All tensors of a model folder under their published names. Every missing, unexpected, misshapen or non-finite
     one is listed in one InputError."""
-    state, problems = {}, []
+    state, seen, problems = {}, set(), []
     for path in weight_files(folder):
         try:
             with safe_open(path, framework="pt") as shard:
                 for key in shard.keys():
-                    problem, name = "", published_key(key)
-                    tensor = shard.get_tensor(key)
+                    name, tensor = published_key(key), shard.get_tensor(key)
+                    seen.add(name)
                     if name == "lm_head.weight" and config.tie_word_embeddings:
                         state[name] = tensor  # some re-saves write the tied head: it must then be the embedding
                     elif name not in wanted:
-                        problem = f"unexpected {key}"
+                        problems.append(f"{path.name}: unexpected {key}")
                     elif tensor.shape != wanted[name].shape:
-                        problem = f"{key} has shape {list(tensor.shape)}, expected {list(wanted[name].shape)}"
+                        expected = list(wanted[name].shape)
+                        problems.append(f"{path.name}: {key} has shape {list(tensor.shape)}, expected {expected}")
                     elif not tensor.isfinite().all():
-                        problem = f"{key} has NaN or infinite values"
+                        problems.append(f"{path.name}: {key} has NaN or infinite values")
                     else:
                         state[name] = tensor.to(device=device, dtype=dtype)
-                    problems += [f"{path.name}: {problem}"] * bool(problem)
         except FileNotFoundError:
             raise InputError(f"{path}: no such file") from None
         except (OSError, SafetensorError) as error:
             raise InputError(f"{path}: not a readable safetensors file: {error}") from None
     if config.tie_word_embeddings and (head := state.pop("lm_head.weight", None)) is not None:
-        if not torch.equal(head.to(device=device, dtype=dtype), state.get("model.embed_tokens.weight", head.new_empty(0))):
+        embedding = state.get("model.embed_tokens.weight", torch.empty(0, device=device))
+        if not torch.equal(head.to(device=device, dtype=dtype), embedding):
             problems.append("lm_head.weight differs from the embedding although tie_word_embeddings is true")
-    named = {p.split(": ", 1)[1].split(" has ")[0] for p in problems}
-    problems += [f"missing {key}" for key in wanted if key not in state and key not in map(published_key, named)]
+    problems += [f"missing {key}" for key in wanted if key not in seen]
     if problems:
         shown = "; ".join(problems[:10]) + (f"; and {len(problems) - 10} more" if len(problems) > 10 else "")
         raise InputError(f"{folder}: {shown}")

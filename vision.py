@@ -1,4 +1,4 @@
-"""The vision tower of Qwen2.5-VL (arXiv 2502.13923, section 2.1): image patches in, one embedding per 2 x 2 patches out.
+"""The vision tower of Qwen2.5-VL (arXiv 2502.13923, section 2.1): image patches in, one embedding per merged cell out.
 
 Shapes: P patches of all images together, M = P / 4 merged cells (2 x 2 patches: one image token), H heads, D head dim,
 C width. A grid (t, h, w) counts an image's patches; t is 1, since images only are supported. Patches arrive in the
@@ -111,7 +111,7 @@ class VisionAttention(nn.Module):
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).view(x.shape[0], 3, self.num_heads, -1).unbind(1)                          # each [P, H, D]
+        q, k, v = self.qkv(x).view(x.shape[0], 3, self.num_heads, -1).unbind(1)                         # each [P, H, D]
         q, k = (apply_rope(t.float(), cos, sin).to(v.dtype) for t in (q, k))
         out = attention(q[None], k[None], v[None], causal=False, cu_seqlens=cu_seqlens)
         return self.proj(out.reshape(x.shape))
@@ -162,7 +162,8 @@ class PatchMerger(nn.Module):
         super().__init__()
         self.width = config.hidden_size * config.spatial_merge_size**2
         self.ln_q = RMSNorm(config.hidden_size, eps=1e-6)
-        self.mlp = nn.Sequential(nn.Linear(self.width, self.width), nn.GELU(), nn.Linear(self.width, config.out_hidden_size))
+        self.mlp = nn.Sequential(nn.Linear(self.width, self.width), nn.GELU(),
+                                 nn.Linear(self.width, config.out_hidden_size))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.mlp(self.ln_q(x).view(-1, self.width))
@@ -179,7 +180,7 @@ class VisionTower(nn.Module):
         self.merger = PatchMerger(config)
 
     def forward(self, pixel_values: Tensor, grids: list[Grid]) -> Tensor:
-        """pixel_values [P, 1176] of all images, their grids -> image embeddings [P / 4, out_hidden_size] in image order."""
+        """pixel_values [P, 1176] of all images, their grids -> embeddings [P / 4, out_hidden_size] in image order."""
         order, windows, images = window_layout(grids, self.config)
         order = order.to(pixel_values.device)
         x = self.to_window_order(self.patch_embed(pixel_values), order)

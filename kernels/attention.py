@@ -1,6 +1,6 @@
-"""Softmax attention for the decoder (causal, grouped-query), the ViT (windows in packed rows) and decoding (ragged keys).
+"""Softmax attention for the decoder (causal, grouped-query), the ViT (packed windows) and decoding (ragged keys).
 
-Shapes: B batch, T queries, S keys, H query heads, K key/value heads (H % K == 0; query head h reads kv head h // (H/K)),
+Shapes: B batch, T queries, S keys, H query heads, K key/value heads (H % K == 0; head h reads kv head h // (H / K)),
 D head dim. Every path computes softmax(scale * q k^T + mask) v with one of three masks:
 
 * causal:      query t sees key s when s <= t + (S - T): bottom-right aligned, so the last query sees every key;
@@ -18,7 +18,7 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale:
                         key_lengths: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
     """The definition, with the scores written out: q [B, T, H, D], k and v [B, S, K, D] -> [B, T, H, D].
 
-    The softmax is in float32 (float64 stays). The H/K query heads of a group are rows of one product: no copy of k or v.
+    The softmax is in float32 (float64 stays). A group's H/K query heads are rows of one product: no copy of k or v.
     """
     B, T, H, D = q.shape
     S, K = k.shape[1], k.shape[2]
@@ -61,7 +61,8 @@ def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: floa
     return out.transpose(1, 2)
 
 
-def attention_packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, causal: bool, scale: float | None) -> Tensor:
+def attention_packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, causal: bool,
+                     scale: float | None) -> Tensor:
     """Packed rows [1, T, H, D]: all segments of one length go through one batched call.
 
     A ViT has many windows of few distinct lengths (full ones, and those cut by the image's border), so this is a

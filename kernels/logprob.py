@@ -21,12 +21,10 @@ def token_log_probs_reference(hidden: Tensor, weight: Tensor, targets: Tensor, *
     logits = (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32)) / temperature          # [N, V]
     if masked_ids is not None:
         logits = logits.index_fill(-1, masked_ids, float("-inf"))
-    log_normaliser = logits.logsumexp(-1)
-    log_probs = logits.gather(-1, targets[:, None])[:, 0] - log_normaliser
-    # -sum p log p = log Z - sum p * logit; a masked row has p = 0, and 0 * -inf must count as 0.
-    probs = (logits - log_normaliser[:, None]).exp()
-    entropy = log_normaliser - (probs * logits.masked_fill(logits.isneginf(), 0.0)).sum(-1)
-    return log_probs, entropy
+    log_probs = logits.log_softmax(-1)
+    # A masked id has p = 0, and 0 * -inf must count as 0. (log Z - sum p * logit would cancel badly in float32.)
+    entropy = -(log_probs.exp() * log_probs.masked_fill(log_probs.isneginf(), 0.0)).sum(-1)
+    return log_probs.gather(-1, targets[:, None])[:, 0], entropy
 
 
 def token_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0,
@@ -36,5 +34,6 @@ def token_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, *, temperat
     if hidden.shape[0] <= rows:
         return token_log_probs_reference(hidden, weight, targets, temperature=temperature, masked_ids=masked_ids)
     parts = [checkpoint(token_log_probs_reference, h, weight, t, temperature=temperature, masked_ids=masked_ids,
-                        use_reentrant=False) for h, t in zip(hidden.split(rows), targets.split(rows))]
+                        use_reentrant=False, preserve_rng_state=False)
+             for h, t in zip(hidden.split(rows), targets.split(rows))]
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])

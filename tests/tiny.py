@@ -98,7 +98,8 @@ def shapes(config: dict) -> dict[str, tuple[int, ...]]:
         v = config["vision_config"]
         c, mlp, cell = v["hidden_size"], v["intermediate_size"], v["hidden_size"] * 4
         for i in range(v["depth"]):
-            block = {"norm1.weight": (c,), "norm2.weight": (c,), "attn.qkv.weight": (3 * c, c), "attn.qkv.bias": (3 * c,),
+            block = {"norm1.weight": (c,), "norm2.weight": (c,),
+                     "attn.qkv.weight": (3 * c, c), "attn.qkv.bias": (3 * c,),
                      "attn.proj.weight": (c, c), "attn.proj.bias": (c,), "mlp.gate_proj.weight": (mlp, c),
                      "mlp.gate_proj.bias": (mlp,), "mlp.up_proj.weight": (mlp, c), "mlp.up_proj.bias": (mlp,),
                      "mlp.down_proj.weight": (c, mlp), "mlp.down_proj.bias": (c,)}
@@ -111,17 +112,14 @@ def shapes(config: dict) -> dict[str, tuple[int, ...]]:
 
 
 def weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Activations of order 1, attention scores with a spread of about 2, no norm or bias that could be left out unseen."""
+    """Activations, attention scores and logits of order 1; no norm or bias that could be left out unseen."""
     noise = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
     if name.endswith(".bias"):
         value = 0.2 * noise
     elif len(shape) == 1:
         value = 1 + 0.2 * noise
-    elif "embed_tokens" in name:
-        value = 0.25 * noise
     else:
-        value = (1.5 if any(part in name for part in ("q_proj", "k_proj", "qkv")) else 1.0) * noise / shape[1]**0.5
-        value = value / 14 if "patch_embed" in name else value  # its fan-in is 1176, not 3
+        value = noise / np.prod(shape[1:])**0.5
     return torch.from_numpy(value.astype(np.float32))
 
 
@@ -209,3 +207,47 @@ def row(seed: int, length: int, grids: list[tuple[int, int, int]] = ()) -> list[
             _, h, w = grids[i]
             out += [ids["vision_start"], *[ids["image_pad"]] * (h * w // 4), ids["vision_end"]]
     return out
+
+
+class Case:
+    """Rows padded on the right to input_ids [B, T], their lengths [B], all images' grids, and labels for a loss over
+    all real tokens but the first, or over those that `response` marks (-100 elsewhere; not yet shifted)."""
+
+    def __init__(self, rows: list[list[int]], grids: list[tuple[int, int, int]] = (), response: list[range] = ()):
+        width = max(map(len, rows))
+        self.input_ids = torch.tensor([ids + [special_ids()["endoftext"]] * (width - len(ids)) for ids in rows])
+        self.lengths, self.grids = torch.tensor([len(ids) for ids in rows]), list(grids)
+        counted = torch.arange(width) < self.lengths[:, None]
+        if response:
+            counted = torch.tensor([[t in span for t in range(width)] for span in response])
+        self.labels = self.input_ids.masked_fill(~counted, -100)
+
+
+def cases(variant: str) -> dict[str, Case]:
+    """The inputs of the golden outputs."""
+    out = {"text": Case([row(0, 24), row(1, 15)])}
+    if variant.startswith("vl"):
+        many = [GRIDS["cut"], GRIDS["square"], GRIDS["one_window"]]
+        out["one"] = Case([row(2, 7, [GRIDS["square"]])], [GRIDS["square"]])
+        out["images"] = Case([row(3, 10, many), row(4, 8), row(5, 14, [GRIDS["strip"]])], [*many, GRIDS["strip"]])
+    return out
+
+
+def sft_case() -> Case:
+    """Three right-padded rows, of which a response in the middle or at the end is learnt."""
+    return Case([row(6, 20), row(7, 13), row(8, 17)], response=[range(8, 20), range(5, 9), range(12, 17)])
+
+
+FEATURE_GRIDS = [*GRIDS.values(), (1, 34, 46)]  # images of the golden vision features
+
+
+def summary(hidden: torch.Tensor, logits: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the golden files keep of hidden [B, T, C] and logits [B, T, V]: every 4th and 16th column of real tokens."""
+    real = torch.arange(hidden.shape[1]) < lengths[:, None]
+    return hidden[real][:, ::4], logits[real][:, ::16]
+
+
+def gradient_summary(grad: torch.Tensor) -> torch.Tensor:
+    """What the golden files keep of a gradient: its norm, and 16 values spread over it."""
+    flat = grad.detach().flatten()
+    return torch.cat((flat.norm()[None], flat[torch.linspace(0, len(flat) - 1, 16).long()]))
