@@ -1,0 +1,496 @@
+"""Stage 2: the loss against hand-computed values, advantages, KL estimators, rollouts, updates, and whole runs."""
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import grpo  # noqa: E402
+import tiny  # noqa: E402
+from data import InputError, Prompt  # noqa: E402
+from grpo import grpo_loss, group_advantages, kl_penalty, make_batch  # noqa: E402
+from sample import Completion  # noqa: E402
+
+CLIP = {"clip_eps_low": 0.2, "clip_eps_high": 0.28}
+METRICS = ("step epoch loss lr grad_norm tokens tokens_per_second seconds reward reward_std zero_std_groups advantage_mean "
+           "response_length clipped_responses entropy kl ratio_mean clip_fraction logprob_diff rollout_seconds train_seconds "
+           "rollout_tokens_per_second").split()
+
+
+def logs(rows: list[list[float]]) -> torch.Tensor:
+    """Log-probs of given probabilities, as a leaf."""
+    return torch.tensor(rows).log().requires_grad_()
+
+
+def loss_and_gradient(probs, old, advantages, mask, **options):
+    log_probs = logs(probs)
+    loss, metrics = grpo_loss(log_probs, logs(old).detach(), torch.tensor(advantages), torch.tensor(mask), **{**CLIP, **options})
+    loss.backward()
+    return loss.item(), log_probs.grad, metrics
+
+
+def random_batch(seed: int = 0, N: int = 6, T: int = 9) -> dict:
+    """Stale log-probs, half of them outside the clip range, and rows of different lengths."""
+    g = torch.Generator().manual_seed(seed)
+    log_probs = -2 * torch.rand(N, T, generator=g, dtype=torch.float64)
+    mask = torch.arange(T) < torch.randint(2, T + 1, (N, 1), generator=g)
+    mask[1, 0] = False  # a forced id in the middle is masked too
+    return {"log_probs": log_probs, "old_log_probs": log_probs + 0.4 * torch.randn(N, T, generator=g, dtype=torch.float64),
+            "ref_log_probs": log_probs + 0.4 * torch.randn(N, T, generator=g, dtype=torch.float64),
+            "advantages": torch.randn(N, generator=g, dtype=torch.float64), "completion_mask": mask}
+
+
+# --- grpo_loss, by hand -------------------------------------------------------------------------------------------------------
+
+def test_loss_on_policy_by_hand():
+    """The ratio is 1: the loss is minus the mean advantage of a token, each token's gradient -A / tokens."""
+    loss, grad, metrics = loss_and_gradient([[0.5, 0.25]], [[0.5, 0.25]], [2.0], [[True, True]])
+    assert loss == pytest.approx(-2.0) and torch.allclose(grad, torch.tensor([[-1.0, -1.0]]))
+    assert metrics == pytest.approx({"ratio_mean": 1.0, "clip_fraction": 0.0})
+
+
+def test_loss_is_a_mean_over_tokens_not_over_responses():
+    """3 tokens of advantage 1 and 1 token of advantage -3: token mean -(3 - 3) / 4 = 0, mean of response means 1."""
+    loss, grad, _ = loss_and_gradient([[0.5, 0.5, 0.5], [0.5, 0.9, 0.9]], [[0.5, 0.5, 0.5], [0.5, 0.9, 0.9]], [1.0, -3.0],
+                                      [[True, True, True], [True, False, False]])
+    assert loss == pytest.approx(0.0, abs=1e-6)
+    assert torch.allclose(grad, torch.tensor([[-0.25, -0.25, -0.25], [0.75, 0.0, 0.0]]))
+
+
+def test_loss_with_stale_log_probs_by_hand():
+    """Ratios 1.2, 1.4, 0.6 | 1.4, 0.6, advantages 1 | -0.5, range [0.8, 1.28]. Gains per token:
+    1.2, min(1.4, 1.28), min(0.6, 0.8) | min(-0.7, -0.64), min(-0.3, -0.4); their sum is 1.98, over 5 tokens."""
+    loss, grad, metrics = loss_and_gradient([[0.6, 0.7, 0.3], [0.7, 0.3, 0.1]], [[0.5, 0.5, 0.5], [0.5, 0.5, 0.9]], [1.0, -0.5],
+                                            [[True, True, True], [True, True, False]])
+    assert loss == pytest.approx(-(1.2 + 1.28 + 0.6 - 0.7 - 0.4) / 5)  # -0.396
+    assert torch.allclose(grad, torch.tensor([[-0.24, 0.0, -0.12], [0.14, 0.0, 0.0]]), atol=1e-6)
+    assert metrics["ratio_mean"] == pytest.approx(1.04) and metrics["clip_fraction"] == pytest.approx(2 / 5)
+
+
+@pytest.mark.parametrize("ratio, advantage, gradient", [
+    (1.25, 1.0, -1.25), (1.30, 1.0, 0.0),     # above: a good token is not pushed further
+    (0.75, 1.0, -0.75), (0.85, 1.0, -0.85),   # below: it is still brought back
+    (0.85, -1.0, 0.85), (0.75, -1.0, 0.0),    # below: a bad token is not pushed further
+    (1.25, -1.0, 1.25), (1.30, -1.0, 1.30),   # above: it is still brought back
+])
+def test_clipping_on_both_sides_of_both_bounds(ratio, advantage, gradient):
+    _, grad, metrics = loss_and_gradient([[0.4 * ratio]], [[0.4]], [advantage], [[True]])
+    assert grad.item() == pytest.approx(gradient, rel=1e-5)
+    assert metrics["clip_fraction"] == float(gradient == 0.0)
+
+
+def test_clip_higher_moves_only_the_upper_bound():
+    for ratio, symmetric, higher in ((1.25, 0.0, -1.25), (1.19, -1.19, -1.19)):
+        for eps_high, wanted in ((0.2, symmetric), (0.28, higher)):
+            grad = loss_and_gradient([[0.4 * ratio]], [[0.4]], [1.0], [[True]], clip_eps_high=eps_high)[1]
+            assert grad.item() == pytest.approx(wanted, rel=1e-5)
+    for eps_high in (0.2, 0.28):  # the lower bound stays at 0.8
+        assert loss_and_gradient([[0.4 * 0.79]], [[0.4]], [-1.0], [[True]], clip_eps_high=eps_high)[1].item() == 0.0
+
+
+def test_a_step_raises_good_tokens_and_lowers_bad_ones():
+    logits = torch.zeros(2, 5, requires_grad=True)
+    log_probs = logits.log_softmax(-1)[:, :1]  # each response is the one token 0
+    loss, _ = grpo_loss(log_probs, log_probs.detach(), torch.tensor([1.0, -1.0]), torch.ones(2, 1, dtype=torch.bool), **CLIP)
+    loss.backward()
+    after = (logits - 0.1 * logits.grad).softmax(-1)[:, 0]
+    assert after[0] > 0.2 > after[1]
+
+
+def test_groups_without_spread_count_in_the_denominator():
+    advantages = group_advantages(torch.tensor([[1.0, 0.0], [1.0, 1.0]])).flatten()
+    probs = [[0.5, 0.5]] * 4
+    loss, grad, _ = loss_and_gradient(probs, probs, advantages.tolist(), [[True, False], [True, True], [True, True], [True, True]])
+    a = 0.5**0.5
+    assert loss == pytest.approx((-1 * a + 2 * a) / 7)
+    assert torch.allclose(grad, torch.tensor([[-a, 0.0], [a, a], [0.0, 0.0], [0.0, 0.0]]) / 7)
+
+
+def test_everything_masked_is_zero_loss_and_zero_gradient():
+    loss, grad, metrics = loss_and_gradient([[0.5, 0.2]], [[0.1, 0.9]], [1.0], [[False, False]])
+    assert loss == 0.0 and not grad.any() and all(value == 0.0 for value in metrics.values())
+    loss, grad, _ = loss_and_gradient([[0.5, 0.2]], [[0.1, 0.9]], [1.0], [[False, False]], num_tokens=0)
+    assert loss == 0.0 and not grad.any()
+
+
+@pytest.mark.parametrize("bad", [float("-inf"), float("inf"), float("nan"), -1e30, 200.0])
+@pytest.mark.parametrize("kl_type", ["k1", "k2", "k3"])
+def test_values_at_masked_positions_do_not_leak(bad, kl_type):
+    batch = random_batch()
+    hidden = ~batch["completion_mask"]
+    names = ("log_probs", "old_log_probs", "ref_log_probs")
+    results = []
+    for subset in ((), names, names[:1], names[1:2], names[2:]):
+        spoilt = {k: v.masked_fill(hidden, bad) if k in subset else v.clone() for k, v in batch.items()}
+        spoilt["log_probs"].requires_grad_()
+        loss, metrics = grpo_loss(**spoilt, **CLIP, kl_coef=0.5, kl_type=kl_type)
+        loss.backward()
+        assert not spoilt["log_probs"].grad[hidden].any()
+        results.append((loss.item(), metrics, spoilt["log_probs"].grad))
+    assert all(loss == results[0][0] and m == results[0][1] and torch.equal(g, results[0][2]) for loss, m, g in results[1:])
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_loss_metrics_and_gradient_do_not_depend_on_micro_batches(size):
+    batch = random_batch()
+    batch["log_probs"].requires_grad_()
+    whole, metrics = grpo_loss(**batch, **CLIP, kl_coef=0.1)
+    (wanted,) = torch.autograd.grad(whole, batch["log_probs"])
+    parts = [grpo_loss(**{k: v[i:i + size] for k, v in batch.items()}, **CLIP, kl_coef=0.1,
+                       num_tokens=batch["completion_mask"].sum()) for i in range(0, 6, size)]
+    loss = sum(p[0] for p in parts)
+    (found,) = torch.autograd.grad(loss, batch["log_probs"])
+    assert loss.item() == pytest.approx(whole.item(), rel=1e-12) and torch.allclose(found, wanted, rtol=1e-12, atol=0)
+    assert {k: sum(p[1][k] for p in parts) for k in metrics} == pytest.approx(metrics, rel=1e-12)
+    assert metrics.keys() == {"ratio_mean", "clip_fraction", "kl"} and 0 < metrics["clip_fraction"] < 1
+
+
+def test_mask_may_be_of_numbers():
+    batch = random_batch()
+    wanted, _ = grpo_loss(**batch, **CLIP)
+    assert grpo_loss(**{**batch, "completion_mask": batch["completion_mask"].long()}, **CLIP)[0] == wanted
+
+
+# --- The KL penalty -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kl_type, value, gradient", [("k1", 0.6931472, 1.0), ("k2", 0.2402265, 0.6931472), ("k3", 0.1931472, 0.5)])
+def test_kl_estimators_by_hand(kl_type, value, gradient):
+    """p = 1/2, r = 1/4: log p/r = log 2; k2 = log^2 2 / 2; k3 = 1/2 - 1 + log 2. d/dlog p: 1; log 2; 1 - r/p."""
+    log_probs, ref = logs([[0.5, 0.5]]), logs([[0.25, 0.25]]).detach()
+    loss, metrics = grpo_loss(log_probs, log_probs.detach(), torch.zeros(1), torch.tensor([[True, False]]), **CLIP, kl_coef=0.1,
+                              ref_log_probs=ref, kl_type=kl_type)
+    loss.backward()
+    assert metrics["kl"] == pytest.approx(value) and loss.item() == pytest.approx(0.1 * value)
+    assert torch.allclose(log_probs.grad, torch.tensor([[0.1 * gradient, 0.0]]))
+
+
+def expected_gradient(kl_type: str, logits: torch.Tensor, ref: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Exactly, over all actions sampled from the policy: the estimator's gradient as a loss, and its value."""
+    leaf = logits.clone().requires_grad_()
+    log_probs = leaf.log_softmax(-1)
+    penalty = (log_probs.detach().exp() * kl_penalty(log_probs, ref.log_softmax(-1), kl_type)).sum()
+    (gradient,) = torch.autograd.grad(penalty, leaf)
+    return gradient, penalty.item()
+
+
+def test_expected_gradients_of_the_kl_estimators():
+    g = torch.Generator().manual_seed(1)
+    logits, ref = (torch.randn(5, generator=g, dtype=torch.float64) for _ in range(2))
+    leaf = logits.clone().requires_grad_()
+    log_p, log_r = leaf.log_softmax(-1), ref.log_softmax(-1)
+    reverse, forward = (log_p.exp() * (log_p - log_r)).sum(), (log_r.exp() * (log_r - log_p)).sum()
+    (reverse_gradient,) = torch.autograd.grad(reverse, leaf, retain_graph=True)
+    (forward_gradient,) = torch.autograd.grad(forward, leaf)
+    assert (reverse_gradient - forward_gradient).abs().max() > 0.05  # they differ: the test can tell them apart
+    gradient, value = expected_gradient("k1", logits, ref)
+    assert gradient.abs().max() < 1e-15 and value == pytest.approx(reverse.item())  # right value, no gradient
+    assert torch.allclose(expected_gradient("k2", logits, ref)[0], reverse_gradient)
+    gradient, value = expected_gradient("k3", logits, ref)
+    assert torch.allclose(gradient, forward_gradient) and value == pytest.approx(reverse.item())
+
+
+def test_k3_is_never_negative_and_stays_finite():
+    log_probs, ref = torch.tensor([-100.0, -1.0, 0.0]), torch.tensor([0.0, -1.0, -100.0])
+    penalty = kl_penalty(log_probs, ref, "k3")
+    assert penalty.isfinite().all() and (penalty >= 0).all() and penalty[1] == 0
+
+
+def test_kl_needs_its_reference_and_zero_weight_needs_none():
+    log_probs, mask = logs([[0.5]]), torch.ones(1, 1, dtype=torch.bool)
+    with pytest.raises(ValueError, match="ref_log_probs"):  # a coefficient that does nothing would go unseen
+        grpo_loss(log_probs, log_probs.detach(), torch.ones(1), mask, **CLIP, kl_coef=0.1)
+    assert "kl" not in grpo_loss(log_probs, log_probs.detach(), torch.ones(1), mask, **CLIP)[1]
+
+
+# --- Advantages ---------------------------------------------------------------------------------------------------------------
+
+def test_group_advantages_by_hand():
+    """Each group by itself: mean 1/4, deviations 3/4 and -1/4 (x 3), variance (9 + 3) / 16 / 3 = 1/4, so std 1/2."""
+    found = group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]]))
+    a = 0.5 / (1 / 3)**0.5
+    assert torch.allclose(found, torch.tensor([[1.5, -0.5, -0.5, -0.5], [a, a, -a, -a]]))
+    found = group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]]), normalize_std=False)
+    assert torch.equal(found, torch.tensor([[0.75, -0.25, -0.25, -0.25], [0.5, 0.5, -0.5, -0.5]]))
+
+
+@pytest.mark.parametrize("normalize_std", [True, False])
+@pytest.mark.parametrize("reward", [0.0, 1.0, 0.1, 1 / 3, 1e4 + 0.1])
+def test_equal_rewards_give_exactly_zero(reward, normalize_std):
+    for size in (2, 3, 7, 8):  # 0.1 is no binary fraction: its mean may differ from it by rounding
+        found = group_advantages(torch.full((2, size), reward), normalize_std=normalize_std)
+        assert torch.equal(found, torch.zeros(2, size))
+
+
+# --- Rollouts and updates -----------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tiny.make_folder(tmp_path_factory.mktemp("model"), "vl")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "rl.jsonl"
+    path.write_text("".join(json.dumps({"id": f"q{i}", "question": "the " * i + f"sum of {i} and {i}", "answer": str(2 * i)}) + "\n"
+                            for i in range(1, 6)))
+    return path
+
+
+@pytest.fixture
+def options(folder, data, tmp_path):
+    """Makes options for a run in the test's own folder."""
+    def make(**changes) -> grpo.GRPOOptions:
+        return grpo.GRPOOptions(**{"model": str(folder), "data": str(data), "out": str(tmp_path / "run"), "device": "cpu",
+                                   "questions_per_step": 2, "group_size": 3, "max_new_tokens": 6, "max_steps": 3, **changes})
+    return make
+
+
+@pytest.fixture
+def rewarded(monkeypatch):
+    """About half of the responses are right."""
+    monkeypatch.setattr(grpo, "accuracy_reward", lambda response, truth, options=None: sum(map(ord, response)) % 2.0)
+
+
+def metrics(o: grpo.GRPOOptions, name: str = "metrics.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (Path(o.out) / name).read_text().splitlines()]
+
+
+def naive_log_probs(trainer: grpo.Trainer, ids: list[int], temperature: float) -> torch.Tensor:
+    """Of every id given those before, by one full log-softmax [T]; entry 0 is 0."""
+    logits = trainer.model.logits(trainer.model(torch.tensor([ids])))[0].clone()
+    logits[:, trainer.masked_ids] = float("-inf")
+    log_probs = (logits / temperature).log_softmax(-1)
+    return torch.cat((torch.zeros(1), log_probs[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]))
+
+
+def completion(ids: list[int], forced: list[int] = ()) -> Completion:
+    return Completion(ids, [-0.5] * len(ids), [i in forced for i in range(len(ids))], "", "stop")
+
+
+def test_completion_log_probs_equal_a_full_log_softmax(options):
+    trainer = grpo.Trainer(options(temperature=0.7))
+    prompts, groups = [Prompt(tiny.row(1, 5)), Prompt(tiny.row(2, 9))], [[completion(tiny.row(3, 4))], [completion(tiny.row(4, 2))]]
+    batch = make_batch(prompts, groups, torch.zeros(2), torch.device("cpu"))
+    found, entropy = grpo.completion_log_probs(trainer.model, batch, 0.7, trainer.masked_ids)
+    for row, (prompt, group) in enumerate(zip(prompts, groups)):
+        start, end = len(prompt.ids), len(prompt.ids) + len(group[0].ids)
+        wanted = naive_log_probs(trainer, prompt.ids + group[0].ids, 0.7)
+        assert torch.allclose(found[row, start:end], wanted[start:], atol=1e-5)
+        assert not found[row, :start].any() and not found[row, end:].any()
+    assert 0 < entropy.item() < 6 * math.log(tiny.VOCAB_ROWS) and not entropy.requires_grad
+    assert torch.allclose(trainer.score(trainer.model, batch), found, atol=1e-6)
+
+
+def test_one_token_completion_is_scored_where_it_stands(options):
+    trainer = grpo.Trainer(options())
+    prompt, token = tiny.row(1, 7), 42
+    batch = make_batch([Prompt(prompt)], [[completion([token])]], torch.zeros(1), torch.device("cpu"))
+    found, _ = grpo.completion_log_probs(trainer.model, batch, 1.0, trainer.masked_ids)
+    logits = trainer.model.logits(trainer.model(torch.tensor([prompt])))[0, -1].clone()  # behind the prompt's last token
+    logits[trainer.masked_ids] = float("-inf")
+    assert found.sum().item() == pytest.approx(logits.log_softmax(-1)[token].item(), abs=1e-5)
+    assert batch.completion_mask.tolist() == [[False] * 7 + [True]]
+
+
+def test_mask_holds_the_stop_tokens_and_not_forced_ids_or_padding():
+    ids = tiny.special_ids()
+    pad_like = ids["endoftext"]
+    prompts = [Prompt([1, pad_like]), Prompt([1, 2, 3])]
+    groups = [[completion([5, ids["im_end"]]), completion([6, pad_like])], [completion([7, 8, 9, 10], forced=[1, 2]), completion([0])]]
+    batch = make_batch(prompts, groups, torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.device("cpu"))
+    o, x = True, False
+    assert batch.completion_mask.tolist() == [[x, x, o, o, x, x, x], [x, x, o, o, x, x, x], [x, x, x, o, x, x, o], [x, x, x, o, x, x, x]]
+    assert batch.input_ids[2].tolist() == [1, 2, 3, 7, 8, 9, 10] and batch.input_ids[0, 3] == ids["im_end"]
+    assert batch.advantages.tolist() == [1.0, 2.0, 3.0, 4.0] and batch.lengths.tolist() == [4, 4, 7, 4]
+    assert batch.sampler_log_probs[0].tolist() == [0, 0, -0.5, -0.5, 0, 0, 0]
+    part = batch.rows(torch.tensor([3, 0]))
+    assert part.input_ids.tolist() == [[1, 2, 3, 0], [1, pad_like, 5, ids["im_end"]]] and part.advantages.tolist() == [4.0, 1.0]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_sampler_and_trainer_agree_on_log_probs(options, rewarded, temperature):
+    trainer = grpo.Trainer(options(temperature=temperature, max_new_tokens=12, group_size=4, questions_per_step=4))
+    batch, _, _ = trainer.rollout([0, 1, 2, 3], 0)
+    found = trainer.score(trainer.model, batch)
+    assert batch.completion_mask.sum() > 60
+    assert (found - batch.sampler_log_probs)[batch.completion_mask].abs().max() < 1e-5
+    result = trainer.update(batch, 1e-5)
+    assert result["logprob_diff"] < 1e-5 and result["logprob_diff"] <= result["logprob_diff_max"] < 1e-5
+    wrong = trainer.rollout([0, 1], 1)[0]
+    wrong.sampler_log_probs = wrong.sampler_log_probs * 1.1  # the metric does see a difference
+    assert trainer.update(wrong, 1e-5)["logprob_diff"] > 0.1
+
+
+def gradient(trainer: grpo.Trainer, batch: grpo.Batch, size: int, monkeypatch) -> tuple[dict[str, torch.Tensor], dict]:
+    """The gradient that update hands to the optimiser, and its metrics."""
+    out = {}
+
+    def catch(model, *_):
+        out.update((name, p.grad.clone()) for name, p in model.named_parameters() if p.grad is not None)
+        model.zero_grad()
+        return 0.0
+
+    monkeypatch.setattr(grpo, "optimizer_step", catch)
+    trainer.options.micro_batch_size = size
+    return out, trainer.update(batch, 1e-3)
+
+
+def test_update_does_not_depend_on_micro_batches(options, rewarded, monkeypatch):
+    trainer = grpo.Trainer(options(kl_coef=0.1, group_size=8))
+    trainer.model.double()
+    trainer.reference.double()
+    with torch.no_grad():
+        trainer.reference.lm_head.weight.mul_(0.9)  # else the KL term is zero
+    batch, _, _ = trainer.rollout([0, 1], 0)
+    batch.sampler_log_probs = batch.sampler_log_probs.double()
+    assert batch.advantages.any()
+    wanted, wanted_metrics = gradient(trainer, batch, 16, monkeypatch)
+    assert wanted_metrics["kl"] > 1e-3
+    for size in (1, 6):
+        found, found_metrics = gradient(trainer, batch, size, monkeypatch)
+        assert found_metrics == pytest.approx(wanted_metrics, rel=1e-5, abs=1e-7)
+        assert found.keys() == wanted.keys() and not any(name.startswith("visual") for name in found)
+        for name, value in wanted.items():
+            assert (found[name] - value).abs().max() <= 1e-6 * value.abs().max(), name
+
+
+def test_recomputed_old_log_probs_give_the_same_gradient(options, rewarded):
+    trainer = grpo.Trainer(options())
+    batch, _, _ = trainer.rollout([0, 1], 0)
+    assert batch.advantages.any()
+    found = []
+    for old in (None, trainer.score(trainer.model, batch)):
+        trainer.accumulate(batch, batch.completion_mask.sum(), old, None)
+        found.append({name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None})
+        trainer.model.zero_grad()
+    for name, value in found[0].items():
+        assert (found[1][name] - value).abs().max() <= 1e-5 * value.abs().max(), name
+
+
+def test_several_updates_per_rollout(options, rewarded, monkeypatch):
+    trainer, steps, parts = grpo.Trainer(options(updates_per_rollout=2, group_size=8)), [], []
+    batch, _, _ = trainer.rollout([0, 1], 0)
+    original, accumulate = grpo.optimizer_step, trainer.accumulate
+    monkeypatch.setattr(grpo, "optimizer_step", lambda *args: steps.append(len(parts)) or original(*args))
+    monkeypatch.setattr(trainer, "accumulate", lambda part, *rest: parts.append((part, accumulate(part, *rest))) or parts[-1][1])
+    trainer.update(batch, 1e-2)
+    assert steps == [1, 2]  # a step after each half
+    (first, m1), (second, m2) = parts
+    assert torch.equal(torch.cat((first.advantages, second.advantages)).sort().values, batch.advantages.sort().values)
+    assert m1["ratio_mean"] == pytest.approx(1.0, abs=1e-5)  # the policy that sampled
+    assert abs(m2["ratio_mean"] - 1.0) > 1e-3  # it has moved by one step since
+    assert m2["logprob_diff"] < 1e-5  # which says nothing about sampler against trainer
+
+
+def test_empty_completions_single_rows_and_nothing_to_learn_do_not_crash(options):
+    empty = Completion([], [], [], "", "length")
+    for kl_coef, size in ((0.0, 1), (0.1, 4)):
+        trainer = grpo.Trainer(options(micro_batch_size=size, kl_coef=kl_coef))
+        before = {name: p.clone() for name, p in trainer.model.named_parameters()}
+        for groups in ([[empty]], [[completion([5, 6], forced=[0, 1])]], [[empty, empty]]):
+            batch = make_batch([Prompt([1, 2, 3])], groups, torch.ones(1, len(groups[0])), torch.device("cpu"))
+            result = trainer.update(batch, 1e-2)
+            assert result["loss"] == 0.0 and result["grad_norm"] == 0.0
+        assert all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
+        batch = make_batch([Prompt([1, 2, 3])], [[empty, completion([5])]], torch.tensor([[1.0, 2.0]]), torch.device("cpu"))
+        result = trainer.update(batch, 1e-2)
+        assert result["loss"] == pytest.approx(-2.0) and math.isfinite(result["grad_norm"]) and result["grad_norm"] > 0
+
+
+def test_no_reference_without_kl_and_a_frozen_one_with_it(options):
+    assert grpo.Trainer(options()).reference is None
+    trainer = grpo.Trainer(options(kl_coef=0.01))
+    assert not any(p.requires_grad for p in trainer.reference.parameters())
+    assert trainer.reference.head_weight is not trainer.model.head_weight
+
+
+def test_questions_with_images_or_too_long_are_refused(options, tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(json.dumps({"id": "x", "question": "q", "answer": "1", "image": "cat.png"}) + "\n")
+    with pytest.raises(InputError, match="x has an image"):
+        grpo.Trainer(options(data=str(path)))
+
+
+# --- Whole runs ---------------------------------------------------------------------------------------------------------------
+
+def test_run_writes_metrics_samples_and_warms_up(options, rewarded):
+    o = options(epochs=4, max_steps=10, learning_rate=1e-3, warmup_ratio=0.4)
+    grpo.train(o)
+    found = metrics(o)
+    assert all(set(METRICS) <= m.keys() for m in found) and [m["step"] for m in found] == list(range(1, 11))
+    assert [m["lr"] for m in found] == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3] + [1e-3] * 7)
+    assert [m["epoch"] for m in found] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3]
+    samples = metrics(o, "samples.jsonl")
+    assert len(samples) == sum([6, 6, 3] * 3 + [6])  # 5 questions: the third rollout of an epoch has only one
+    assert set(samples[0]) == {"step", "id", "question", "response", "extracted", "answer", "reward", "finish_reason"}
+    for m in found:
+        group = [s for s in samples if s["step"] == m["step"]]
+        assert m["reward"] == pytest.approx(sum(s["reward"] for s in group) / len(group))
+        assert m["clipped_responses"] == pytest.approx(sum(s["finish_reason"] == "length" for s in group) / len(group))
+        assert m["ratio_mean"] == pytest.approx(1.0) and m["clip_fraction"] == 0.0 and m["logprob_diff"] < 1e-5
+    assert all(s["question"].endswith(f"sum of {s['id'][1:]} and {s['id'][1:]}") for s in samples)
+    assert all(s["reward"] == sum(map(ord, s["response"])) % 2 for s in samples)
+    first = [s for s in samples if s["step"] == 1]
+    assert len({s["id"] for s in first}) == 2 and len({s["response"] for s in first}) == 6  # n different samples each
+
+
+def test_samples_record_what_was_extracted(options, monkeypatch):
+    trainer, answer = grpo.Trainer(options()), "<think>so</think><answer>{}</answer>"
+    texts = [answer.format(4), "no answer", answer.format("4.0")]
+    monkeypatch.setattr(trainer.sampler, "generate", lambda prompts, params: [
+        [Completion([5], [-1.0], [False], text, "stop") for text in texts] for _ in prompts])
+    batch, records, found = trainer.rollout([1], 6)
+    assert [r["extracted"] for r in records] == ["4", None, "4.0"] and [r["reward"] for r in records] == [1.0, 0.0, 1.0]
+    assert records[0]["answer"] == "4" and records[0]["step"] == 7 and records[0]["id"] == "q2"
+    assert found["reward"] == pytest.approx(2 / 3) and found["zero_std_groups"] == 0.0 and found["response_length"] == 1.0
+    assert found["reward_std"] == pytest.approx((1 / 3)**0.5) and found["advantage_mean"] == pytest.approx(0.0, abs=1e-6)
+    assert batch.advantages.tolist() == pytest.approx([1 / 3**0.5, -2 / 3**0.5, 1 / 3**0.5])
+
+
+def test_reward_rises(options, monkeypatch):
+    """Responses with an "e" in them are right: from one in six at the start to nearly all."""
+    monkeypatch.setattr(grpo, "accuracy_reward", lambda response, truth, options=None: float("e" in response))
+    o = options(epochs=100, max_steps=20, questions_per_step=5, group_size=8, max_new_tokens=8, learning_rate=3e-3)
+    grpo.train(o)
+    rewards = [m["reward"] for m in metrics(o)]
+    assert sum(rewards[:2]) / 2 < 0.3 and sum(rewards[-5:]) / 5 > 0.9, rewards
+
+
+def test_resumed_run_equals_an_uninterrupted_one(options, rewarded, tmp_path, monkeypatch):
+    settings = {"max_steps": 5, "epochs": 3, "save_every": 2, "learning_rate": 1e-3, "kl_coef": 0.1}
+    whole, broken = options(**settings), options(**settings, out=str(tmp_path / "broken"))
+    grpo.train(whole)
+    original, count = grpo.Trainer.update, iter(range(100))
+
+    def stop_in_the_fourth(*args):
+        if next(count) == 3:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(grpo.Trainer, "update", stop_in_the_fourth)
+    with pytest.raises(KeyboardInterrupt):
+        grpo.train(broken)
+    assert len(metrics(broken)) == 3
+    monkeypatch.setattr(grpo.Trainer, "update", original)
+    grpo.train(options(**settings, out=broken.out, resume=True))
+    assert metrics(broken, "samples.jsonl") == metrics(whole, "samples.jsonl")
+    for ours, wanted in zip(metrics(broken), metrics(whole), strict=True):
+        assert {k: v for k, v in ours.items() if "second" not in k} == {k: v for k, v in wanted.items() if "second" not in k}
+    assert metrics(whole)[-1]["kl"] > 0
+    weights = [load_file(Path(o.out) / "model" / "model.safetensors") for o in (whole, broken)]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_recipes_and_command_line(folder, data, tmp_path):
+    o = grpo.parse_options(grpo.GRPOOptions, ["--recipe", "paper"], grpo.RECIPES)
+    assert (o.epochs, o.max_steps, o.group_size, o.temperature, o.max_new_tokens) == (3, None, 8, 1.0, 4096)
+    assert (o.learning_rate, o.weight_decay, o.max_grad_norm, o.warmup_ratio) == (3e-6, 1e-2, 1.0, 0.1)
+    assert (o.clip_eps_low, o.clip_eps_high, o.kl_type, o.questions_per_step) == (0.2, 0.28, "k3", 128)
+    assert grpo.parse_options(grpo.GRPOOptions, ["--recipe", "med"], grpo.RECIPES).prompt_style == "mcq"
+    grpo.main(["--model", str(folder), "--data", str(data), "--out", str(tmp_path / "run"), "--max-steps", "1", "--device", "cpu",
+               "--max-new-tokens", "3", "--group-size", "2", "--no-normalize-std", "--kl-coef", "0.1", "--kl-type", "k2"])
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["options"]["normalize_std"] is False
