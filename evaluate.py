@@ -56,7 +56,8 @@ def evaluate(sampler: Sampler, images: ImageConfig, examples: list[Example], opt
     groups = sampler.generate(prompts, params, progress=True)
     return [{"id": example.id, "run": run, "domain": example.domain, "meta": example.meta, "response": completion.text,
              "prompt": format_prompt(example, options.prompt_style), "extracted": extract_answer(completion.text),
-             "vote": vote(completion.text, example), "answer": example.answer, "correct": accuracy_reward(completion.text, example.answer, example.options) == 1.0,
+             "vote": vote(completion.text, example), "answer": example.answer,
+             "correct": accuracy_reward(completion.text, example.answer, example.options) == 1.0,
              "finish_reason": completion.finish_reason, "forced": any(completion.forced), "tokens": len(completion.ids),
              "words": len(completion.text.split())}
             for example, group in zip(examples, groups) for run, completion in enumerate(group)]
