@@ -59,10 +59,10 @@ def load_rows(options: SFTOptions, tokenizer: Tokenizer) -> list[tuple[list[int]
         except InputError as error:  # which knows no file
             raise InputError(f"{options.data}: {error}") from None
     kept = [row for row in rows if any(row[1][1:])]
-    if len(kept) < len(rows):
-        print(f"{len(rows) - len(kept)} of {len(rows)} examples dropped: their prompts fill {options.max_length} tokens")
     if not kept:
         raise InputError(f"{options.data}: no example fits --max-length {options.max_length}")
+    if len(kept) < len(rows):
+        print(f"{len(rows) - len(kept)} of {len(rows)} examples dropped: their prompts fill {options.max_length} tokens")
     return kept
 
 

@@ -162,7 +162,9 @@ class Run:
         self.checkpoint = next((self.folder / n for n in ("checkpoint", "checkpoint.old") if (self.folder / n).exists()), None)
         if self.checkpoint is None:
             raise InputError(f"{self.folder}: there is no checkpoint to resume from")
-        self.step = read_json(self.checkpoint / "state.json")["step"]
+        self.step = read_json(self.checkpoint / "state.json").get("step")
+        if type(self.step) is not int:
+            raise InputError(f"{self.checkpoint / 'state.json'}: field 'step' is missing or malformed")
         for name in ("metrics.jsonl", "samples.jsonl"):
             if (self.folder / name).exists():
                 lines = (self.folder / name).read_text().splitlines(keepends=True)
@@ -190,8 +192,11 @@ class Run:
 
     def load_checkpoint(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Weights and optimiser state as they were after `self.step` steps."""
-        model.load_state_dict(safetensors.torch.load_file(self.checkpoint / "weights.safetensors"))
-        optimizer.load_state_dict(torch.load(self.checkpoint / "optimizer.pt", weights_only=True))
+        try:
+            model.load_state_dict(safetensors.torch.load_file(self.checkpoint / "weights.safetensors"))
+            optimizer.load_state_dict(torch.load(self.checkpoint / "optimizer.pt", weights_only=True))
+        except Exception as error:  # on damaged files the readers raise almost anything
+            raise InputError(f"{self.checkpoint}: damaged ({str(error).splitlines()[0]})") from None
 
     def save_model(self, model: Qwen2_5_VL) -> None:
         """Writes model/: a model folder like the one the run started from, in its dtype."""
