@@ -11,6 +11,7 @@ generation_config asks for 1.05, which published Qwen figures may have used.
 import json
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -100,11 +101,7 @@ def summarise(records: list[dict]) -> dict:
 
 def load_examples(path: str, limit: int | None) -> list[Example]:
     """The file's questions, each with a name of its own."""
-    examples = []
-    for example in read_examples(path):
-        if limit is not None and len(examples) == limit:
-            break
-        examples.append(example)
+    examples = list(islice(read_examples(path), limit))
     if len({example.id for example in examples}) < len(examples):
         raise InputError(f"{path}: field 'id' is not unique")
     return examples

@@ -1,0 +1,336 @@
+"""Options from dataclasses, the run folder's rules, checkpoints that survive a crash, optimiser, errors as one line."""
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import grpo  # noqa: E402
+import sft  # noqa: E402
+import tiny  # noqa: E402
+import training  # noqa: E402
+from data import InputError  # noqa: E402
+from model import SIDE_FILES, Qwen2_5_VL  # noqa: E402
+from training import Run, TrainOptions, load_for_training, make_optimizer, option, optimizer_step, parse_options  # noqa: E402
+
+
+# --- Options ------------------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Options:
+    """For these tests."""
+    rate: float = option(0.5, "a rate", low=0.0, high=1.0)
+    big_number: int = option(3, "a number", low=1)
+    limit: int | None = option(None, "a limit", low=2)
+    switch: bool = option(True, "a switch")
+    kind: str = option("a", "a kind", choices=("a", "b"))
+    files: list[str] = option(["x", "y"], "files")
+    name: str | None = option(None, "a name")
+
+
+RECIPES = {"micro": {}, "large": {"big_number": 100, "limit": None, "switch": False, "rate": 0.25}}
+
+
+def test_typed_options_beat_the_recipe_and_the_recipe_the_defaults():
+    assert parse_options(Options, []) == Options(0.5, 3, None, True, "a", ["x", "y"], None)
+    assert parse_options(Options, [], RECIPES) == Options()
+    assert parse_options(Options, ["--recipe", "large"], RECIPES) == Options(rate=0.25, big_number=100, switch=False)
+    found = parse_options(Options, ["--big-number", "7", "--recipe", "large", "--switch"], RECIPES)
+    assert found == Options(rate=0.25, big_number=7, switch=True)
+    assert parse_options(Options, ["--big-number", "3", "--recipe", "large"], RECIPES).big_number == 3  # typed, though the default
+
+
+def test_option_kinds():
+    found = parse_options(Options, ["--no-switch", "--limit", "5", "--files", "p", "q", "r", "--kind", "b", "--name=n", "--rate", "1e-2"])
+    assert found == Options(0.01, 3, 5, False, "b", ["p", "q", "r"], "n")
+    parse_options(Options, []).files.append("z")
+    assert parse_options(Options, []).files == ["x", "y"]  # a default list is nobody's to change
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--unknown", "1"], "unrecognized arguments: --unknown"), (["stray"], "unrecognized arguments: stray"),
+    (["--big", "4"], "unrecognized arguments: --big"),  # no abbreviations: a typo must not become another option
+    (["--rate", "fast"], "argument --rate: invalid float value: 'fast'"), (["--big-number", "1.5"], "invalid int value: '1.5'"),
+    (["--limit", "none"], "argument --limit: invalid int value"), (["--kind", "c"], "argument --kind: invalid choice: 'c'"),
+    (["--rate"], "argument --rate: expected one argument"), (["--files"], "argument --files: expected at least one argument"),
+    (["--rate", "1.5"], "--rate must be between 0.0 and 1.0, not 1.5"), (["--rate", "nan"], "--rate must be"),
+    (["--rate", "inf"], "--rate must be"),
+    (["--big-number", "0"], "--big-number must be at least 1, not 0"), (["--limit", "1"], "--limit must be at least 2, not 1"),
+    (["--recipe", "huge"], "argument --recipe: invalid choice: 'huge'")])
+def test_bad_options_are_refused_in_one_line(argv, message):
+    with pytest.raises(InputError) as caught:
+        parse_options(Options, argv, RECIPES)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("cls, recipes", [(sft.SFTOptions, sft.RECIPES), (grpo.GRPOOptions, grpo.RECIPES)])
+def test_every_recipe_is_valid_and_help_explains_every_option(cls, recipes, capsys):
+    for recipe in recipes:
+        parse_options(cls, ["--recipe", recipe], recipes)
+    with pytest.raises(SystemExit) as caught:
+        parse_options(cls, ["--help"], recipes)
+    text = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert all(f"--{name.replace('_', '-')}" in text for name in cls.__dataclass_fields__) and "{k1,k2,k3}" in text or cls is sft.SFTOptions
+
+
+def test_commands_turn_errors_into_one_line_and_exit_code_2(tmp_path):
+    root = Path(training.__file__).parent
+    done = subprocess.run([sys.executable, str(root / "sft.py"), "--model", str(tmp_path / "none")], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("sft.py: error: ") and str(tmp_path / "none") in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_run_command_passes_other_errors_on(monkeypatch, capsys):
+    def fails(error):
+        def main(argv):
+            raise error
+        return main
+
+    for error in (InputError("two\n  lines"), PermissionError(13, "Permission denied", "out")):
+        with pytest.raises(SystemExit) as caught:
+            training.run_command(fails(error))
+        assert caught.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(ZeroDivisionError):  # a bug of ours keeps its traceback
+        training.run_command(fails(ZeroDivisionError()))
+
+
+def test_devices():
+    assert training.pick_device("cpu").type == "cpu"
+    with pytest.raises(InputError, match="--device abacus"):
+        training.pick_device("abacus")
+
+
+# --- The run folder -----------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tiny.make_folder(tmp_path_factory.mktemp("model"), "vl_tied")
+
+
+@pytest.fixture
+def options(folder, tmp_path):
+    def make(**changes) -> TrainOptions:
+        return TrainOptions(**{"model": str(folder), "data": "d.jsonl", "out": str(tmp_path / "run"), "device": "cpu", **changes})
+    return make
+
+
+@pytest.fixture
+def trained(options):
+    """A model that has been through `steps` updates on noise, its optimiser, and its run."""
+    def make(steps: int = 1, **changes):
+        o = options(**changes)
+        model, run = load_for_training(o), Run(o)
+        optimizer = make_optimizer(model, o)
+        for _ in range(steps):
+            update(model, optimizer, run)
+        return model, optimizer, run
+    return make
+
+
+def update(model, optimizer, run) -> None:
+    torch.manual_seed(run.step)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p) if p.requires_grad else None
+    optimizer_step(model, optimizer, 1e-3, 1.0)
+    run.step += 1
+    run.log("metrics.jsonl", {"step": run.step})
+
+
+def same(a, b) -> bool:
+    return all(torch.equal(value, b.state_dict()[name]) for name, value in a.state_dict().items())
+
+
+def steps_logged(o: TrainOptions, name: str = "metrics.jsonl") -> list[int]:
+    return [json.loads(line)["step"] for line in (Path(o.out) / name).read_text().splitlines()]
+
+
+def test_new_run_writes_its_options(options):
+    o = options(learning_rate=3e-4)
+    Run(o)
+    config = json.loads((Path(o.out) / "config.json").read_text())
+    assert config["options"]["learning_rate"] == 3e-4 and config["options"].keys() == TrainOptions.__dataclass_fields__.keys()
+    assert config["torch"] == torch.__version__ and "commit" in config and "python" in config
+
+
+def test_a_run_is_not_overwritten_unasked(options, trained):
+    o = options()
+    _, _, run = trained(2)
+    run.log("samples.jsonl", {"step": 1})
+    with pytest.raises(InputError, match="holds a run: use --resume, --overwrite, or another --out"):
+        Run(o)
+    assert steps_logged(o) == [1, 2]  # and nothing of it is lost
+
+
+def test_overwrite_leaves_nothing_of_the_old_run(options, trained):
+    model, optimizer, run = trained(2)
+    run.log("samples.jsonl", {"step": 1})
+    run.save(model, optimizer, last=True)
+    o = options(overwrite=True, seed=5)
+    Run(o)
+    assert [p.name for p in Path(o.out).iterdir()] == ["config.json"]
+    assert json.loads((Path(o.out) / "config.json").read_text())["options"]["seed"] == 5
+
+
+def test_resume_restores_weights_optimiser_and_step_and_truncates_metrics(options, trained):
+    o = options()
+    model, optimizer, run = trained(2)
+    run.log("samples.jsonl", {"step": 1}, {"step": 2})
+    run.save(model, optimizer, last=True)
+    update(model, optimizer, run)  # step 3 is in the metrics, not in the checkpoint
+    run.log("samples.jsonl", {"step": 3})
+    with open(run.folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')  # the crash came in the middle of a line
+    again = options(resume=True, save_every=7, micro_batch_size=1)
+    model2, run2 = load_for_training(again), Run(again)
+    optimizer2 = make_optimizer(model2, again)
+    assert not same(model, model2)
+    run2.load_checkpoint(model2, optimizer2)
+    assert run2.step == 2 and steps_logged(o) == [1, 2] and steps_logged(o, "samples.jsonl") == [1, 2]
+    update(model2, optimizer2, run2)
+    assert same(model, model2)  # the third step again, bit for bit: Adam's moments are back too
+    assert steps_logged(o) == [1, 2, 3]
+
+
+def test_resume_refuses_what_it_cannot_go_on_from(options, trained):
+    with pytest.raises(InputError, match="config.json"):  # no run at all
+        Run(options(resume=True))
+    model, optimizer, run = trained(1)
+    with pytest.raises(InputError, match="there is no checkpoint to resume from"):
+        Run(options(resume=True))
+    run.save_checkpoint(model, optimizer)
+    with pytest.raises(InputError, match="cannot resume with other options: --learning-rate was 1e-05; --seed was 0$"):
+        Run(options(resume=True, learning_rate=2e-5, seed=1))
+    assert Run(options(resume=True)).step == 1
+
+
+@pytest.mark.parametrize("crash", [1, 2])
+def test_crash_while_the_checkpoint_is_replaced(options, trained, monkeypatch, crash):
+    """Of the two renames the first or the second does not happen: the former checkpoint must still be found."""
+    model, optimizer, run = trained(1)
+    run.save_checkpoint(model, optimizer)
+    update(model, optimizer, run)
+    rename, count = Path.rename, iter(range(1, 10))
+
+    def fail(self, target):
+        if next(count) == crash:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(KeyboardInterrupt):
+        run.save_checkpoint(model, optimizer)
+    monkeypatch.setattr(Path, "rename", rename)
+    assert (run.folder / "checkpoint").exists() == (crash == 1) and (run.folder / "checkpoint.old").exists() == (crash == 2)
+    again = options(resume=True)
+    model, run = load_for_training(again), Run(again)
+    optimizer = make_optimizer(model, again)
+    run.load_checkpoint(model, optimizer)
+    assert run.step == 1
+    # the next replacement must not throw the only checkpoint away before the new one is in place
+    update(model, optimizer, run)
+    monkeypatch.setattr(Path, "rename", lambda self, target: (_ for _ in ()).throw(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        run.save_checkpoint(model, optimizer)
+    monkeypatch.setattr(Path, "rename", rename)
+    assert Run(again).step == 1
+    run.save_checkpoint(model, optimizer)
+    assert Run(again).step == 2 and not (run.folder / "checkpoint.old").exists() and not (run.folder / "checkpoint.tmp").exists()
+
+
+def test_half_written_checkpoint_is_not_taken_for_one(options, trained, monkeypatch):
+    model, optimizer, run = trained(1)
+    run.save_checkpoint(model, optimizer)
+    update(model, optimizer, run)
+    monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError):
+        run.save_checkpoint(model, optimizer)
+    assert Run(options(resume=True)).step == 1
+
+
+def test_checkpoints_come_every_so_many_steps_and_at_the_end(options, trained):
+    model, optimizer, run = trained(0, save_every=2)
+    saved = []
+    for step in range(1, 6):
+        update(model, optimizer, run)
+        run.save(model, optimizer, last=step == 5)
+        state = run.folder / "checkpoint" / "state.json"
+        saved.append(json.loads(state.read_text())["step"] if state.exists() else 0)
+    assert saved == [0, 2, 2, 4, 5]
+
+
+def test_several_processes_are_refused(options, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="several processes"):
+        Run(options())
+    assert not Path(options().out).exists()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    Run(options())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saved_model_keeps_dtype_and_side_files_and_loads(options, folder, tmp_path, dtype):
+    source = tiny.make_folder(tmp_path / "source", "vl_tied")
+    Qwen2_5_VL.from_pretrained(folder).save_pretrained(source, dtype=dtype)
+    (source / "notes.txt").write_text("not part of a model")
+    o = options(model=str(source))
+    model = load_for_training(o)
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    run = Run(o)
+    run.save_model(model)
+    saved = run.folder / "model"
+    assert {p.name for p in saved.iterdir()} == {p.name for p in source.iterdir()} - {"notes.txt"}
+    for name in {p.name for p in source.iterdir()} & set(SIDE_FILES):
+        assert (saved / name).read_bytes() == (source / name).read_bytes()
+    weights, before = load_file(saved / "model.safetensors"), load_file(source / "model.safetensors")
+    assert weights.keys() == before.keys() and "lm_head.weight" not in weights
+    assert all(weights[name].dtype == dtype and torch.equal(weights[name], before[name]) for name in before)
+    assert Qwen2_5_VL.from_pretrained(saved).config == Qwen2_5_VL.from_pretrained(source).config
+
+
+# --- Model and optimiser ------------------------------------------------------------------------------------------------------
+
+def test_optimiser_has_the_options_and_leaves_the_vision_tower_out(options):
+    o = options(weight_decay=0.03, beta1=0.8, beta2=0.95)
+    model = load_for_training(o)
+    (group,) = make_optimizer(model, o).param_groups
+    assert (group["weight_decay"], group["betas"]) == (0.03, (0.8, 0.95))
+    named = {id(p): name for name, p in model.named_parameters()}
+    assert {named[id(p)] for p in group["params"]} == {name for name in named.values() if not name.startswith("visual.")}
+
+
+@pytest.mark.parametrize("max_norm, factor", [(100.0, 1.0), (1.0, 0.2)])
+def test_optimizer_step_clips_the_gradient_and_says_its_norm(max_norm, factor):
+    layer = torch.nn.Linear(2, 1, bias=False)
+    before = layer.weight.detach().clone()
+    layer.weight.grad = torch.tensor([[3.0, 4.0]])
+    norm = optimizer_step(layer, torch.optim.SGD(layer.parameters(), lr=99.0), 0.1, max_norm)
+    assert norm == pytest.approx(5.0)  # before clipping
+    assert torch.allclose(layer.weight, before - 0.1 * factor * torch.tensor([[3.0, 4.0]]), atol=1e-5)
+    assert layer.weight.grad is None
+
+
+@pytest.mark.parametrize("dtype, wanted", [("auto", torch.float32), ("float32", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_autocast_decides_the_precision_of_the_forward_pass(options, dtype, wanted):
+    o = options(dtype=dtype)
+    model = load_for_training(o)
+    with training.autocast(model, o):
+        assert torch.nn.functional.linear(torch.ones(1, model.config.hidden_size), model.head_weight).dtype == wanted
+    assert model.head_weight.dtype == torch.float32
+
+
+def test_bfloat16_forward_trains_float32_weights(options, folder, tmp_path):
+    data = tmp_path / "d.jsonl"
+    data.write_text('{"question": "the q", "answer": "1", "response": "<answer>1</answer>"}\n')
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        o = sft.SFTOptions(model=str(folder), data=str(data), out=str(tmp_path / dtype), device="cpu", dtype=dtype, max_steps=2, epochs=2)
+        sft.train(o)
+        losses[dtype] = [json.loads(line)["loss"] for line in (tmp_path / dtype / "metrics.jsonl").read_text().splitlines()]
+        assert load_file(tmp_path / dtype / "checkpoint" / "weights.safetensors")["model.norm.weight"].dtype == torch.float32
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02) and losses["bfloat16"] != losses["float32"]
