@@ -365,9 +365,11 @@ def test_missing_and_damaged_files_are_named(tmp_path):
     for text in ("{", "[]", "{}", '{"weight_map": {"a": 1}}', '{"weight_map": ["a"]}'):
         index.write_text(text)
         assert str(index) in complaint(Qwen2_5_VL.from_pretrained, tmp_path)
-    for name in ("../../etc/passwd", "..", ""):  # never read outside the folder
+    for name in ("../outside.safetensors", "..", ""):  # never read outside the folder
+        save_file({"a": torch.ones(1)}, tmp_path.parent / "outside.safetensors")
         index.write_text(json.dumps({"weight_map": {"a": name}}))
-        assert str(tmp_path) in complaint(Qwen2_5_VL.from_pretrained, tmp_path)
+        message = complaint(Qwen2_5_VL.from_pretrained, tmp_path)
+        assert re.search("no such file|not a readable safetensors file", message), message
     index.unlink()
     assert "model.safetensors: no such file" in complaint(Qwen2_5_VL.from_pretrained, tmp_path)
     for text in ("", "{", "[1]", "\x00", '"text"'):
@@ -398,7 +400,7 @@ BAD_CONFIGS = [  # path to the field, its value, what the line says; "-" removes
     ("rope_scaling", "-", "mrope_section None"),
     ("rope_scaling", "mrope", "rope_scaling has a bad value: 'mrope'"),
     ("rope_scaling.type", "yarn", "rope_scaling type 'yarn' is not supported"),
-    ("rope_scaling.mrope_section", [2, 3, 4], "is not three numbers with sum 8"),
+    ("rope_scaling.mrope_section", [2, 3, 4], "is not three numbers of sum 8"),
     ("rope_scaling.mrope_section", [8], "is not three numbers"),
     ("rope_scaling.mrope_section", "233", "mrope_section has a bad value: '233'"),
     ("image_token_id", "-", "image_token_id is missing"),
