@@ -106,16 +106,39 @@ def draw_question(rng: random.Random, domain: str, depth: int, buckets: range = 
             return question
 
 
-def text_prompt(question: Question | None, rng: random.Random, task: str = "solve") -> str:
-    """The question in words amid fillers. The number of words says nothing of the depth; without a question all are fillers."""
-    words = question.words if question else []
+def facts(rng: random.Random) -> tuple[str, list[bool]]:
+    """Single steps on random states, `;#33+4=7#18-2=6...`, and the mask of what pre-training scores: the results."""
+    text, mask = ";", [False]
+    domain = rng.choice("AL")
+    for _ in range(rng.randint(4, 10)):
+        question = Question(domain, 0, ((rng.randrange(2), rng.randint(1, MAX_OPERAND)),))
+        step = question.step(1, rng.randrange(MODULUS))
+        text += f"#{rng.randint(1, MAX_DEPTH)}{step[2:]}"
+        mask += [False] * (len(step) - 1) + [True]
+    return text, mask
+
+
+def fragment(question: Question, rng: random.Random) -> tuple[str, list[bool]]:
+    """The restated question, then its steps in random order on random states: which operation has which number. The mask
+    has all that can be known: not the numbers and states drawn at random."""
+    text, mask = question.restated + ";", [True] * (len(question.restated) + 1)
+    for i in rng.sample(range(1, question.depth + 1), question.depth):
+        step = question.step(i, rng.randrange(MODULUS))
+        text += step
+        mask += [False] * 3 + [True] * (len(step) - 3)
+    return text, mask
+
+
+def text_prompt(question: Question, rng: random.Random, task: str = "solve") -> str:
+    """The question in words amid fillers; the number of words says nothing of the depth."""
+    words = question.words
     fillers = [rng.choice(FILLERS) for _ in range(rng.randint(2 * MAX_DEPTH + 3, 2 * MAX_DEPTH + 9) - len(words))]
     before = rng.randint(0, len(fillers))
     return " ".join([TASKS[task], *fillers[:before], *words, *fillers[before:]])
 
 
 def image_prompt(rng: random.Random, task: str = "solve") -> str:
-    """The text that goes with an image: the task and up to 6 fillers."""
+    """What is asked where the question is not in words: the task and up to 6 fillers."""
     return " ".join([TASKS[task], *(rng.choice(FILLERS) for _ in range(rng.randint(0, 6)))])
 
 

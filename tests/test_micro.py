@@ -1,0 +1,296 @@
+"""The micro world: right answers, no leakage, the same bits from the same seed, a tokenizer that keeps words and chains apart."""
+
+import json
+import random
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from data import ImageConfig, Tokenizer, load_image, preprocess_image, read_examples, render_chat
+from micro import pretrain, world
+from micro.tokenizer import write_tokenizer
+from model import Config, Qwen2_5_VL
+from rewards import accuracy_reward
+
+MICRO = Path(__file__).resolve().parents[1] / "micro"
+DATA, BASE = MICRO / "data", MICRO / "base"
+TESTS = ("test_text", "test_image", "test_text_other", "test_image_other")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(folder)
+    return Tokenizer.from_pretrained(folder)
+
+
+def records(name: str) -> list[dict]:
+    return [json.loads(line) for line in (DATA / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def solve(form: str) -> str:
+    """An evaluation that shares nothing with world.py: 3+4-2 -> 5, c>4<2 -> e."""
+    state, operations = form[0], re.findall(r"([-+<>])(\d)", form[1:])
+    value = int(state) if state.isdigit() else ord(state) - ord("a")
+    for sign, operand in operations:
+        value += int(operand) if sign in "+>" else -int(operand)
+    return str(value % 10) if state.isdigit() else chr(ord("a") + value % 10)
+
+
+def form_of(prompt: str) -> str:
+    """The question that a text prompt spells, read with a table of its own."""
+    digits = dict(zip("zero one two three four five six seven eight nine".split(), "0123456789"))
+    letters = dict(zip("alfa bravo charlie delta echo foxtrot golf hotel india juliett".split(), "abcdefghij"))
+    signs = {"plus": "+", "minus": "-", "forward": ">", "back": "<"}
+    table = digits | letters | signs
+    return "".join(table[word] for word in prompt.split() if word in table)
+
+
+def questions(count: int) -> list[world.Question]:
+    rng = random.Random(1)
+    return [world.draw_question(rng, "AL"[i % 2], 1 + i % world.MAX_DEPTH) for i in range(count)]
+
+
+# The generator
+
+
+def test_answers_by_an_independent_evaluation():
+    for question in questions(200):
+        assert question.answer == solve(question.form)
+
+
+def test_canonical_chain():
+    question = world.Question("A", 3, ((0, 4), (1, 2)))
+    assert question.form == "3+4-2" and question.depth == 2
+    assert question.chain() == "<think>3#1+4#2-2;#13+4=7#27-2=5</think><answer>5</answer>"
+    assert question.chain(1) == "<think>3#1+4#2-2;#13+4=7</think><answer>7</answer>"
+    assert world.Question("L", 2, ((0, 4), (1, 2))).chain() == "<think>c#1>4#2<2;#1c>4=g#2g<2=e</think><answer>e</answer>"
+
+
+def test_every_step_of_a_chain_is_right():
+    for question in questions(100):
+        restated, steps = re.fullmatch(r"<think>(.*);(.*)</think><answer>.</answer>", question.chain()).groups()
+        assert re.sub(r"#\d", "", restated) == question.form
+        state = question.form[0]
+        for i, (label, before, operation, after) in enumerate(re.findall(r"#(\d)(.)([-+<>]\d)=(.)", steps), 1):
+            assert label == str(i) and before == state and after == solve(before + operation)
+            assert f"#{i}{operation}" in restated
+            state = after
+        assert state == question.answer and accuracy_reward(question.chain(), question.answer) == 1.0
+
+
+def test_a_text_prompt_spells_its_question_and_hides_its_depth():
+    rng = random.Random(0)
+    lengths = {depth: set() for depth in (2, 7)}
+    for _ in range(300):
+        for depth in lengths:
+            question = world.draw_question(rng, rng.choice("AL"), depth)
+            prompt = world.text_prompt(question, rng)
+            assert form_of(prompt) == question.form
+            lengths[depth].add(len(prompt.split()))
+    assert lengths[2] == lengths[7]
+
+
+def test_fragments_and_facts():
+    rng = random.Random(0)
+    for question in questions(50):
+        text, mask = world.fragment(question, rng)
+        assert len(text) == len(mask) and text.startswith(question.restated + ";")
+        steps = re.findall(r"#(\d)(.)([-+<>]\d)=(.)", text.split(";")[1])
+        assert sorted(int(step[0]) for step in steps) == list(range(1, question.depth + 1))
+        assert all(after == solve(before + operation) for _, before, operation, after in steps)
+        text, mask = world.facts(rng)
+        scored = "".join(c for c, m in zip(text, mask) if m)
+        assert scored == "".join(solve(before + operation) for before, operation in re.findall(r"#\d(.)([-+<>]\d)=", text))
+
+
+# Images
+
+
+def test_image_is_one_strip_and_names_its_cells():
+    rng = random.Random(0)
+    for question in questions(20):
+        image, cells = world.draw_image(question, rng)
+        assert image.size == (448, 28) and len(cells) == world.CELLS and "".join(cells) == question.form
+        patches, grid = preprocess_image(load_image(image))
+        assert grid == (1, 2, 32) and patches.shape == (64, 1176)
+
+
+def test_training_images_equal_the_shipped_files_way(tmp_path):
+    """What pre-training feeds (a palette image in memory) is bit for bit what a saved PNG gives."""
+    rng = random.Random(2)
+    for question in questions(5):
+        image, _ = world.draw_image(question, rng)
+        image.save(tmp_path / "x.png", optimize=True, bits=2)
+        config = ImageConfig(3136, 802816)
+        assert torch.equal(preprocess_image(image)[0], preprocess_image(load_image(tmp_path / "x.png"), config)[0])
+
+
+def test_glyphs_differ():
+    for size in world.GLYPH_SIZES:
+        assert len({world.glyph_mask(symbol, size).tobytes() for symbol in world.GLYPHS}) == len(world.GLYPHS) == 24
+
+
+# The shipped data
+
+
+def test_the_same_bits_from_the_same_seed():
+    files, images = world.make_data(0)
+    assert set(files) == {path.stem for path in DATA.glob("*.jsonl")}
+    for name in files:
+        assert files[name] == records(name), name
+    assert len(images) == len(list((DATA / "images").iterdir()))
+    for name, image in images.items():
+        with Image.open(DATA / name) as shipped:
+            assert shipped.convert("RGB").tobytes() == image.convert("RGB").tobytes(), name
+
+
+def test_another_seed_gives_other_questions():
+    forms = {record["form"] for record in records("test_text")}
+    other = world.make_data(1)[0]["test_text"]
+    assert [r["form"] for r in other] != [r["form"] for r in records("test_text")] and forms != {r["form"] for r in other}
+
+
+@pytest.mark.parametrize("name", ["sft", "rl", "test_text", "test_text_other"])
+def test_text_files(name):
+    for record, example in zip(records(name), read_examples(DATA / f"{name}.jsonl"), strict=True):
+        assert form_of(record["question"]) == record["form"] and solve(record["form"]) == record["answer"]
+        assert record["depth"] == len(record["form"]) // 2 == example.meta["depth"]
+        assert record["domain"] == ("L" if "other" in name else "A") and "image" not in record
+        assert ("response" in record) == (name == "sft")
+        if name == "sft":
+            assert accuracy_reward(record["response"], record["answer"]) == 1.0
+
+
+def test_image_files():
+    for name in ("test_image", "test_image_other"):
+        text = records(name.replace("image", "text"))
+        for record, twin in zip(records(name), text, strict=True):  # the same questions
+            assert record["form"] == twin["form"] and record["answer"] == twin["answer"] == solve(record["form"])
+            assert form_of(record["question"]) == "" and record["question"].startswith("Solve:")
+    for record in records("test_transcription"):
+        assert re.sub(r"#\d", "", record["answer"]) == record["form"] and record["question"].startswith("Read:")
+
+
+def test_sizes_and_depths():
+    for name in TESTS:
+        depths = [record["depth"] for record in records(name)]
+        assert len(depths) >= 500 and all(depths.count(depth) >= 100 for depth in range(2, 7))
+        assert len({record["form"] for record in records(name)}) == len(depths)
+    assert sum(path.stat().st_size for path in MICRO.rglob("*") if "__pycache__" not in str(path)) < 8e6 + 2.5e6
+
+
+def test_no_test_question_in_training():
+    tests = {record["form"] for name in (*TESTS, "test_transcription") for record in records(name)}
+    assert all(world.bucket(form) in world.TEST_BUCKETS for form in tests)
+    for name in ("sft", "rl"):
+        forms = {record["form"] for record in records(name)}
+        assert not forms & tests and not any(world.bucket(form) in world.TEST_BUCKETS for form in forms)
+    assert not {r["form"] for r in records("sft")} & {r["form"] for r in records("rl")}
+
+
+def test_no_test_question_in_pretraining(tokenizer):
+    rng = random.Random(0)
+    for _ in range(300):
+        ids, _, _ = pretrain.make_row(rng, tokenizer, image_share=0.5, complete_share=0.1)
+        text = tokenizer.decode(ids)
+        restated = re.search(r"(?:<think>|<answer>)(.#1[^;<]*(?:<\d[^;<]*)*)(?:;|</)", text)
+        spelt = form_of(text.split("user\n")[1].split("assistant\n")[0])
+        for form in [re.sub(r"#\d", "", restated[1]) if restated else "", spelt]:
+            assert not form or world.bucket(form) not in world.TEST_BUCKETS
+
+
+# The tokenizer
+
+
+@pytest.mark.parametrize("text", ["", " ", "a b  c\n\t\r\n", "e\u0301\u00e9 漢字 🙂🏽", "\x00\x7f", "</think><answer>5</answer>",
+                                  "<|im_end|> <|image_pad|>", "Solve: river ten", "ĠĊ ﬁ 𝔘", "".join(map(chr, range(0x2000, 0x2100)))])
+def test_round_trip(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_round_trip_of_random_unicode(tokenizer):
+    rng = random.Random(0)
+    for _ in range(200):
+        codes = [rng.randrange(rng.choice([0x80, 0x800, 0xD800, 0x110000])) for _ in range(rng.randrange(30))]
+        text = "".join(chr(c) for c in codes if not 0xD800 <= c < 0xE000)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_a_chain_is_single_characters_and_tags(tokenizer):
+    for question in questions(50):
+        tokens = [tokenizer.decode([i]) for i in tokenizer.encode(question.chain())]
+        inner = question.chain()[len("<think>"):].split("</think>")[0]
+        closing = ["</", "think", ">", "<", "answer", ">", question.answer, "</", "answer", ">"]
+        assert tokens == ["<", "think", ">", *inner, *closing]
+
+
+def test_words_and_chains_share_no_token(tokenizer):
+    rng = random.Random(0)
+    words, chains = set(), set()
+    for question in questions(300):
+        words |= set(tokenizer.encode(world.text_prompt(question, rng))) | set(tokenizer.encode(world.image_prompt(rng)))
+        chains |= set(tokenizer.encode(question.chain()))
+    assert not words & chains
+    prompt = world.text_prompt(questions(7)[6], rng)
+    assert len(tokenizer.encode(prompt)) == len(prompt.split()) + 1  # one token a word, and the task's colon
+
+
+def test_the_template_is_few_tokens(tokenizer):
+    ids, mask = render_chat([{"role": "user", "content": "Solve: river"}, {"role": "assistant", "content": "<answer>5</answer>"}], tokenizer)
+    assert len(ids) == 31 and sum(mask) == 8
+
+
+# The base
+
+
+def test_config(tokenizer):
+    raw = pretrain.make_config(tokenizer)
+    with torch.device("meta"):
+        model = Qwen2_5_VL(Config.from_dict(raw))
+    assert 1e6 < sum(p.numel() for p in model.parameters()) < 3e6
+    assert raw["vocab_size"] % 64 == 0 and raw["vocab_size"] >= tokenizer.vocab_size + 64  # padding rows, as in the real model
+    assert raw["model_type"] == "qwen2_5_vl" and raw["vision_config"]["window_size"] == 112
+
+
+def test_loss_is_on_what_can_be_known(tokenizer):
+    rng = random.Random(3)
+    for _ in range(100):
+        ids, mask, patches = pretrain.make_row(rng, tokenizer, image_share=0.5, complete_share=0.0)
+        assert len(ids) == len(mask) and any(mask) and (patches is not None) == (tokenizer.image_pad in ids)
+        assert not any(mask[:ids.index(tokenizer.encode("assistant")[0], 12)])  # the prompt
+        text = tokenizer.decode(ids)
+        kept = tokenizer.decode([i for i, m in zip(ids, mask) if m], skip_special=False)
+        assert "Recall:" in text and re.fullmatch(r"[0-9a-j]+", kept) or "Recall:" not in text and len(kept) > 1
+
+
+def test_pretraining_runs_end_to_end(tmp_path, monkeypatch, capsys):
+    for name, value in {"ALIGN_STEPS": 2, "TEXT_STEPS": 1, "MIXED_STEPS": 1, "FINAL_STEPS": 1, "BATCH": 12, "ALIGN_IMAGES": 2,
+                        "PROBES": 2}.items():
+        monkeypatch.setattr(pretrain, name, value)
+    monkeypatch.setattr(pretrain, "TEST_DEPTHS", range(2, 3))
+    for folder in ("a", "b"):
+        monkeypatch.setattr(sys, "argv", ["pretrain.py", "--seed", "3", "--out", str(tmp_path / folder), "--processes", "1"])
+        pretrain.main()
+        assert folder == "b" or "transcription" in capsys.readouterr().out
+        monkeypatch.setattr(pretrain, "report", lambda *_: None)
+    for name in ("config.json", "tokenizer.json", "preprocessor_config.json", "generation_config.json", "model.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+    Qwen2_5_VL.from_pretrained(tmp_path / "a")
+
+
+def test_shipped_base(tmp_path):
+    """It loads, is what the script's configuration says, and reads an image."""
+    model, tokenizer = Qwen2_5_VL.from_pretrained(BASE), Tokenizer.from_pretrained(BASE)
+    assert json.loads((BASE / "config.json").read_text()) == pretrain.make_config(tokenizer)
+    write_tokenizer(tmp_path)
+    assert (tmp_path / "tokenizer.json").read_bytes() == (BASE / "tokenizer.json").read_bytes()
+    assert ImageConfig.from_pretrained(BASE) == ImageConfig(3136, 802816)
+    assert (BASE / "model.safetensors").stat().st_size < 8e6
+    examples = list(read_examples(DATA / "test_transcription.jsonl"))[:20]
+    read = pretrain.answer(model, tokenizer, [(e.question, load_image(e.images[0])) for e in examples])
+    assert sum(text == f"<answer>{e.answer}</answer>" for text, e in zip(read, examples)) >= 18
