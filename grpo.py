@@ -96,19 +96,19 @@ def grpo_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, comp
     num_tokens = torch.as_tensor((~masked_out).sum() if num_tokens is None else num_tokens, device=log_probs.device).clamp(min=1.0)
 
     def clean(x: Tensor) -> Tensor:
-        return x.masked_fill(masked_out, 0.0)  # before the arithmetic and not by 0 * x: inf and NaN would reach the gradient
+        return x.masked_fill(masked_out, 0.0)  # not x * mask: 0 * inf is NaN, in the backward pass too
 
     def token_mean(x: Tensor) -> Tensor:
         return clean(x).sum() / num_tokens
 
     log_probs = clean(log_probs)
-    ratio = (log_probs - clean(old_log_probs)).exp()
+    ratio = (log_probs - old_log_probs).exp()
     clipped = ratio.clamp(1.0 - clip_eps_low, 1.0 + clip_eps_high)
     gain, clipped_gain = ratio * advantages[:, None], clipped * advantages[:, None]
     loss = token_mean(-torch.minimum(gain, clipped_gain))
     metrics = {"ratio_mean": token_mean(ratio).item(), "clip_fraction": token_mean((clipped_gain < gain).to(ratio.dtype)).item()}
     if ref_log_probs is not None:
-        kl = token_mean(kl_penalty(log_probs, clean(ref_log_probs), kl_type))
+        kl = token_mean(kl_penalty(log_probs, ref_log_probs, kl_type))
         loss, metrics["kl"] = loss + kl_coef * kl, kl.item()
     return loss, metrics
 
