@@ -95,7 +95,7 @@ class Config:
                 f"torch_dtype {self.torch_dtype!r} is not supported")
         if self.vision is not None:
             require(len(self.mrope_section or ()) == 3 and sum(self.mrope_section) * 2 == self.head_dim,
-                    f"mrope_section {self.mrope_section} is not three numbers of sum {self.head_dim // 2}, head_dim / 2")
+                    f"mrope_section {self.mrope_section} is not three numbers of sum {self.head_dim // 2}")
             require(self.vision.out_hidden_size == self.hidden_size,
                     "vision_config: out_hidden_size is not hidden_size")
             require(self.vision.hidden_size % (4 * self.vision.num_heads) == 0,
