@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from data import InputError
+from data import InputError, read_json
 from kernels import attention
 from vision import GatedMLP, Grid, RMSNorm, VisionConfig, VisionTower, apply_rope
 
@@ -412,19 +412,6 @@ def copy_side_files(source: str | Path, folder: str | Path) -> None:
     for name in SIDE_FILES:
         if (Path(source) / name).exists() and Path(source).resolve() != Path(folder).resolve():
             shutil.copyfile(Path(source) / name, Path(folder) / name)
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object from a file; InputError names the file and what is wrong."""
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not readable as JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise InputError(f"{path}: not a JSON object")
-    return raw
 
 
 def weight_files(folder: Path) -> list[Path]:

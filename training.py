@@ -17,10 +17,11 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
-from data import InputError, Tokenizer
-from model import Config, Qwen2_5_VL, copy_side_files, read_json
+from data import InputError, Tokenizer, read_json
+from model import Config, Qwen2_5_VL, copy_side_files
 
 ROOT = Path(__file__).resolve().parent
 MICRO_BASE = ROOT / "micro" / "base"
@@ -75,7 +76,7 @@ def run_command(main) -> None:
     """Runs a command. What the user can mend is one line on stderr and exit code 2."""
     try:
         main(sys.argv[1:])
-    except (InputError, OSError) as error:
+    except (InputError, OSError, SafetensorError) as error:  # the last: a disk that fills up
         print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

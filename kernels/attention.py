@@ -23,9 +23,10 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale:
     B, T, H, D = q.shape
     S, K = k.shape[1], k.shape[2]
     group = H // K
-    q = (q * (D**-0.5 if scale is None else scale)).view(B, T, K, group, D).permute(0, 2, 3, 1, 4)
+    q = q.view(B, T, K, group, D).permute(0, 2, 3, 1, 4)
     scores = q.reshape(B, K, group * T, D) @ k.permute(0, 2, 3, 1)                             # [B, K, group*T, S]
     scores = scores.view(B, K, group, T, S).to(torch.promote_types(q.dtype, torch.float32))
+    scores = scores * (D**-0.5 if scale is None else scale)
     mask = visible(T, S, causal=causal, key_lengths=key_lengths, cu_seqlens=cu_seqlens, device=q.device)
     if mask is not None:
         scores = scores.masked_fill(~mask[:, None, None], float("-inf"))
