@@ -17,7 +17,8 @@ from sample import Sampler, SamplingParams, draw, load_sampler, sampling_log_pro
 
 IDS = tiny.special_ids()
 STOPS = (IDS["im_end"], IDS["endoftext"])
-NEVER = [*(IDS[name] for name in IDS if name.startswith(("vision", "image", "video"))), *range(tiny.KNOWN_IDS, tiny.VOCAB_ROWS)]
+NEVER = [*(IDS[name] for name in IDS if name.startswith(("vision", "image", "video"))),
+         *range(tiny.KNOWN_IDS, tiny.VOCAB_ROWS)]
 
 
 @pytest.fixture(scope="module")
@@ -325,7 +326,8 @@ def forced_exit(engine: Sampler, batch: list[Prompt], budget: int, **options) ->
 def test_think_budget_appends_the_tag_and_lets_the_model_answer(tokenizer):
     tag = tokenizer.encode("</think>")
     assert len(tag) > 3
-    line = [*tokenizer.encode("x" * 12), *tokenizer.encode("z" * len(tag)), *tokenizer.encode("<answer>4</answer>"), IDS["im_end"]]
+    line = [*tokenizer.encode("x" * 12), *tokenizer.encode("z" * len(tag)), *tokenizer.encode("<answer>4</answer>"),
+            IDS["im_end"]]
     engine, batch = scripted(tokenizer, line)
     [completion] = forced_exit(engine, batch, 12)
     assert completion.text == "x" * 12 + "</think><answer>4</answer>" and completion.finish_reason == "forced"
@@ -349,7 +351,8 @@ def test_forced_ids_go_through_the_cache(sampler):
     assert_same(sampler.generate(prompts(), params), alone)
 
 
-@pytest.mark.parametrize("budget, spelling", [(20, "tokens"), (20, "bytes"), (10, "tokens"), (8, "tokens"), (7, "bytes"), (5, "bytes")])
+@pytest.mark.parametrize("budget, spelling", [(20, "tokens"), (20, "bytes"), (10, "tokens"), (8, "tokens"),
+                                              (7, "bytes"), (5, "bytes")])
 def test_no_tag_is_appended_where_it_has_come_or_is_half_written(tokenizer, budget, spelling):
     """The tag may come in other tokens than its usual ones: only the text counts. It begins at token 4 here."""
     text = "</think>"
@@ -370,7 +373,8 @@ def test_what_only_looks_like_half_a_tag_is_forced_when_it_goes_on(tokenizer):
 
 
 def test_a_batch_is_forced_row_by_row(tokenizer):
-    lines = ["u" * 60, [*tokenizer.encode("v"), IDS["im_end"]], "ww</think>" + "w" * 50, [*byte_ids(tokenizer, "y" * 9), IDS["endoftext"]]]
+    lines = ["u" * 60, [*tokenizer.encode("v"), IDS["im_end"]], "ww</think>" + "w" * 50,
+             [*byte_ids(tokenizer, "y" * 9), IDS["endoftext"]]]
     engine, batch = scripted(tokenizer, *lines)
     together = forced_exit(engine, batch, 9)
     assert [c.text[:18] for c in together] == ["u" * 9 + "</think>u", "v", "ww</think>wwwwwwww", "y" * 9 + "</think>."]
