@@ -401,6 +401,14 @@ def test_empty_completions_single_rows_and_nothing_to_learn_do_not_crash(options
         assert result["loss"] == pytest.approx(-2.0) and math.isfinite(result["grad_norm"]) and result["grad_norm"] > 0
 
 
+def test_options_reach_the_loss(options, rewarded, monkeypatch):
+    trainer, seen, original = grpo.Trainer(options(clip_eps_low=0.1, clip_eps_high=0.3, kl_coef=0.02, kl_type="k2")), [], grpo.grpo_loss
+    monkeypatch.setattr(grpo, "grpo_loss", lambda *args, **rest: seen.append(rest) or original(*args, **rest))
+    trainer.update(trainer.rollout([0], 0)[0], 1e-3)
+    wanted = {"clip_eps_low": 0.1, "clip_eps_high": 0.3, "kl_coef": 0.02, "kl_type": "k2"}
+    assert {key: seen[0][key] for key in wanted} == wanted and seen[0]["ref_log_probs"] is not None
+
+
 def test_no_reference_without_kl_and_a_frozen_one_with_it(options):
     assert grpo.Trainer(options()).reference is None
     trainer = grpo.Trainer(options(kl_coef=0.01))
@@ -435,6 +443,8 @@ def test_run_writes_metrics_samples_and_warms_up(options, rewarded):
     assert all(s["question"].endswith(f"sum of {s['id'][1:]} and {s['id'][1:]}") for s in samples)
     assert all(s["reward"] == sum(map(ord, s["response"])) % 2 for s in samples)
     first = [s for s in samples if s["step"] == 1]
+    later = [s for s in samples if s["id"] == first[0]["id"] and s["step"] > 1]
+    assert not {s["response"] for s in first} & {s["response"] for s in later}  # each epoch samples anew
     assert len({s["id"] for s in first}) == 2 and len({s["response"] for s in first}) == 6  # n different samples each
 
 
@@ -449,6 +459,11 @@ def test_samples_record_what_was_extracted(options, monkeypatch):
     assert found["reward"] == pytest.approx(2 / 3) and found["zero_std_groups"] == 0.0 and found["response_length"] == 1.0
     assert found["reward_std"] == pytest.approx((1 / 3)**0.5) and found["advantage_mean"] == pytest.approx(0.0, abs=1e-6)
     assert batch.advantages.tolist() == pytest.approx([1 / 3**0.5, -2 / 3**0.5, 1 / 3**0.5])
+    texts[:] = [answer.format("B: four"), answer.format("A"), answer.format("four")]
+    trainer.options.normalize_std, trainer.examples[1].answer, trainer.examples[1].options = False, "B", {"A": "five", "B": "four"}
+    batch, records, _ = trainer.rollout([1], 6)
+    assert [r["reward"] for r in records] == [1.0, 0.0, 1.0]
+    assert batch.advantages.tolist() == pytest.approx([1 / 3, -2 / 3, 1 / 3])
 
 
 def test_reward_rises(options, monkeypatch):

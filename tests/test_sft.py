@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import sft  # noqa: E402
 import tiny  # noqa: E402
-from data import InputError, Tokenizer, collate, encode_example, read_examples  # noqa: E402
+from data import InputError, Tokenizer, collate  # noqa: E402
 from model import Qwen2_5_VL, copy_side_files  # noqa: E402
 from training import load_for_training  # noqa: E402
 
@@ -76,13 +76,12 @@ def test_loss_and_gradients_equal_transformers(tmp_path, variant):
 
 @pytest.mark.parametrize("answer_only, response", [(False, "<think>2 and andand 2</think><answer>4</answer>"),
                                                    (True, "<answer>4</answer>")])
-def test_only_the_response_and_its_end_carry_loss(options, folder, data, monkeypatch, answer_only, response):
+def test_only_the_response_and_its_end_carry_loss(options, folder, monkeypatch, answer_only, response):
     tokenizer, scored = Tokenizer.from_pretrained(folder), []
     original = sft.token_log_probs
     monkeypatch.setattr(sft, "token_log_probs", lambda h, w, targets: (scored.append(targets), original(h, w, targets))[1])
-    row = encode_example(list(read_examples(data))[1], tokenizer, style="direct", max_length=1000, answer_only=answer_only)
-    model = load_for_training(options())
-    sft.sft_loss(model, *collate([row]))
+    row = sft.load_rows(options(answer_only=answer_only), tokenizer)[1]
+    sft.sft_loss(load_for_training(options()), *collate([row]))
     assert scored[0].tolist() == [*tokenizer.encode(response), tokenizer.im_end]  # and no newline behind it
 
 

@@ -171,6 +171,7 @@ def test_overwrite_leaves_nothing_of_the_old_run(options, trained):
     model, optimizer, run = trained(2)
     run.log("samples.jsonl", {"step": 1})
     run.save(model, optimizer, last=True)
+    (run.folder / "checkpoint.old").mkdir()  # a crash left it behind
     o = options(overwrite=True, seed=5)
     Run(o)
     assert [p.name for p in Path(o.out).iterdir()] == ["config.json"]
