@@ -1,4 +1,5 @@
 """Stage 2: the loss against hand-computed values, advantages, KL estimators, rollouts, updates, and whole runs."""
+
 import json
 import math
 import sys
@@ -16,9 +17,11 @@ from grpo import grpo_loss, group_advantages, kl_penalty, make_batch  # noqa: E4
 from sample import Completion  # noqa: E402
 
 CLIP = {"clip_eps_low": 0.2, "clip_eps_high": 0.28}
-METRICS = ("step epoch loss lr grad_norm tokens tokens_per_second seconds reward reward_std zero_std_groups advantage_mean "
-           "response_length clipped_responses entropy kl ratio_mean clip_fraction logprob_diff rollout_seconds train_seconds "
-           "rollout_tokens_per_second").split()
+METRICS = (
+    "step epoch loss lr grad_norm tokens tokens_per_second seconds reward reward_std zero_std_groups advantage_mean "
+    "response_length clipped_responses entropy kl ratio_mean clip_fraction logprob_diff rollout_seconds train_seconds "
+    "rollout_tokens_per_second"
+).split()
 
 
 def logs(rows: list[list[float]]) -> torch.Tensor:
@@ -28,7 +31,9 @@ def logs(rows: list[list[float]]) -> torch.Tensor:
 
 def loss_and_gradient(probs, old, advantages, mask, **options):
     log_probs = logs(probs)
-    loss, metrics = grpo_loss(log_probs, logs(old).detach(), torch.tensor(advantages), torch.tensor(mask), **{**CLIP, **options})
+    loss, metrics = grpo_loss(
+        log_probs, logs(old).detach(), torch.tensor(advantages), torch.tensor(mask), **{**CLIP, **options}
+    )
     loss.backward()
     return loss.item(), log_probs.grad, metrics
 
@@ -39,12 +44,17 @@ def random_batch(seed: int = 0, N: int = 6, T: int = 9) -> dict:
     log_probs = -2 * torch.rand(N, T, generator=g, dtype=torch.float64)
     mask = torch.arange(T) < torch.randint(2, T + 1, (N, 1), generator=g)
     mask[1, 0] = False  # a forced id in the middle is masked too
-    return {"log_probs": log_probs, "old_log_probs": log_probs + 0.4 * torch.randn(N, T, generator=g, dtype=torch.float64),
-            "ref_log_probs": log_probs + 0.4 * torch.randn(N, T, generator=g, dtype=torch.float64),
-            "advantages": torch.randn(N, generator=g, dtype=torch.float64), "completion_mask": mask}
+    return {
+        "log_probs": log_probs,
+        "old_log_probs": log_probs + 0.4 * torch.randn(N, T, generator=g, dtype=torch.float64),
+        "ref_log_probs": log_probs + 0.4 * torch.randn(N, T, generator=g, dtype=torch.float64),
+        "advantages": torch.randn(N, generator=g, dtype=torch.float64),
+        "completion_mask": mask,
+    }
 
 
-# --- grpo_loss, by hand -------------------------------------------------------------------------------------------------------
+# --- grpo_loss, by hand ---
+
 
 def test_loss_on_policy_by_hand():
     """The ratio is 1: the loss is minus the mean advantage of a token, each token's gradient -A / tokens."""
@@ -55,8 +65,12 @@ def test_loss_on_policy_by_hand():
 
 def test_loss_is_a_mean_over_tokens_not_over_responses():
     """3 tokens of advantage 1 and 1 token of advantage -3: token mean -(3 - 3) / 4 = 0, mean of response means 1."""
-    loss, grad, _ = loss_and_gradient([[0.5, 0.5, 0.5], [0.5, 0.9, 0.9]], [[0.5, 0.5, 0.5], [0.5, 0.9, 0.9]], [1.0, -3.0],
-                                      [[True, True, True], [True, False, False]])
+    loss, grad, _ = loss_and_gradient(
+        [[0.5, 0.5, 0.5], [0.5, 0.9, 0.9]],
+        [[0.5, 0.5, 0.5], [0.5, 0.9, 0.9]],
+        [1.0, -3.0],
+        [[True, True, True], [True, False, False]],
+    )
     assert loss == pytest.approx(0.0, abs=1e-6)
     assert torch.allclose(grad, torch.tensor([[-0.25, -0.25, -0.25], [0.75, 0.0, 0.0]]))
 
@@ -64,19 +78,30 @@ def test_loss_is_a_mean_over_tokens_not_over_responses():
 def test_loss_with_stale_log_probs_by_hand():
     """Ratios 1.2, 1.4, 0.6 | 1.4, 0.6, advantages 1 | -0.5, range [0.8, 1.28]. Gains per token:
     1.2, min(1.4, 1.28), min(0.6, 0.8) | min(-0.7, -0.64), min(-0.3, -0.4); their sum is 1.98, over 5 tokens."""
-    loss, grad, metrics = loss_and_gradient([[0.6, 0.7, 0.3], [0.7, 0.3, 0.1]], [[0.5, 0.5, 0.5], [0.5, 0.5, 0.9]], [1.0, -0.5],
-                                            [[True, True, True], [True, True, False]])
+    loss, grad, metrics = loss_and_gradient(
+        [[0.6, 0.7, 0.3], [0.7, 0.3, 0.1]],
+        [[0.5, 0.5, 0.5], [0.5, 0.5, 0.9]],
+        [1.0, -0.5],
+        [[True, True, True], [True, True, False]],
+    )
     assert loss == pytest.approx(-(1.2 + 1.28 + 0.6 - 0.7 - 0.4) / 5)  # -0.396
     assert torch.allclose(grad, torch.tensor([[-0.24, 0.0, -0.12], [0.14, 0.0, 0.0]]), atol=1e-6)
     assert metrics["ratio_mean"] == pytest.approx(1.04) and metrics["clip_fraction"] == pytest.approx(2 / 5)
 
 
-@pytest.mark.parametrize("ratio, advantage, gradient", [
-    (1.25, 1.0, -1.25), (1.30, 1.0, 0.0),     # above: a good token is not pushed further
-    (0.75, 1.0, -0.75), (0.85, 1.0, -0.85),   # below: it is still brought back
-    (0.85, -1.0, 0.85), (0.75, -1.0, 0.0),    # below: a bad token is not pushed further
-    (1.25, -1.0, 1.25), (1.30, -1.0, 1.30),   # above: it is still brought back
-])
+@pytest.mark.parametrize(
+    "ratio, advantage, gradient",
+    [
+        (1.25, 1.0, -1.25),
+        (1.30, 1.0, 0.0),  # above: a good token is not pushed further
+        (0.75, 1.0, -0.75),
+        (0.85, 1.0, -0.85),  # below: it is still brought back
+        (0.85, -1.0, 0.85),
+        (0.75, -1.0, 0.0),  # below: a bad token is not pushed further
+        (1.25, -1.0, 1.25),
+        (1.30, -1.0, 1.30),  # above: it is still brought back
+    ],
+)
 def test_clipping_on_both_sides_of_both_bounds(ratio, advantage, gradient):
     _, grad, metrics = loss_and_gradient([[0.4 * ratio]], [[0.4]], [advantage], [[True]])
     assert grad.item() == pytest.approx(gradient, rel=1e-5)
@@ -95,7 +120,9 @@ def test_clip_higher_moves_only_the_upper_bound():
 def test_a_step_raises_good_tokens_and_lowers_bad_ones():
     logits = torch.zeros(2, 5, requires_grad=True)
     log_probs = logits.log_softmax(-1)[:, :1]  # each response is the one token 0
-    loss, _ = grpo_loss(log_probs, log_probs.detach(), torch.tensor([1.0, -1.0]), torch.ones(2, 1, dtype=torch.bool), **CLIP)
+    loss, _ = grpo_loss(
+        log_probs, log_probs.detach(), torch.tensor([1.0, -1.0]), torch.ones(2, 1, dtype=torch.bool), **CLIP
+    )
     loss.backward()
     after = (logits - 0.1 * logits.grad).softmax(-1)[:, 0]
     assert after[0] > 0.2 > after[1]
@@ -104,7 +131,9 @@ def test_a_step_raises_good_tokens_and_lowers_bad_ones():
 def test_groups_without_spread_count_in_the_denominator():
     advantages = group_advantages(torch.tensor([[1.0, 0.0], [1.0, 1.0]])).flatten()
     probs = [[0.5, 0.5]] * 4
-    loss, grad, _ = loss_and_gradient(probs, probs, advantages.tolist(), [[True, False], [True, True], [True, True], [True, True]])
+    loss, grad, _ = loss_and_gradient(
+        probs, probs, advantages.tolist(), [[True, False], [True, True], [True, True], [True, True]]
+    )
     a = 0.5**0.5
     assert loss == pytest.approx((-1 * a + 2 * a) / 7)
     assert torch.allclose(grad, torch.tensor([[-a, 0.0], [a, a], [0.0, 0.0], [0.0, 0.0]]) / 7)
@@ -131,7 +160,9 @@ def test_values_at_masked_positions_do_not_leak(bad, kl_type):
         loss.backward()
         assert not spoilt["log_probs"].grad[hidden].any()
         results.append((loss.item(), metrics, spoilt["log_probs"].grad))
-    assert all(loss == results[0][0] and m == results[0][1] and torch.equal(g, results[0][2]) for loss, m, g in results[1:])
+    assert all(
+        loss == results[0][0] and m == results[0][1] and torch.equal(g, results[0][2]) for loss, m, g in results[1:]
+    )
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -140,8 +171,15 @@ def test_loss_metrics_and_gradient_do_not_depend_on_micro_batches(size):
     batch["log_probs"].requires_grad_()
     whole, metrics = grpo_loss(**batch, **CLIP, kl_coef=0.1)
     (wanted,) = torch.autograd.grad(whole, batch["log_probs"])
-    parts = [grpo_loss(**{k: v[i:i + size] for k, v in batch.items()}, **CLIP, kl_coef=0.1,
-                       num_tokens=batch["completion_mask"].sum()) for i in range(0, 6, size)]
+    parts = [
+        grpo_loss(
+            **{k: v[i : i + size] for k, v in batch.items()},
+            **CLIP,
+            kl_coef=0.1,
+            num_tokens=batch["completion_mask"].sum(),
+        )
+        for i in range(0, 6, size)
+    ]
     loss = sum(p[0] for p in parts)
     (found,) = torch.autograd.grad(loss, batch["log_probs"])
     assert loss.item() == pytest.approx(whole.item(), rel=1e-12) and torch.allclose(found, wanted, rtol=1e-12, atol=0)
@@ -155,14 +193,25 @@ def test_mask_may_be_of_numbers():
     assert grpo_loss(**{**batch, "completion_mask": batch["completion_mask"].long()}, **CLIP)[0] == wanted
 
 
-# --- The KL penalty -----------------------------------------------------------------------------------------------------------
+# --- The KL penalty ---
 
-@pytest.mark.parametrize("kl_type, value, gradient", [("k1", 0.6931472, 1.0), ("k2", 0.2402265, 0.6931472), ("k3", 0.1931472, 0.5)])
+
+@pytest.mark.parametrize(
+    "kl_type, value, gradient", [("k1", 0.6931472, 1.0), ("k2", 0.2402265, 0.6931472), ("k3", 0.1931472, 0.5)]
+)
 def test_kl_estimators_by_hand(kl_type, value, gradient):
     """p = 1/2, r = 1/4: log p/r = log 2; k2 = log^2 2 / 2; k3 = 1/2 - 1 + log 2. d/dlog p: 1; log 2; 1 - r/p."""
     log_probs, ref = logs([[0.5, 0.5]]), logs([[0.25, 0.25]]).detach()
-    loss, metrics = grpo_loss(log_probs, log_probs.detach(), torch.zeros(1), torch.tensor([[True, False]]), **CLIP, kl_coef=0.1,
-                              ref_log_probs=ref, kl_type=kl_type)
+    loss, metrics = grpo_loss(
+        log_probs,
+        log_probs.detach(),
+        torch.zeros(1),
+        torch.tensor([[True, False]]),
+        **CLIP,
+        kl_coef=0.1,
+        ref_log_probs=ref,
+        kl_type=kl_type,
+    )
     loss.backward()
     assert metrics["kl"] == pytest.approx(value) and loss.item() == pytest.approx(0.1 * value)
     assert torch.allclose(log_probs.grad, torch.tensor([[0.1 * gradient, 0.0]]))
@@ -206,12 +255,13 @@ def test_kl_needs_its_reference_and_zero_weight_needs_none():
     assert "kl" not in grpo_loss(log_probs, log_probs.detach(), torch.ones(1), mask, **CLIP)[1]
 
 
-# --- Advantages ---------------------------------------------------------------------------------------------------------------
+# --- Advantages ---
+
 
 def test_group_advantages_by_hand():
     """Each group by itself: mean 1/4, deviations 3/4 and -1/4 (x 3), variance (9 + 3) / 16 / 3 = 1/4, so std 1/2."""
     found = group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]]))
-    a = 0.5 / (1 / 3)**0.5
+    a = 0.5 / (1 / 3) ** 0.5
     assert torch.allclose(found, torch.tensor([[1.5, -0.5, -0.5, -0.5], [a, a, -a, -a]]))
     found = group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]]), normalize_std=False)
     assert torch.equal(found, torch.tensor([[0.75, -0.25, -0.25, -0.25], [0.5, 0.5, -0.5, -0.5]]))
@@ -220,12 +270,19 @@ def test_group_advantages_by_hand():
 @pytest.mark.parametrize("normalize_std", [True, False])
 @pytest.mark.parametrize("reward", [0.0, 1.0, 0.1, 0.7, 1 / 3])
 def test_equal_rewards_give_exactly_zero(reward, normalize_std):
-    for shape in ((1, 2), (1, 3), (1, 7), (1, 8), (2, 8)):  # 0.1 is no binary fraction: its mean differs from it by rounding
+    for shape in (
+        (1, 2),
+        (1, 3),
+        (1, 7),
+        (1, 8),
+        (2, 8),
+    ):  # 0.1 is no binary fraction: its mean differs from it by rounding
         found = group_advantages(torch.full(shape, reward), normalize_std=normalize_std)
         assert torch.equal(found, torch.zeros(shape))
 
 
-# --- Rollouts and updates -----------------------------------------------------------------------------------------------------
+# --- Rollouts and updates ---
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
@@ -235,17 +292,34 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("data") / "rl.jsonl"
-    path.write_text("".join(json.dumps({"id": f"q{i}", "question": "the " * i + f"sum of {i} and {i}", "answer": str(2 * i)}) + "\n"
-                            for i in range(1, 6)))
+    path.write_text(
+        "".join(
+            json.dumps({"id": f"q{i}", "question": "the " * i + f"sum of {i} and {i}", "answer": str(2 * i)}) + "\n"
+            for i in range(1, 6)
+        )
+    )
     return path
 
 
 @pytest.fixture
 def options(folder, data, tmp_path):
     """Makes options for a run in the test's own folder."""
+
     def make(**changes) -> grpo.GRPOOptions:
-        return grpo.GRPOOptions(**{"model": str(folder), "data": str(data), "out": str(tmp_path / "run"), "device": "cpu",
-                                   "questions_per_step": 2, "group_size": 3, "max_new_tokens": 6, "max_steps": 3, **changes})
+        return grpo.GRPOOptions(
+            **{
+                "model": str(folder),
+                "data": str(data),
+                "out": str(tmp_path / "run"),
+                "device": "cpu",
+                "questions_per_step": 2,
+                "group_size": 3,
+                "max_new_tokens": 6,
+                "max_steps": 3,
+                **changes,
+            }
+        )
+
     return make
 
 
@@ -273,7 +347,10 @@ def completion(ids: list[int], forced: list[int] = ()) -> Completion:
 
 def test_completion_log_probs_equal_a_full_log_softmax(options):
     trainer = grpo.Trainer(options(temperature=0.7))
-    prompts, groups = [Prompt(tiny.row(1, 5)), Prompt(tiny.row(2, 9))], [[completion(tiny.row(3, 4))], [completion(tiny.row(4, 2))]]
+    prompts, groups = (
+        [Prompt(tiny.row(1, 5)), Prompt(tiny.row(2, 9))],
+        [[completion(tiny.row(3, 4))], [completion(tiny.row(4, 2))]],
+    )
     batch = make_batch(prompts, groups, torch.zeros(2), torch.device("cpu"))
     found, entropy = grpo.completion_log_probs(trainer.model, batch, 0.7, trainer.masked_ids)
     for row, (prompt, group) in enumerate(zip(prompts, groups)):
@@ -290,7 +367,9 @@ def test_one_token_completion_is_scored_where_it_stands(options):
     prompt, token = tiny.row(1, 7), 42
     batch = make_batch([Prompt(prompt)], [[completion([token])]], torch.zeros(1), torch.device("cpu"))
     found, _ = grpo.completion_log_probs(trainer.model, batch, 1.0, trainer.masked_ids)
-    logits = trainer.model.logits(trainer.model(torch.tensor([prompt])))[0, -1].clone()  # behind the prompt's last token
+    logits = trainer.model.logits(trainer.model(torch.tensor([prompt])))[
+        0, -1
+    ].clone()  # behind the prompt's last token
     logits[trainer.masked_ids] = float("-inf")
     assert found.sum().item() == pytest.approx(logits.log_softmax(-1)[token].item(), abs=1e-5)
     assert batch.completion_mask.tolist() == [[False] * 7 + [True]]
@@ -300,15 +379,26 @@ def test_mask_holds_the_stop_tokens_and_not_forced_ids_or_padding():
     ids = tiny.special_ids()
     pad_like = ids["endoftext"]
     prompts = [Prompt([1, pad_like]), Prompt([1, 2, 3])]
-    groups = [[completion([5, ids["im_end"]]), completion([6, pad_like])], [completion([7, 8, 9, 10], forced=[1, 2]), completion([0])]]
+    groups = [
+        [completion([5, ids["im_end"]]), completion([6, pad_like])],
+        [completion([7, 8, 9, 10], forced=[1, 2]), completion([0])],
+    ]
     batch = make_batch(prompts, groups, torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.device("cpu"))
     o, x = True, False
-    assert batch.completion_mask.tolist() == [[x, x, o, o, x, x, x], [x, x, o, o, x, x, x], [x, x, x, o, x, x, o], [x, x, x, o, x, x, x]]
+    assert batch.completion_mask.tolist() == [
+        [x, x, o, o, x, x, x],
+        [x, x, o, o, x, x, x],
+        [x, x, x, o, x, x, o],
+        [x, x, x, o, x, x, x],
+    ]
     assert batch.input_ids[2].tolist() == [1, 2, 3, 7, 8, 9, 10] and batch.input_ids[0, 3] == ids["im_end"]
     assert batch.advantages.tolist() == [1.0, 2.0, 3.0, 4.0] and batch.lengths.tolist() == [4, 4, 7, 4]
     assert batch.sampler_log_probs[0].tolist() == [0, 0, -0.5, -0.5, 0, 0, 0]
     part = batch.rows(torch.tensor([3, 0]))
-    assert part.input_ids.tolist() == [[1, 2, 3, 0], [1, pad_like, 5, ids["im_end"]]] and part.advantages.tolist() == [4.0, 1.0]
+    assert part.input_ids.tolist() == [[1, 2, 3, 0], [1, pad_like, 5, ids["im_end"]]] and part.advantages.tolist() == [
+        4.0,
+        1.0,
+    ]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
@@ -376,7 +466,9 @@ def test_several_updates_per_rollout(options, rewarded, monkeypatch):
     batch, _, _ = trainer.rollout([0, 1], 0)
     original, accumulate = grpo.optimizer_step, trainer.accumulate
     monkeypatch.setattr(grpo, "optimizer_step", lambda *args: steps.append(len(parts)) or original(*args))
-    monkeypatch.setattr(trainer, "accumulate", lambda part, *rest: parts.append((part, accumulate(part, *rest))) or parts[-1][1])
+    monkeypatch.setattr(
+        trainer, "accumulate", lambda part, *rest: parts.append((part, accumulate(part, *rest))) or parts[-1][1]
+    )
     trainer.update(batch, 1e-2)
     assert steps == [1, 2]  # a step after each half
     (first, m1), (second, m2) = parts
@@ -396,13 +488,19 @@ def test_empty_completions_single_rows_and_nothing_to_learn_do_not_crash(options
             result = trainer.update(batch, 1e-2)
             assert result["loss"] == 0.0 and result["grad_norm"] == 0.0
         assert all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
-        batch = make_batch([Prompt([1, 2, 3])], [[empty, completion([5])]], torch.tensor([[1.0, 2.0]]), torch.device("cpu"))
+        batch = make_batch(
+            [Prompt([1, 2, 3])], [[empty, completion([5])]], torch.tensor([[1.0, 2.0]]), torch.device("cpu")
+        )
         result = trainer.update(batch, 1e-2)
         assert result["loss"] == pytest.approx(-2.0) and math.isfinite(result["grad_norm"]) and result["grad_norm"] > 0
 
 
 def test_options_reach_the_loss(options, rewarded, monkeypatch):
-    trainer, seen, original = grpo.Trainer(options(clip_eps_low=0.1, clip_eps_high=0.3, kl_coef=0.02, kl_type="k2")), [], grpo.grpo_loss
+    trainer, seen, original = (
+        grpo.Trainer(options(clip_eps_low=0.1, clip_eps_high=0.3, kl_coef=0.02, kl_type="k2")),
+        [],
+        grpo.grpo_loss,
+    )
     monkeypatch.setattr(grpo, "grpo_loss", lambda *args, **rest: seen.append(rest) or original(*args, **rest))
     trainer.update(trainer.rollout([0], 0)[0], 1e-3)
     wanted = {"clip_eps_low": 0.1, "clip_eps_high": 0.3, "kl_coef": 0.02, "kl_type": "k2"}
@@ -423,7 +521,8 @@ def test_questions_with_images_or_too_long_are_refused(options, tmp_path):
         grpo.Trainer(options(data=str(path)))
 
 
-# --- Whole runs ---------------------------------------------------------------------------------------------------------------
+# --- Whole runs ---
+
 
 def test_run_writes_metrics_samples_and_warms_up(options, rewarded):
     o = options(epochs=4, max_steps=10, learning_rate=1e-3, warmup_ratio=0.4)
@@ -443,24 +542,41 @@ def test_run_writes_metrics_samples_and_warms_up(options, rewarded):
     assert all(s["question"].endswith(f"sum of {s['id'][1:]} and {s['id'][1:]}") for s in samples)
     assert all(s["reward"] == sum(map(ord, s["response"])) % 2 for s in samples)
     first = [s for s in samples if s["step"] == 1]
-    later = [s for s in samples if s["id"] == first[0]["id"] and s["step"] > 1]
-    assert not {s["response"] for s in first} & {s["response"] for s in later}  # each epoch samples anew
     assert len({s["id"] for s in first}) == 2 and len({s["response"] for s in first}) == 6  # n different samples each
+
+
+def test_a_rollout_is_a_function_of_seed_and_step(options):
+    trainer = grpo.Trainer(options())
+    texts = [[r["response"] for r in trainer.rollout([0], step)[1]] for step in (4, 4, 5)]
+    assert texts[0] == texts[1] and not set(texts[1]) & set(
+        texts[2]
+    )  # resumed runs repeat it, later epochs sample anew
 
 
 def test_samples_record_what_was_extracted(options, monkeypatch):
     trainer, answer = grpo.Trainer(options()), "<think>so</think><answer>{}</answer>"
     texts = [answer.format(4), "no answer", answer.format("4.0")]
-    monkeypatch.setattr(trainer.sampler, "generate", lambda prompts, params: [
-        [Completion([5], [-1.0], [False], text, "stop") for text in texts] for _ in prompts])
+    monkeypatch.setattr(
+        trainer.sampler,
+        "generate",
+        lambda prompts, params: [[Completion([5], [-1.0], [False], text, "stop") for text in texts] for _ in prompts],
+    )
     batch, records, found = trainer.rollout([1], 6)
     assert [r["extracted"] for r in records] == ["4", None, "4.0"] and [r["reward"] for r in records] == [1.0, 0.0, 1.0]
     assert records[0]["answer"] == "4" and records[0]["step"] == 7 and records[0]["id"] == "q2"
-    assert found["reward"] == pytest.approx(2 / 3) and found["zero_std_groups"] == 0.0 and found["response_length"] == 1.0
-    assert found["reward_std"] == pytest.approx((1 / 3)**0.5) and found["advantage_mean"] == pytest.approx(0.0, abs=1e-6)
+    assert (
+        found["reward"] == pytest.approx(2 / 3) and found["zero_std_groups"] == 0.0 and found["response_length"] == 1.0
+    )
+    assert found["reward_std"] == pytest.approx((1 / 3) ** 0.5) and found["advantage_mean"] == pytest.approx(
+        0.0, abs=1e-6
+    )
     assert batch.advantages.tolist() == pytest.approx([1 / 3**0.5, -2 / 3**0.5, 1 / 3**0.5])
     texts[:] = [answer.format("B: four"), answer.format("A"), answer.format("four")]
-    trainer.options.normalize_std, trainer.examples[1].answer, trainer.examples[1].options = False, "B", {"A": "five", "B": "four"}
+    trainer.options.normalize_std, trainer.examples[1].answer, trainer.examples[1].options = (
+        False,
+        "B",
+        {"A": "five", "B": "four"},
+    )
     batch, records, _ = trainer.rollout([1], 6)
     assert [r["reward"] for r in records] == [1.0, 0.0, 1.0]
     assert batch.advantages.tolist() == pytest.approx([1 / 3, -2 / 3, 1 / 3])
@@ -494,7 +610,9 @@ def test_resumed_run_equals_an_uninterrupted_one(options, rewarded, tmp_path, mo
     grpo.train(options(**settings, out=broken.out, resume=True))
     assert metrics(broken, "samples.jsonl") == metrics(whole, "samples.jsonl")
     for ours, wanted in zip(metrics(broken), metrics(whole), strict=True):
-        assert {k: v for k, v in ours.items() if "second" not in k} == {k: v for k, v in wanted.items() if "second" not in k}
+        assert {k: v for k, v in ours.items() if "second" not in k} == {
+            k: v for k, v in wanted.items() if "second" not in k
+        }
     assert metrics(whole)[-1]["kl"] > 0
     weights = [load_file(Path(o.out) / "model" / "model.safetensors") for o in (whole, broken)]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
@@ -506,6 +624,27 @@ def test_recipes_and_command_line(folder, data, tmp_path):
     assert (o.learning_rate, o.weight_decay, o.max_grad_norm, o.warmup_ratio) == (3e-6, 1e-2, 1.0, 0.1)
     assert (o.clip_eps_low, o.clip_eps_high, o.kl_type, o.questions_per_step) == (0.2, 0.28, "k3", 128)
     assert grpo.parse_options(grpo.GRPOOptions, ["--recipe", "med"], grpo.RECIPES).prompt_style == "mcq"
-    grpo.main(["--model", str(folder), "--data", str(data), "--out", str(tmp_path / "run"), "--max-steps", "1", "--device", "cpu",
-               "--max-new-tokens", "3", "--group-size", "2", "--no-normalize-std", "--kl-coef", "0.1", "--kl-type", "k2"])
+    grpo.main(
+        [
+            "--model",
+            str(folder),
+            "--data",
+            str(data),
+            "--out",
+            str(tmp_path / "run"),
+            "--max-steps",
+            "1",
+            "--device",
+            "cpu",
+            "--max-new-tokens",
+            "3",
+            "--group-size",
+            "2",
+            "--no-normalize-std",
+            "--kl-coef",
+            "0.1",
+            "--kl-type",
+            "k2",
+        ]
+    )
     assert json.loads((tmp_path / "run" / "config.json").read_text())["options"]["normalize_std"] is False

@@ -1,4 +1,5 @@
 """Stage 1: the loss against transformers, which tokens carry it, batches however they are split, and whole runs."""
+
 import json
 import shutil
 import sys
@@ -28,18 +29,40 @@ def folder(tmp_path_factory) -> Path:
 def data(tmp_path_factory) -> Path:
     """Five questions of different lengths with worked responses."""
     path = tmp_path_factory.mktemp("data") / "sft.jsonl"
-    path.write_text("".join(json.dumps({
-        "id": f"q{i}", "question": f"What is {i} + {i}?{' Think.' * i}", "answer": str(2 * i),
-        "response": f"<think>{i} and {'and' * i} {i}</think><answer>{2 * i}</answer>"}) + "\n" for i in range(1, 6)))
+    path.write_text(
+        "".join(
+            json.dumps(
+                {
+                    "id": f"q{i}",
+                    "question": f"What is {i} + {i}?{' Think.' * i}",
+                    "answer": str(2 * i),
+                    "response": f"<think>{i} and {'and' * i} {i}</think><answer>{2 * i}</answer>",
+                }
+            )
+            + "\n"
+            for i in range(1, 6)
+        )
+    )
     return path
 
 
 @pytest.fixture
 def options(folder, data, tmp_path):
     """Makes options for a run in the test's own folder."""
+
     def make(**changes) -> sft.SFTOptions:
-        return sft.SFTOptions(**{"model": str(folder), "data": str(data), "out": str(tmp_path / "run"), "device": "cpu",
-                                 "batch_size": 2, "max_steps": None, **changes})
+        return sft.SFTOptions(
+            **{
+                "model": str(folder),
+                "data": str(data),
+                "out": str(tmp_path / "run"),
+                "device": "cpu",
+                "batch_size": 2,
+                "max_steps": None,
+                **changes,
+            }
+        )
+
     return make
 
 
@@ -67,19 +90,26 @@ def test_loss_and_gradients_equal_transformers(tmp_path, variant):
     loss = sft.sft_loss(model, case.input_ids, loss_mask) / loss_mask.sum()
     loss.backward()
     assert loss.item() == pytest.approx(float(golden.pop("loss")), rel=1e-5)
-    ours = {f"grad/{name}": tiny.gradient_summary(p.grad).numpy() for name, p in model.named_parameters() if p.grad is not None}
+    ours = {
+        f"grad/{name}": tiny.gradient_summary(p.grad).numpy()
+        for name, p in model.named_parameters()
+        if p.grad is not None
+    }
     assert ours.keys() == golden.keys() and len(golden) > 20
     for name, value in golden.items():  # norm, then 16 values
         assert ours[name][0] == pytest.approx(value[0], rel=1e-4), name
         assert np.abs(ours[name] - value).max() <= 1e-4 * np.abs(value).max(), name
 
 
-@pytest.mark.parametrize("answer_only, response", [(False, "<think>2 and andand 2</think><answer>4</answer>"),
-                                                   (True, "<answer>4</answer>")])
+@pytest.mark.parametrize(
+    "answer_only, response", [(False, "<think>2 and andand 2</think><answer>4</answer>"), (True, "<answer>4</answer>")]
+)
 def test_only_the_response_and_its_end_carry_loss(options, folder, monkeypatch, answer_only, response):
     tokenizer, scored = Tokenizer.from_pretrained(folder), []
     original = sft.token_log_probs
-    monkeypatch.setattr(sft, "token_log_probs", lambda h, w, targets: (scored.append(targets), original(h, w, targets))[1])
+    monkeypatch.setattr(
+        sft, "token_log_probs", lambda h, w, targets: (scored.append(targets), original(h, w, targets))[1]
+    )
     row = sft.load_rows(options(answer_only=answer_only), tokenizer)[1]
     sft.sft_loss(load_for_training(options()), *collate([row]))
     assert scored[0].tolist() == [*tokenizer.encode(response), tokenizer.im_end]  # and no newline behind it
@@ -96,7 +126,7 @@ def test_loss_is_the_sum_of_each_token_given_those_before(options, folder, data)
 
 
 def test_targets_that_the_mask_leaves_out_do_not_matter(options, folder, data):
-    """What stands behind the response (newline, padding) may be anything: loss and gradient stay the same bit for bit."""
+    """What stands behind the response (newline, padding) may be anything: loss and gradient stay the same bits."""
     model = load_for_training(options())
     input_ids, loss_mask = collate(sft.load_rows(options(), Tokenizer.from_pretrained(folder))[:3])
     behind = loss_mask.flip(1).cumsum(1).flip(1) == 0
@@ -134,13 +164,17 @@ def test_metrics_of_a_step_count_each_token_once(options, folder):
 def test_learning_rate_falls_after_each_epoch_and_epochs_see_every_row(options, monkeypatch):
     o = options(epochs=3, learning_rate=1e-3, lr_decay=0.8)
     seen, original = [], sft.train_step
-    monkeypatch.setattr(sft, "train_step", lambda m, opt, rows, *rest: (seen.append(rows), original(m, opt, rows, *rest))[1])
+    monkeypatch.setattr(
+        sft, "train_step", lambda m, opt, rows, *rest: (seen.append(rows), original(m, opt, rows, *rest))[1]
+    )
     sft.train(o)
     found = metrics(o)
     assert [m["lr"] for m in found] == pytest.approx([1e-3] * 3 + [8e-4] * 3 + [6.4e-4] * 3)
-    assert [m["epoch"] for m in found] == [0, 0, 0, 1, 1, 1, 2, 2, 2] and [m["step"] for m in found] == list(range(1, 10))
+    assert [m["epoch"] for m in found] == [0, 0, 0, 1, 1, 1, 2, 2, 2] and [m["step"] for m in found] == list(
+        range(1, 10)
+    )
     assert [len(rows) for rows in seen] == [2, 2, 1] * 3  # the last batch of an epoch is smaller, not filled up
-    epochs = [[ids for rows in seen[i:i + 3] for ids, _ in rows] for i in (0, 3, 6)]
+    epochs = [[ids for rows in seen[i : i + 3] for ids, _ in rows] for i in (0, 3, 6)]
     assert all(len(set(map(tuple, epoch))) == 5 for epoch in epochs) and epochs[0] != epochs[1]
     assert {"loss", "grad_norm", "tokens", "tokens_per_second", "seconds"} <= found[0].keys()
 
@@ -159,7 +193,9 @@ def test_over_long_examples_are_cut_and_not_given_an_end(options, folder, capsys
 def test_examples_whose_prompt_fills_the_length_are_dropped_and_counted(options, folder, capsys):
     tokenizer = Tokenizer.from_pretrained(folder)
     prompts = [mask.index(True) for _, mask in sft.load_rows(options(), tokenizer)]
-    kept = sft.load_rows(options(max_length=prompts[2]), tokenizer)  # the third prompt just fills it, later ones are longer
+    kept = sft.load_rows(
+        options(max_length=prompts[2]), tokenizer
+    )  # the third prompt just fills it, later ones are longer
     assert len(kept) == 2
     assert f"3 of 5 examples dropped: their prompts fill {prompts[2]} tokens" in capsys.readouterr().out
     with pytest.raises(InputError, match="no example fits --max-length 2$"):
@@ -200,7 +236,9 @@ def test_model_folder_holds_the_trained_weights_and_loads(options, folder):
     trained = load_file(Path(o.out) / "checkpoint" / "weights.safetensors")
     assert all(torch.equal(saved.state_dict()[name], value) for name, value in trained.items())
     assert saved.config == source.config
-    assert Tokenizer.from_pretrained(Path(o.out) / "model").encode("and then") == Tokenizer.from_pretrained(folder).encode("and then")
+    assert Tokenizer.from_pretrained(Path(o.out) / "model").encode("and then") == Tokenizer.from_pretrained(
+        folder
+    ).encode("and then")
     sft.train(options(model=str(Path(o.out) / "model"), out=o.out + "-2", max_steps=1))  # and can be trained on
 
 
@@ -251,8 +289,21 @@ def test_resumed_run_equals_an_uninterrupted_one(options, tmp_path, monkeypatch)
 
 
 def test_command_line_run(options, folder, data, tmp_path, monkeypatch):
-    sft.main(["--model", str(folder), "--data", str(data), "--out", str(tmp_path / "cli"), "--max-steps", "1", "--device", "cpu",
-              "--answer-only"])
+    sft.main(
+        [
+            "--model",
+            str(folder),
+            "--data",
+            str(data),
+            "--out",
+            str(tmp_path / "cli"),
+            "--max-steps",
+            "1",
+            "--device",
+            "cpu",
+            "--answer-only",
+        ]
+    )
     config = json.loads((tmp_path / "cli" / "config.json").read_text())
     assert config["options"]["answer_only"] is True and config["options"]["learning_rate"] == 1e-4
     shutil.rmtree(tmp_path / "cli")
@@ -260,6 +311,13 @@ def test_command_line_run(options, folder, data, tmp_path, monkeypatch):
 
 def test_paper_recipe_is_the_papers():
     o = sft.parse_options(sft.SFTOptions, ["--recipe", "paper"], sft.RECIPES)
-    assert (o.epochs, o.max_steps, o.batch_size, o.max_length, o.learning_rate, o.lr_decay) == (4, None, 128, 4096, 1e-5, 0.8)
+    assert (o.epochs, o.max_steps, o.batch_size, o.max_length, o.learning_rate, o.lr_decay) == (
+        4,
+        None,
+        128,
+        4096,
+        1e-5,
+        0.8,
+    )
     assert (o.weight_decay, o.beta1, o.beta2, o.prompt_style) == (0.0, 0.9, 0.999, "train")
     assert sft.parse_options(sft.SFTOptions, ["--recipe", "med"], sft.RECIPES).prompt_style == "mcq"

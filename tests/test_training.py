@@ -1,4 +1,5 @@
 """Options from dataclasses, the run folder's rules, checkpoints that survive a crash, optimiser, errors as one line."""
+
 import json
 import subprocess
 import sys
@@ -16,14 +17,17 @@ import tiny  # noqa: E402
 import training  # noqa: E402
 from data import InputError  # noqa: E402
 from model import SIDE_FILES, Qwen2_5_VL  # noqa: E402
-from training import Run, TrainOptions, load_for_training, make_optimizer, option, optimizer_step, parse_options  # noqa: E402
+from training import Run, TrainOptions, load_for_training, make_optimizer, option  # noqa: E402
+from training import optimizer_step, parse_options  # noqa: E402
 
 
-# --- Options ------------------------------------------------------------------------------------------------------------------
+# --- Options ---
+
 
 @dataclass
 class Options:
     """For these tests."""
+
     rate: float = option(0.5, "a rate", low=0.0, high=1.0)
     big_number: int = option(3, "a number", low=1)
     limit: int | None = option(None, "a limit", low=2)
@@ -42,26 +46,40 @@ def test_typed_options_beat_the_recipe_and_the_recipe_the_defaults():
     assert parse_options(Options, ["--recipe", "large"], RECIPES) == Options(rate=0.25, big_number=100, switch=False)
     found = parse_options(Options, ["--big-number", "7", "--recipe", "large", "--switch"], RECIPES)
     assert found == Options(rate=0.25, big_number=7, switch=True)
-    assert parse_options(Options, ["--big-number", "3", "--recipe", "large"], RECIPES).big_number == 3  # typed, though the default
+    assert (
+        parse_options(Options, ["--big-number", "3", "--recipe", "large"], RECIPES).big_number == 3
+    )  # typed, though the default
 
 
 def test_option_kinds():
-    found = parse_options(Options, ["--no-switch", "--limit", "5", "--files", "p", "q", "r", "--kind", "b", "--name=n", "--rate", "1e-2"])
+    found = parse_options(
+        Options, ["--no-switch", "--limit", "5", "--files", "p", "q", "r", "--kind", "b", "--name=n", "--rate", "1e-2"]
+    )
     assert found == Options(0.01, 3, 5, False, "b", ["p", "q", "r"], "n")
     parse_options(Options, []).files.append("z")
     assert parse_options(Options, []).files == ["x", "y"]  # a default list is nobody's to change
 
 
-@pytest.mark.parametrize("argv, message", [
-    (["--unknown", "1"], "unrecognized arguments: --unknown"), (["stray"], "unrecognized arguments: stray"),
-    (["--big", "4"], "unrecognized arguments: --big"),  # no abbreviations: a typo must not become another option
-    (["--rate", "fast"], "argument --rate: invalid float value: 'fast'"), (["--big-number", "1.5"], "invalid int value: '1.5'"),
-    (["--limit", "none"], "argument --limit: invalid int value"), (["--kind", "c"], "argument --kind: invalid choice: 'c'"),
-    (["--rate"], "argument --rate: expected one argument"), (["--files"], "argument --files: expected at least one argument"),
-    (["--rate", "1.5"], "--rate must be between 0.0 and 1.0, not 1.5"), (["--rate", "nan"], "--rate must be"),
-    (["--rate", "inf"], "--rate must be"),
-    (["--big-number", "0"], "--big-number must be at least 1, not 0"), (["--limit", "1"], "--limit must be at least 2, not 1"),
-    (["--recipe", "huge"], "argument --recipe: invalid choice: 'huge'")])
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--unknown", "1"], "unrecognized arguments: --unknown"),
+        (["stray"], "unrecognized arguments: stray"),
+        (["--big", "4"], "unrecognized arguments: --big"),  # no abbreviations: a typo must not become another option
+        (["--rate", "fast"], "argument --rate: invalid float value: 'fast'"),
+        (["--big-number", "1.5"], "invalid int value: '1.5'"),
+        (["--limit", "none"], "argument --limit: invalid int value"),
+        (["--kind", "c"], "argument --kind: invalid choice: 'c'"),
+        (["--rate"], "argument --rate: expected one argument"),
+        (["--files"], "argument --files: expected at least one argument"),
+        (["--rate", "1.5"], "--rate must be between 0.0 and 1.0, not 1.5"),
+        (["--rate", "nan"], "--rate must be"),
+        (["--rate", "inf"], "--rate must be"),
+        (["--big-number", "0"], "--big-number must be at least 1, not 0"),
+        (["--limit", "1"], "--limit must be at least 2, not 1"),
+        (["--recipe", "huge"], "argument --recipe: invalid choice: 'huge'"),
+    ],
+)
 def test_bad_options_are_refused_in_one_line(argv, message):
     with pytest.raises(InputError) as caught:
         parse_options(Options, argv, RECIPES)
@@ -76,20 +94,31 @@ def test_every_recipe_is_valid_and_help_explains_every_option(cls, recipes, caps
         parse_options(cls, ["--help"], recipes)
     text = capsys.readouterr().out
     assert caught.value.code == 0
-    assert all(f"--{name.replace('_', '-')}" in text for name in cls.__dataclass_fields__) and "{k1,k2,k3}" in text or cls is sft.SFTOptions
+    assert (
+        all(f"--{name.replace('_', '-')}" in text for name in cls.__dataclass_fields__)
+        and "{k1,k2,k3}" in text
+        or cls is sft.SFTOptions
+    )
 
 
 def test_commands_turn_errors_into_one_line_and_exit_code_2(tmp_path):
     root = Path(training.__file__).parent
-    done = subprocess.run([sys.executable, str(root / "sft.py"), "--model", str(tmp_path / "none")], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(root / "sft.py"), "--model", str(tmp_path / "none")], capture_output=True, text=True
+    )
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("sft.py: error: ") and str(tmp_path / "none") in done.stderr and done.stderr.count("\n") == 1
+    assert (
+        done.stderr.startswith("sft.py: error: ")
+        and str(tmp_path / "none") in done.stderr
+        and done.stderr.count("\n") == 1
+    )
 
 
 def test_run_command_passes_other_errors_on(monkeypatch, capsys):
     def fails(error):
         def main(argv):
             raise error
+
         return main
 
     for error in (InputError("two\n  lines"), PermissionError(13, "Permission denied", "out")):
@@ -106,7 +135,8 @@ def test_devices():
         training.pick_device("abacus")
 
 
-# --- The run folder -----------------------------------------------------------------------------------------------------------
+# --- The run folder ---
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
@@ -116,13 +146,17 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture
 def options(folder, tmp_path):
     def make(**changes) -> TrainOptions:
-        return TrainOptions(**{"model": str(folder), "data": "d.jsonl", "out": str(tmp_path / "run"), "device": "cpu", **changes})
+        return TrainOptions(
+            **{"model": str(folder), "data": "d.jsonl", "out": str(tmp_path / "run"), "device": "cpu", **changes}
+        )
+
     return make
 
 
 @pytest.fixture
 def trained(options):
     """A model that has been through `steps` updates on noise, its optimiser, and its run."""
+
     def make(steps: int = 1, **changes):
         o = options(**changes)
         model, run = load_for_training(o), Run(o)
@@ -130,6 +164,7 @@ def trained(options):
         for _ in range(steps):
             update(model, optimizer, run)
         return model, optimizer, run
+
     return make
 
 
@@ -154,7 +189,10 @@ def test_new_run_writes_its_options(options):
     o = options(learning_rate=3e-4)
     Run(o)
     config = json.loads((Path(o.out) / "config.json").read_text())
-    assert config["options"]["learning_rate"] == 3e-4 and config["options"].keys() == TrainOptions.__dataclass_fields__.keys()
+    assert (
+        config["options"]["learning_rate"] == 3e-4
+        and config["options"].keys() == TrainOptions.__dataclass_fields__.keys()
+    )
     assert config["torch"] == torch.__version__ and "commit" in config and "python" in config
 
 
@@ -227,7 +265,9 @@ def test_crash_while_the_checkpoint_is_replaced(options, trained, monkeypatch, c
     with pytest.raises(KeyboardInterrupt):
         run.save_checkpoint(model, optimizer)
     monkeypatch.setattr(Path, "rename", rename)
-    assert (run.folder / "checkpoint").exists() == (crash == 1) and (run.folder / "checkpoint.old").exists() == (crash == 2)
+    assert (run.folder / "checkpoint").exists() == (crash == 1) and (run.folder / "checkpoint.old").exists() == (
+        crash == 2
+    )
     again = options(resume=True)
     model, run = load_for_training(again), Run(again)
     optimizer = make_optimizer(model, again)
@@ -241,7 +281,11 @@ def test_crash_while_the_checkpoint_is_replaced(options, trained, monkeypatch, c
     monkeypatch.setattr(Path, "rename", rename)
     assert Run(again).step == 1
     run.save_checkpoint(model, optimizer)
-    assert Run(again).step == 2 and not (run.folder / "checkpoint.old").exists() and not (run.folder / "checkpoint.tmp").exists()
+    assert (
+        Run(again).step == 2
+        and not (run.folder / "checkpoint.old").exists()
+        and not (run.folder / "checkpoint.tmp").exists()
+    )
 
 
 def test_half_written_checkpoint_is_not_taken_for_one(options, trained, monkeypatch):
@@ -294,7 +338,8 @@ def test_saved_model_keeps_dtype_and_side_files_and_loads(options, folder, tmp_p
     assert Qwen2_5_VL.from_pretrained(saved).config == Qwen2_5_VL.from_pretrained(source).config
 
 
-# --- Model and optimiser ------------------------------------------------------------------------------------------------------
+# --- Model and optimiser ---
+
 
 def test_optimiser_has_the_options_and_leaves_the_vision_tower_out(options):
     o = options(weight_decay=0.03, beta1=0.8, beta2=0.95)
@@ -302,7 +347,9 @@ def test_optimiser_has_the_options_and_leaves_the_vision_tower_out(options):
     (group,) = make_optimizer(model, o).param_groups
     assert (group["weight_decay"], group["betas"]) == (0.03, (0.8, 0.95))
     named = {id(p): name for name, p in model.named_parameters()}
-    assert {named[id(p)] for p in group["params"]} == {name for name in named.values() if not name.startswith("visual.")}
+    assert {named[id(p)] for p in group["params"]} == {
+        name for name in named.values() if not name.startswith("visual.")
+    }
 
 
 @pytest.mark.parametrize("max_norm, factor", [(100.0, 1.0), (1.0, 0.2)])
@@ -316,7 +363,9 @@ def test_optimizer_step_clips_the_gradient_and_says_its_norm(max_norm, factor):
     assert layer.weight.grad is None
 
 
-@pytest.mark.parametrize("dtype, wanted", [("auto", torch.float32), ("float32", torch.float32), ("bfloat16", torch.bfloat16)])
+@pytest.mark.parametrize(
+    "dtype, wanted", [("auto", torch.float32), ("float32", torch.float32), ("bfloat16", torch.bfloat16)]
+)
 def test_autocast_decides_the_precision_of_the_forward_pass(options, dtype, wanted):
     o = options(dtype=dtype)
     model = load_for_training(o)
@@ -330,8 +379,21 @@ def test_bfloat16_forward_trains_float32_weights(options, folder, tmp_path):
     data.write_text('{"question": "the q", "answer": "1", "response": "<answer>1</answer>"}\n')
     losses = {}
     for dtype in ("float32", "bfloat16"):
-        o = sft.SFTOptions(model=str(folder), data=str(data), out=str(tmp_path / dtype), device="cpu", dtype=dtype, max_steps=2, epochs=2)
+        o = sft.SFTOptions(
+            model=str(folder),
+            data=str(data),
+            out=str(tmp_path / dtype),
+            device="cpu",
+            dtype=dtype,
+            max_steps=2,
+            epochs=2,
+        )
         sft.train(o)
-        losses[dtype] = [json.loads(line)["loss"] for line in (tmp_path / dtype / "metrics.jsonl").read_text().splitlines()]
-        assert load_file(tmp_path / dtype / "checkpoint" / "weights.safetensors")["model.norm.weight"].dtype == torch.float32
+        losses[dtype] = [
+            json.loads(line)["loss"] for line in (tmp_path / dtype / "metrics.jsonl").read_text().splitlines()
+        ]
+        assert (
+            load_file(tmp_path / dtype / "checkpoint" / "weights.safetensors")["model.norm.weight"].dtype
+            == torch.float32
+        )
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02) and losses["bfloat16"] != losses["float32"]
