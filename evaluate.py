@@ -1,8 +1,8 @@
 """Evaluation by the paper's protocols (paper: section 4, appendix B).
 
-    python evaluate.py --model runs/grpo/model                                          # the four micro test sets, greedy
+    python evaluate.py --model runs/grpo/model                                   # the four micro test sets, greedy
     python evaluate.py --model DIR --data medqa.jsonl --prompt-style mcq --think-budget 3584 --max-new-tokens 4096
-    python evaluate.py --model DIR --data gsm8k.jsonl --prompt-style math --runs 5 --temperature 0.3 --out runs/gsm8k.jsonl
+    python evaluate.py --model DIR --data gsm8k.jsonl --prompt-style math --runs 5 --temperature 0.3 --out gsm8k.jsonl
 
 Greedy decoding gives the headline figures. With several runs at a temperature: avg@k (the accuracy), maj@k (the answer
 given most often) and pass@k (right at least once). The sampler applies no repetition penalty; the hub's
@@ -94,8 +94,10 @@ def summarise(records: list[dict]) -> dict:
     if runs > 1:
         summary |= {f"avg@{runs}": summary["accuracy"], f"maj@{runs}": fmean(map(majority, questions.values())),
                     f"pass@{runs}": fmean(any(r["correct"] for r in group) for group in questions.values())}
-    return summary | {"unparsed": fmean(r["extracted"] is None for r in records), "mean_words": fmean(r["words"] for r in records),
-                      "mean_tokens": fmean(r["tokens"] for r in records), "forced": fmean(r["forced"] for r in records),
+    return summary | {"unparsed": fmean(r["extracted"] is None for r in records),
+                      "mean_words": fmean(r["words"] for r in records),
+                      "mean_tokens": fmean(r["tokens"] for r in records),
+                      "forced": fmean(r["forced"] for r in records),
                       "by_domain": {d: {"n": len(s), "accuracy": fmean(s)} for d, s in sorted(domains.items())}}
 
 
@@ -110,7 +112,8 @@ def load_examples(path: str, limit: int | None) -> list[Example]:
 def print_table(results: dict[str, dict]) -> None:
     """One line per file, in percent."""
     columns = [key for key in next(iter(results.values())) if "@" in key]
-    print(f"{'file':<24}{'n':>6}{'accuracy':>16}" + "".join(f"{c:>9}" for c in columns) + f"{'unparsed':>10}{'forced':>8}{'words':>8}{'tokens':>8}")
+    print(f"{'file':<24}{'n':>6}{'accuracy':>16}" + "".join(f"{c:>9}" for c in columns)
+          + f"{'unparsed':>10}{'forced':>8}{'words':>8}{'tokens':>8}")
     for path, s in results.items():
         accuracy = f"{100 * s['accuracy']:.1f} +- {100 * s['stderr']:.1f}"
         print(f"{Path(path).stem:<24}{s['n']:>6}{accuracy:>16}" + "".join(f"{100 * s[c]:>9.1f}" for c in columns)

@@ -1,6 +1,6 @@
 """Stage 2: reinforcement learning with verifiable rewards by GRPO, text only (paper: section 3.2, appendix A).
 
-    python grpo.py                                                      # goes on from runs/sft/model, on a CPU, in minutes
+    python grpo.py                                               # goes on from runs/sft/model, on a CPU, in minutes
     python grpo.py --recipe paper --model runs/sft-7b/model --data orz_math_57k_collected.json --out runs/grpo-7b
     python grpo.py --resume
 
@@ -10,18 +10,20 @@ Shapes: B questions, G responses per question (a group), N = B * G responses, T 
 """
 import time
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Example, ImageConfig, InputError, Prompt, Tokenizer, epoch_order, format_prompt, make_prompt, read_examples
+from data import (Example, ImageConfig, InputError, Prompt, Tokenizer, epoch_order, format_prompt, make_prompt,
+                  read_examples)
 from kernels import token_log_probs
 from model import Qwen2_5_VL
 from rewards import accuracy_reward, extract_answer
 from sample import Completion, Sampler, SamplingParams
-from training import (MICRO_DATA, Run, TrainOptions, autocast, load_for_training, make_optimizer, option, optimizer_step,
-                      parse_options, run_command)
+from training import (MICRO_DATA, Run, TrainOptions, autocast, load_for_training, make_optimizer, option,
+                      optimizer_step, parse_options, run_command)
 
 PAPER = {"epochs": 3, "questions_per_step": 128, "max_new_tokens": 4096, "learning_rate": 3e-6, "weight_decay": 1e-2,
          "micro_batch_size": 1, "max_steps": None, "kl_coef": 1e-2, "save_every": 20}
@@ -46,18 +48,18 @@ class GRPOOptions(TrainOptions):
     clip_eps_low: float = option(0.2, "the ratio is clipped below at 1 - this", low=0.0, high=1.0)
     clip_eps_high: float = option(0.28, "the ratio is clipped above at 1 + this (DAPO's clip-higher)", low=0.0)
     normalize_std: bool = option(True, "divide advantages by their group's standard deviation")
-    kl_coef: float = option(0.0, "weight of the KL penalty against the starting model; 0 needs no reference model", low=0.0)
+    kl_coef: float = option(0.0, "weight of the KL penalty against the starting model; 0 loads no reference", low=0.0)
     kl_type: str = option("k3", "estimator of the KL penalty", choices=("k1", "k2", "k3"))
 
 
-# --- The loss: pure functions -------------------------------------------------------------------------------------------------
+# --- The loss: pure functions -----------------------------------------------------------------------------------------
 
 def group_advantages(rewards: Tensor, *, normalize_std: bool = True) -> Tensor:
     """(r - mean) / std within each group (DeepSeekMath, arXiv 2402.03300, eq. 3): rewards [B, G] -> advantages [B, G].
 
     The standard deviation is Bessel-corrected, as in torch.std and TRL. A group whose rewards are all equal teaches
     nothing: its advantages are exactly 0 (the floor of 1e-3 keeps rounding residue from being blown up: NeMo-RL#4161).
-    normalize_std=False gives Dr. GRPO's advantages (arXiv 2503.20783), which do not favour very easy and hard questions.
+    normalize_std=False: Dr. GRPO's advantages (arXiv 2503.20783), which do not favour very easy and hard questions.
     """
     centred, std = rewards - rewards.mean(dim=1, keepdim=True), rewards.std(dim=1, keepdim=True)
     advantages = centred / std.clamp(min=1e-3) if normalize_std else centred
@@ -67,9 +69,9 @@ def group_advantages(rewards: Tensor, *, normalize_std: bool = True) -> Tensor:
 def kl_penalty(log_probs: Tensor, ref_log_probs: Tensor, kl_type: str) -> Tensor:
     """Per-token estimate of KL(policy || reference) (Schulman, "Approximating KL Divergence", 2020), as a loss term.
 
-    k1 = log p - log r:          unbiased as a value, but its gradient is zero in expectation: it does nothing as a loss.
+    k1 = log p - log r:          unbiased as a value, but its gradient is zero in expectation: no use as a loss.
     k2 = (log p - log r)^2 / 2:  its gradient is that of the reverse KL(policy || reference), on-policy.
-    k3 = r/p - 1 - log r/p:      unbiased and never negative; its gradient is that of the forward KL(reference || policy).
+    k3 = r/p - 1 - log r/p:      unbiased, never negative; its gradient is that of the forward KL(reference || policy).
     """
     log_ratio = ref_log_probs - log_probs
     if kl_type == "k1":
@@ -79,21 +81,23 @@ def kl_penalty(log_probs: Tensor, ref_log_probs: Tensor, kl_type: str) -> Tensor
     return torch.expm1(log_ratio.clamp(max=20.0)) - log_ratio
 
 
-def grpo_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, completion_mask: Tensor, *, clip_eps_low: float,
-              clip_eps_high: float, kl_coef: float = 0.0, ref_log_probs: Tensor | None = None, kl_type: str = "k3",
-              num_tokens: Tensor | float | None = None) -> tuple[Tensor, dict[str, float]]:
-    """The clipped policy-gradient loss, token by token (paper: eq. 1; clip-higher and token-level mean: DAPO, 2503.14476).
+def grpo_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, completion_mask: Tensor, *,
+              clip_eps_low: float, clip_eps_high: float, kl_coef: float = 0.0, ref_log_probs: Tensor | None = None,
+              kl_type: str = "k3", num_tokens: Tensor | float | None = None) -> tuple[Tensor, dict[str, float]]:
+    """The clipped policy-gradient loss, token by token (paper: eq. 1; clip-higher, token-level mean: DAPO, 2503.14476).
 
     log_probs, old_log_probs, ref_log_probs [N, T]; advantages [N], the same for each token of a response;
     completion_mask [N, T] is true on response tokens. Per token:
         -min(ratio * A, clip(ratio, 1 - clip_eps_low, 1 + clip_eps_high) * A) + kl_coef * KL,  ratio = p / p_old
-    summed and divided by num_tokens: the response tokens of the *whole* optimiser batch (default: of this call), so that
-    micro-batches add up to the batch's loss. Returns the loss and metrics, which are token means and add up likewise.
+    summed and divided by num_tokens: the response tokens of the *whole* optimiser batch (default: of this call), so
+    that micro-batches add up to the batch's loss. Tokens of groups with zero advantage count among them. Returns the
+    loss and metrics, which are token means and add up likewise.
     """
     if kl_coef and ref_log_probs is None:
         raise ValueError("kl_coef needs ref_log_probs")
     masked_out = ~completion_mask.bool()
-    num_tokens = torch.as_tensor((~masked_out).sum() if num_tokens is None else num_tokens, device=log_probs.device).clamp(min=1.0)
+    num_tokens = (~masked_out).sum() if num_tokens is None else num_tokens
+    num_tokens = torch.as_tensor(num_tokens, device=log_probs.device).clamp(min=1.0)
 
     def clean(x: Tensor) -> Tensor:
         return x.masked_fill(masked_out, 0.0)  # not x * mask: 0 * inf is NaN, in the backward pass too
@@ -106,36 +110,39 @@ def grpo_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, comp
     clipped = ratio.clamp(1.0 - clip_eps_low, 1.0 + clip_eps_high)
     gain, clipped_gain = ratio * advantages[:, None], clipped * advantages[:, None]
     loss = token_mean(-torch.minimum(gain, clipped_gain))
-    metrics = {"ratio_mean": token_mean(ratio).item(), "clip_fraction": token_mean((clipped_gain < gain).to(ratio.dtype)).item()}
+    was_clipped = (clipped_gain < gain).to(ratio.dtype)
+    metrics = {"ratio_mean": token_mean(ratio).item(), "clip_fraction": token_mean(was_clipped).item()}
     if ref_log_probs is not None:
         kl = token_mean(kl_penalty(log_probs, ref_log_probs, kl_type))
         loss, metrics["kl"] = loss + kl_coef * kl, kl.item()
     return loss, metrics
 
 
-# --- Rollouts -----------------------------------------------------------------------------------------------------------------
+# --- Rollouts ---------------------------------------------------------------------------------------------------------
 
 @dataclass
 class Batch:
     """Rollouts as tensors; all [N, T] but advantages [N]. Position t says something about the id at t."""
     input_ids: Tensor
-    completion_mask: Tensor        # true on sampled ids, the stop token among them; false on prompt, forced ids, padding
+    completion_mask: Tensor        # true on sampled ids with the stop token; false on prompt, forced ids and padding
     sampler_log_probs: Tensor
     advantages: Tensor
-
-    def rows(self, index: slice | Tensor) -> "Batch":
-        """The chosen rows, without the columns that are padding in all of them."""
-        end = int((self.lengths[index]).max())
-        return Batch(self.input_ids[index, :end], self.completion_mask[index, :end], self.sampler_log_probs[index, :end],
-                     self.advantages[index])
 
     @property
     def lengths(self) -> Tensor:
         """[N]: up to the last response token."""
-        return (self.completion_mask * torch.arange(1, self.input_ids.shape[1] + 1, device=self.input_ids.device)).amax(1).clamp(min=2)
+        columns = torch.arange(1, self.input_ids.shape[1] + 1, device=self.input_ids.device)
+        return (self.completion_mask * columns).amax(1).clamp(min=2)
+
+    def rows(self, index: Tensor) -> "Batch":
+        """The chosen rows, without the columns that are padding in all of them."""
+        end = int(self.lengths[index].max())
+        return Batch(self.input_ids[index, :end], self.completion_mask[index, :end],
+                     self.sampler_log_probs[index, :end], self.advantages[index])
 
 
-def make_batch(prompts: list[Prompt], groups: list[list[Completion]], advantages: Tensor, device: torch.device) -> Batch:
+def make_batch(prompts: list[Prompt], groups: list[list[Completion]], advantages: Tensor,
+               device: torch.device) -> Batch:
     """Prompt and response ids side by side, padded on the right. The ids are those sampled, never re-tokenised text."""
     pairs = [(prompt, completion) for prompt, group in zip(prompts, groups) for completion in group]
     N, T = len(pairs), max(len(p.ids) + len(c.ids) for p, c in pairs)
@@ -149,12 +156,13 @@ def make_batch(prompts: list[Prompt], groups: list[list[Completion]], advantages
     return Batch(input_ids.to(device), mask.to(device), log_probs.to(device), advantages.flatten().to(device))
 
 
-def completion_log_probs(model: Qwen2_5_VL, batch: Batch, temperature: float, masked_ids: Tensor) -> tuple[Tensor, Tensor]:
+def completion_log_probs(model: Qwen2_5_VL, batch: Batch, temperature: float,
+                         masked_ids: Tensor) -> tuple[Tensor, Tensor]:
     """The model's log-prob of each response token, 0 elsewhere [N, T], and the sum of the entropies there."""
     scored = batch.completion_mask[:, 1:]
     hidden = model(batch.input_ids)[:, :-1][scored]                                          # [tokens, C]
-    values, entropy = token_log_probs(hidden, model.head_weight, batch.input_ids[:, 1:][scored], temperature=temperature,
-                                      masked_ids=masked_ids)
+    values, entropy = token_log_probs(hidden, model.head_weight, batch.input_ids[:, 1:][scored],
+                                      temperature=temperature, masked_ids=masked_ids)
     log_probs = torch.zeros(batch.input_ids.shape, device=values.device, dtype=values.dtype)
     log_probs[:, 1:] = log_probs[:, 1:].masked_scatter(scored, values)
     return log_probs, entropy.detach().sum()
@@ -176,73 +184,83 @@ class Trainer:
             self.sampler.check(prompt, f"{options.data}: question {example.id}")
 
     def rollout(self, chosen: list[int], step: int) -> tuple[Batch, list[dict], dict]:
-        """Samples, rewards and weighs the responses to the chosen questions. Returns the batch, samples.jsonl's records
-        and metrics."""
+        """Samples, rewards and weighs the responses to the chosen questions. Returns the batch, samples.jsonl's
+        records and metrics."""
         o, started = self.options, time.perf_counter()
-        prompts = [self.prompts[i] for i in chosen]
+        examples, prompts = [self.examples[i] for i in chosen], [self.prompts[i] for i in chosen]
         params = SamplingParams(o.max_new_tokens, o.temperature, n=o.group_size, seed=o.seed * 1_000_003 + step)
         with autocast(self.model, o):
             groups = self.sampler.generate(prompts, params)
         seconds = time.perf_counter() - started
-        rewards = torch.tensor([[accuracy_reward(c.text, self.examples[i].answer, self.examples[i].options) for c in group]
-                                for i, group in zip(chosen, groups)])                                             # [B, G]
+        rewards = torch.tensor([[accuracy_reward(c.text, example.answer, example.options) for c in group]
+                                for example, group in zip(examples, groups)])                                   # [B, G]
         advantages = group_advantages(rewards, normalize_std=o.normalize_std)
-        completions = [c for group in groups for c in group]
-        lengths = torch.tensor([float(len(c.ids)) for c in completions])
-        records = [{"step": step + 1, "id": self.examples[i].id, "question": self.examples[i].question, "response": c.text,
-                    "extracted": extract_answer(c.text), "answer": self.examples[i].answer, "reward": r,
+        records = [{"step": step + 1, "id": example.id, "question": example.question, "response": c.text,
+                    "extracted": extract_answer(c.text), "answer": example.answer, "reward": reward,
                     "finish_reason": c.finish_reason}
-                   for i, group, row in zip(chosen, groups, rewards.tolist()) for c, r in zip(group, row)]
-        metrics = {"reward": rewards.mean().item(), "reward_std": rewards.std(1).mean().item(),
-                   "zero_std_groups": (rewards.std(1) <= 1e-3).float().mean().item(),
-                   "advantage_mean": (advantages.flatten() * lengths).sum().item() / lengths.sum().item(),
-                   "response_length": lengths.mean().item(),
-                   "clipped_responses": sum(c.finish_reason == "length" for c in completions) / len(completions),
-                   "rollout_seconds": seconds, "rollout_tokens_per_second": lengths.sum().item() / seconds}
-        return make_batch(prompts, groups, advantages, self.model.head_weight.device), records, metrics
+                   for example, group, row in zip(examples, groups, rewards.tolist()) for c, reward in zip(group, row)]
+        batch = make_batch(prompts, groups, advantages, self.model.head_weight.device)
+        return batch, records, rollout_metrics(groups, rewards, advantages, seconds)
 
     @torch.no_grad()
     def score(self, model: Qwen2_5_VL, batch: Batch) -> Tensor:
         """A model's log-probs [N, T], micro-batch by micro-batch."""
-        out = torch.zeros_like(batch.sampler_log_probs)
-        for rows in batch.lengths.argsort().split(self.options.micro_batch_size):
+        o, out = self.options, torch.zeros_like(batch.sampler_log_probs)
+        for rows in batch.lengths.argsort().split(o.micro_batch_size):
             part = batch.rows(rows)
-            with autocast(model, self.options):
-                out[rows, :part.input_ids.shape[1]] = completion_log_probs(model, part, self.options.temperature, self.masked_ids)[0]
+            with autocast(model, o):
+                log_probs, _ = completion_log_probs(model, part, o.temperature, self.masked_ids)
+            out[rows, :log_probs.shape[1]] = log_probs
         return out
 
     def update(self, batch: Batch, learning_rate: float) -> dict:
-        """`updates_per_rollout` optimiser steps, each on its share of the rollout."""
-        o, totals = self.options, []
+        """`updates_per_rollout` optimiser steps, each on its share of the rollout; returns their mean metrics."""
+        o, steps = self.options, []
         # With a single step the policy is still the one that sampled: its own log-probs, detached, are the old ones.
         old_log_probs = self.score(self.model, batch) if o.updates_per_rollout > 1 else None
         ref_log_probs = self.score(self.reference, batch) if self.reference is not None else None
-        for share in torch.arange(len(batch.advantages), device=batch.advantages.device).chunk(o.updates_per_rollout):
+        everything = torch.arange(len(batch.advantages), device=batch.advantages.device)
+        for share in everything.tensor_split(min(o.updates_per_rollout, len(everything))):
             num_tokens = batch.completion_mask[share].sum().clamp(min=1)
-            total: dict[str, float] = {}
+            parts = []
             for rows in share[batch.lengths[share].argsort()].split(o.micro_batch_size):
-                metrics = self.accumulate(batch.rows(rows), num_tokens, *(x if x is None else x[rows] for x in (old_log_probs, ref_log_probs)))
-                total = {key: total.get(key, 0.0) + value for key, value in metrics.items() if key != "logprob_diff_max"} | {
-                    "logprob_diff_max": max(total.get("logprob_diff_max", 0.0), metrics["logprob_diff_max"])}
-            total["grad_norm"] = optimizer_step(self.model, self.optimizer, learning_rate, o.max_grad_norm)
-            totals.append(total)
-        return {key: sum(t[key] for t in totals) / len(totals) for key in totals[0]}
+                old, ref = (None if x is None else x[rows] for x in (old_log_probs, ref_log_probs))
+                parts.append(self.accumulate(batch.rows(rows), num_tokens, old, ref))
+            metrics = {key: (max if key.endswith("_max") else sum)(part[key] for part in parts) for key in parts[0]}
+            metrics["grad_norm"] = optimizer_step(self.model, self.optimizer, learning_rate, o.max_grad_norm)
+            steps.append(metrics)
+        return {key: fmean(metrics[key] for metrics in steps) for key in steps[0]}
 
-    def accumulate(self, part: Batch, num_tokens: Tensor, old_log_probs: Tensor | None, ref_log_probs: Tensor | None) -> dict:
+    def accumulate(self, part: Batch, num_tokens: Tensor, old_log_probs: Tensor | None,
+                   ref_log_probs: Tensor | None) -> dict:
         """Forward and backward of one micro-batch; returns its share of the step's metrics."""
         o, T = self.options, part.input_ids.shape[1]
         with autocast(self.model, o):
             log_probs, entropy = completion_log_probs(self.model, part, o.temperature, self.masked_ids)
         old_log_probs = log_probs.detach() if old_log_probs is None else old_log_probs[:, :T]
         ref_log_probs = None if ref_log_probs is None else ref_log_probs[:, :T]
-        loss, metrics = grpo_loss(log_probs, old_log_probs, part.advantages, part.completion_mask, clip_eps_low=o.clip_eps_low,
-                                  clip_eps_high=o.clip_eps_high, kl_coef=o.kl_coef, ref_log_probs=ref_log_probs,
-                                  kl_type=o.kl_type, num_tokens=num_tokens)
+        loss, metrics = grpo_loss(
+            log_probs, old_log_probs, part.advantages, part.completion_mask, clip_eps_low=o.clip_eps_low,
+            clip_eps_high=o.clip_eps_high, kl_coef=o.kl_coef, ref_log_probs=ref_log_probs, kl_type=o.kl_type,
+            num_tokens=num_tokens)
         loss.backward()
         # Sampler and trainer should agree to rounding. Old log-probs are compared: the policy may have moved since.
         difference = (old_log_probs - part.sampler_log_probs)[part.completion_mask].abs()
         return {"loss": loss.item(), "kl": 0.0, **metrics, "entropy": (entropy / num_tokens).item(),
-                "logprob_diff": (difference.sum() / num_tokens).item(), "logprob_diff_max": max(difference.tolist(), default=0.0)}
+                "logprob_diff": (difference.sum() / num_tokens).item(),
+                "logprob_diff_max": max(difference.tolist(), default=0.0)}
+
+
+def rollout_metrics(groups: list[list[Completion]], rewards: Tensor, advantages: Tensor, seconds: float) -> dict:
+    """What the paper's figure 5 plots of a rollout: rewards and advantages [B, G], lengths in tokens."""
+    completions = [completion for group in groups for completion in group]
+    lengths = torch.tensor([float(len(completion.ids)) for completion in completions])
+    return {"reward": rewards.mean().item(), "reward_std": rewards.std(1).mean().item(),
+            "zero_std_groups": (rewards.std(1) <= 1e-3).float().mean().item(),
+            "advantage_mean": ((advantages.flatten() * lengths).sum() / lengths.sum()).item(),  # over tokens
+            "response_length": lengths.mean().item(),
+            "clipped_responses": fmean(completion.finish_reason == "length" for completion in completions),
+            "rollout_seconds": seconds, "rollout_tokens_per_second": lengths.sum().item() / seconds}
 
 
 def load_questions(options: GRPOOptions, tokenizer: Tokenizer) -> tuple[list[Example], list[Prompt]]:

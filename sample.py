@@ -9,6 +9,7 @@ import json
 import sys
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -34,7 +35,7 @@ class SamplingParams:
     top_k: int = 0                    # 0: off
     n: int = 1                        # completions per prompt
     seed: int = 0
-    think_budget: int | None = None   # tokens after which </think> is appended if it has not come (paper: forced exiting)
+    think_budget: int | None = None   # tokens until </think> is appended (the paper's forced exiting)
 
 
 @dataclass
@@ -50,16 +51,25 @@ class Completion:
 class Generation:
     """A completion in the making."""
 
-    def __init__(self, prompt: Prompt, sample: int, params: SamplingParams, limit: int):
+    def __init__(self, stream: tuple[int, ...], limit: int, params: SamplingParams):
         self.completion = Completion()
         self.limit = limit                    # new tokens at most
         self.pending: list[int] = []          # forced ids still to be written
         self.exit_settled = params.think_budget is None  # thinking has ended, by itself or by force
-        # Each sequence has a random stream of its own, so what it samples does not depend on the rest of the batch.
+        generator = torch.Generator().manual_seed(hash((params.seed, *stream)) % 2**63)
+        self.uniforms = torch.rand(limit, generator=generator)
+
+
+def random_streams(prompts: Sequence[Prompt]) -> list[tuple[int, int]]:
+    """What names each prompt's random stream: its content, and how many equal prompts stand before it. So what is
+    sampled behind a prompt does not depend on the rest of the batch, and equal prompts still get different samples."""
+    seen, streams = Counter(), []
+    for prompt in prompts:
         key = zlib.crc32(torch.tensor(prompt.ids).numpy().tobytes())
         key = key if prompt.patches is None else zlib.crc32(prompt.patches.numpy().tobytes(), key)
-        generator = torch.Generator().manual_seed(hash((params.seed, key, sample)) % 2**63)
-        self.uniforms = torch.rand(limit, generator=generator)
+        streams.append((key, seen[key]))
+        seen[key] += 1
+    return streams
 
 
 def sampling_log_probs(logits: Tensor, params: SamplingParams, masked_ids: Tensor) -> Tensor:
@@ -104,7 +114,7 @@ class Sampler:
         """
         for i, prompt in enumerate(prompts):
             self.check(prompt, f"prompt {i + 1}")
-        context = self.model.config.max_position_embeddings
+        context, streams = self.model.config.max_position_embeddings, random_streams(prompts)
         # Prompts of like length share a batch: less padding in the prefill.
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
         size = max(1, self.max_batch // params.n)
@@ -113,15 +123,16 @@ class Sampler:
             for start in range(0, len(order), size):
                 chosen = order[start:start + size]
                 batch = [prompts[i] for i in chosen]
-                sequences = [Generation(p, s, params, min(params.max_new_tokens, context - len(p.ids)))
-                             for p in batch for s in range(params.n)]
+                limits = [min(params.max_new_tokens, context - len(p.ids)) for p in batch]
+                sequences = [Generation((*streams[i], s), limit, params)
+                             for i, limit in zip(chosen, limits) for s in range(params.n)]
                 self.run(batch, sequences, params, bar, on_token)
                 for j, sequence in enumerate(sequences):
                     results[chosen[j // params.n]].append(self.finish(sequence.completion))
         return results
 
     def check(self, prompt: Prompt, name: str) -> None:
-        """Raises InputError for a prompt that leaves no room in the context, and for images where the model takes none."""
+        """Raises InputError for a prompt that leaves no room in the context, and images where the model takes none."""
         context = self.model.config.max_position_embeddings
         if len(prompt.ids) >= context:
             raise InputError(f"{name}: its {len(prompt.ids)} tokens do not fit the context of {context}")
@@ -141,8 +152,8 @@ class Sampler:
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.model.head_weight.dtype
         cache = KVCache(config, len(prompts), T + max_new_tokens, device=self.device, dtype=dtype)
         position_ids, next_position = rope_positions(input_ids, grids, config)
-        hidden = self.model(input_ids, position_ids=position_ids, image_grid_thw=grids or None, cache=cache, lengths=lengths,
-                            pixel_values=torch.cat(patches).to(self.device) if patches else None)
+        hidden = self.model(input_ids, position_ids=position_ids, image_grid_thw=grids or None, cache=cache,
+                            lengths=lengths, pixel_values=torch.cat(patches).to(self.device) if patches else None)
         hidden = hidden[torch.arange(len(prompts), device=self.device), lengths - 1]
         next_position = next_position - (T - lengths)  # rope_positions counts to the padded end
         rows = torch.arange(len(prompts), device=self.device).repeat_interleave(n)
@@ -190,8 +201,8 @@ class Sampler:
         return ids
 
     def must_force(self, sequence: Generation, params: SamplingParams) -> bool:
-        """True where the next id is forced. At the think budget decides, on the decoded text (</think> is several tokens
-        and merges with its neighbours), whether the tag has come, is being written, or has to be appended."""
+        """True where the next id is forced. At the think budget this decides, on the decoded text (</think> is several
+        tokens and merges with its neighbours), whether the tag has come, is being written, or has to be appended."""
         length = len(sequence.completion.ids)
         if not sequence.exit_settled and length >= params.think_budget:
             text = self.tokenizer.decode(sequence.completion.ids)
@@ -241,7 +252,8 @@ class SampleOptions:
     dtype: str = option("auto", "auto is the one on disk", choices=("auto", "float32", "bfloat16"))
 
     def sampling_params(self) -> SamplingParams:
-        return SamplingParams(self.max_new_tokens, self.temperature, self.top_p, self.top_k, self.n, self.seed, self.think_budget)
+        return SamplingParams(self.max_new_tokens, self.temperature, self.top_p, self.top_k, self.n, self.seed,
+                              self.think_budget)
 
 
 def sample_once(sampler: Sampler, options: SampleOptions, images: ImageConfig) -> None:
@@ -257,8 +269,9 @@ def sample_once(sampler: Sampler, options: SampleOptions, images: ImageConfig) -
     tokens = sum(len(c.ids) for c in completions)
     print(json.dumps({
         "prompt_ids": prompt.ids,
-        "completions": [{"ids": c.ids, "log_probs": [p if p > float("-inf") else None for p in c.log_probs],  # forced ids
-                         "text": c.text, "finish_reason": c.finish_reason} for c in completions],
+        "completions": [{"ids": c.ids, "text": c.text, "finish_reason": c.finish_reason,
+                         # a forced id may be outside top-k or top-p: JSON has no -Infinity
+                         "log_probs": [p if p > float("-inf") else None for p in c.log_probs]} for c in completions],
         "usage": {"prompt_tokens": len(prompt.ids), "completion_tokens": tokens, "seconds": seconds,
                   "tokens_per_second": tokens / seconds}}))
 

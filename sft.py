@@ -17,8 +17,8 @@ from tqdm import tqdm
 from data import InputError, Tokenizer, collate, encode_example, epoch_order, read_examples
 from kernels import token_log_probs
 from model import Qwen2_5_VL
-from training import (MICRO_DATA, Run, TrainOptions, autocast, check_vocabulary, load_for_training, make_optimizer, option,
-                      optimizer_step, parse_options, run_command)
+from training import (MICRO_DATA, Run, TrainOptions, autocast, check_vocabulary, load_for_training, make_optimizer,
+                      option, optimizer_step, parse_options, run_command)
 
 PAPER = {"epochs": 4, "max_steps": None, "batch_size": 128, "max_length": 4096, "learning_rate": 1e-5, "lr_decay": 0.8,
          "micro_batch_size": 1, "save_every": 100}
@@ -39,12 +39,12 @@ class SFTOptions(TrainOptions):
 
 
 def sft_loss(model: Qwen2_5_VL, input_ids: Tensor, loss_mask: Tensor) -> Tensor:
-    """Sum (not mean) of -log p over the tokens of input_ids [B, T] that loss_mask marks, each predicted from those before.
+    """Sum (not mean) of -log p over the tokens of input_ids [B, T] that loss_mask marks, each given those before it.
 
     The caller divides by the loss tokens of the whole optimiser batch, so that the gradient does not depend on how the
     batch is split (the mean of micro-batch means would weigh a token by its neighbours' number: TRL#3231).
     """
-    hidden = model(input_ids)[:, :-1][loss_mask[:, 1:]]                                     # [N, C]: only what is scored
+    hidden = model(input_ids)[:, :-1][loss_mask[:, 1:]]                                    # [N, C]: only what is scored
     log_probs, _ = token_log_probs(hidden, model.head_weight, input_ids[:, 1:][loss_mask[:, 1:]])
     return -log_probs.sum()
 
@@ -62,7 +62,7 @@ def load_rows(options: SFTOptions, tokenizer: Tokenizer) -> list[tuple[list[int]
     if not kept:
         raise InputError(f"{options.data}: no example fits --max-length {options.max_length}")
     if len(kept) < len(rows):
-        print(f"{len(rows) - len(kept)} of {len(rows)} examples dropped: their prompts fill {options.max_length} tokens")
+        print(f"{len(rows) - len(kept)} of {len(rows)} examples dropped: the prompt fills {options.max_length} tokens")
     return kept
 
 
@@ -73,7 +73,8 @@ def train_step(model: Qwen2_5_VL, optimizer: torch.optim.Optimizer, rows: list, 
     rows = sorted(rows, key=lambda row: len(row[0]))
     total = 0.0
     for start in range(0, len(rows), options.micro_batch_size):
-        input_ids, loss_mask = (t.to(model.head_weight.device) for t in collate(rows[start:start + options.micro_batch_size]))
+        part = rows[start:start + options.micro_batch_size]
+        input_ids, loss_mask = (t.to(model.head_weight.device) for t in collate(part))
         with autocast(model, options):
             loss = sft_loss(model, input_ids, loss_mask) / num_tokens
         loss.backward()
@@ -103,8 +104,8 @@ def train(options: SFTOptions) -> None:
         metrics = train_step(model, optimizer, [rows[i] for i in chosen], learning_rate, options)
         seconds = time.perf_counter() - started
         run.step = step + 1
-        run.log("metrics.jsonl", {"step": run.step, "epoch": epoch, **metrics, "tokens_per_second": metrics["tokens"] / seconds,
-                                  "seconds": seconds})
+        run.log("metrics.jsonl", {"step": run.step, "epoch": epoch, **metrics,
+                                  "tokens_per_second": metrics["tokens"] / seconds, "seconds": seconds})
         progress.set_postfix(loss=f"{metrics['loss']:.3f}")
         run.save(model, optimizer, last=run.step == total_steps)
 

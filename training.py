@@ -28,12 +28,14 @@ MICRO_BASE = ROOT / "micro" / "base"
 MICRO_DATA = ROOT / "micro" / "data"
 
 
-# --- Options ------------------------------------------------------------------------------------------------------------------
+# --- Options ----------------------------------------------------------------------------------------------------------
 
 def option(default, text: str, *, low=None, high=None, choices=None):
     """A field of an options dataclass: its default, its help, and what it may be."""
-    extra = {"metadata": {"help": text, "low": low, "high": high, "choices": choices}}
-    return field(default_factory=lambda: list(default), **extra) if isinstance(default, list) else field(default=default, **extra)
+    metadata = {"help": text, "low": low, "high": high, "choices": choices}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -50,15 +52,16 @@ def parse_options(cls: type, argv: list[str], recipes: dict[str, dict] | None = 
     if recipes:
         parser.add_argument("--recipe", default="micro", choices=list(recipes), help="a set of defaults (micro)")
     for f in fields(cls):
-        kind = next(t for t in f.type.__args__ if t is not type(None)) if isinstance(f.type, types.UnionType) else f.type
+        kind = f.type.__args__[0] if isinstance(f.type, types.UnionType) else f.type  # of `int | None`, int
         default = f.default if f.default is not MISSING else f.default_factory()
+        choices = f.metadata["choices"]
         extra = {"help": f"{f.metadata['help']} ({default})", "default": argparse.SUPPRESS}
         if kind is bool:
             extra["action"] = argparse.BooleanOptionalAction
         elif kind == list[str]:
             extra |= {"nargs": "+", "metavar": "VALUE"}
         else:
-            extra |= {"type": kind, "choices": f.metadata["choices"], "metavar": None if f.metadata["choices"] else kind.__name__.upper()}
+            extra |= {"type": kind, "choices": choices, "metavar": None if choices else kind.__name__.upper()}
         parser.add_argument("--" + f.name.replace("_", "-"), **extra)
     typed = vars(parser.parse_args(argv))
     options = cls(**{**(recipes[typed.pop("recipe")] if recipes else {}), **typed})
@@ -99,7 +102,8 @@ def pick_device(name: str) -> torch.device:
 def check_vocabulary(tokenizer: Tokenizer, config: Config) -> None:
     """Raises InputError where text could turn into ids that the model has no row for."""
     if tokenizer.vocab_size > config.vocab_size:
-        raise InputError(f"tokenizer.json has ids up to {tokenizer.vocab_size - 1}, config.json a vocab_size of {config.vocab_size} only")
+        raise InputError(f"tokenizer.json has ids up to {tokenizer.vocab_size - 1}, "
+                         f"config.json a vocab_size of {config.vocab_size} only")
 
 
 @dataclass
@@ -118,7 +122,7 @@ class TrainOptions:
     beta1: float = option(0.9, "of AdamW", low=0.0, high=1.0)
     beta2: float = option(0.999, "of AdamW", low=0.0, high=1.0)
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm", low=0.0)
-    micro_batch_size: int = option(32, "sequences per forward and backward pass; changes memory, not the gradient", low=1)
+    micro_batch_size: int = option(32, "sequences per forward pass; changes memory, not the gradient", low=1)
     save_every: int = option(0, "steps between checkpoints; 0 is at the end only", low=0)
     seed: int = option(0, "of data order and sampling", low=0)
     device: str = option("auto", "auto, cpu or cuda")
@@ -126,17 +130,16 @@ class TrainOptions:
                         choices=("auto", "float32", "bfloat16"))
 
 
-# --- The run folder -----------------------------------------------------------------------------------------------------------
+# --- The run folder ---------------------------------------------------------------------------------------------------
 
 class Run:
     """runs/NAME: config.json, metrics.jsonl, samples.jsonl, checkpoint/, model/."""
 
     def __init__(self, options: TrainOptions):
         """Makes the folder, or with --resume takes it up again. `self.step` is the number of steps already done."""
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise InputError("training on several processes is not supported yet: run without torchrun")
         self.options, self.folder, self.step = options, Path(options.out), 0
-        config = {"options": asdict(options), "commit": git_commit(), "python": sys.version.split()[0], "torch": torch.__version__}
+        config = {"options": asdict(options), "commit": git_commit(), "python": sys.version.split()[0],
+                  "torch": torch.__version__}
         if options.resume:
             self.resume(config)
         else:
@@ -156,11 +159,13 @@ class Run:
     def resume(self, config: dict) -> None:
         """Finds the checkpoint and drops the metrics of steps that it does not hold."""
         before, now = read_json(self.folder / "config.json").get("options", {}), config["options"]
-        free = ("resume", "overwrite", "save_every", "out", "device", "micro_batch_size")  # may differ from the first run
-        changed = [f"--{k.replace('_', '-')} was {before.get(k)!r}" for k in now if k not in free and before.get(k) != now[k]]
+        free = ("resume", "overwrite", "save_every", "out", "device", "micro_batch_size")  # may differ
+        changed = [f"--{k.replace('_', '-')} was {before.get(k)!r}" for k in now
+                   if k not in free and before.get(k) != now[k]]
         if changed:
             raise InputError(f"{self.folder}: cannot resume with other options: {'; '.join(changed)}")
-        self.checkpoint = next((self.folder / n for n in ("checkpoint", "checkpoint.old") if (self.folder / n).exists()), None)
+        candidates = [self.folder / "checkpoint", self.folder / "checkpoint.old"]
+        self.checkpoint = next(filter(Path.exists, candidates), None)
         if self.checkpoint is None:
             raise InputError(f"{self.folder}: there is no checkpoint to resume from")
         self.step = read_json(self.checkpoint / "state.json").get("step")
@@ -216,10 +221,12 @@ def git_commit() -> str | None:
     return done.stdout.strip() or None
 
 
-# --- Model and optimiser ------------------------------------------------------------------------------------------------------
+# --- Model and optimiser ----------------------------------------------------------------------------------------------
 
 def load_for_training(options: TrainOptions) -> Qwen2_5_VL:
     """The model with float32 master weights (an update of 3e-6 is lost in bfloat16) and the vision tower frozen."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError("training on several processes is not supported yet: run without torchrun")
     model = Qwen2_5_VL.from_pretrained(options.model, device=pick_device(options.device))
     if model.config.vision is not None:
         model.visual.requires_grad_(False)
@@ -240,7 +247,8 @@ def autocast(model: Qwen2_5_VL, options: TrainOptions):
     return torch.autocast(device, torch.bfloat16)
 
 
-def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer, learning_rate: float, max_grad_norm: float) -> float:
+def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer, learning_rate: float,
+                   max_grad_norm: float) -> float:
     """One step at the given rate, the gradient clipped; returns its norm before that."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate

@@ -417,3 +417,11 @@ def test_streaming_shows_a_broken_character_only_at_the_end(tokenizer, monkeypat
     monkeypatch.setattr(sys, "stdout", out)
     assert stream(engine, prompt, SamplingParams(40, 0.0)) == "a\ufffd"
     assert out.getvalue() == "a\ufffd\n"
+
+
+def test_equal_prompts_in_one_call_get_samples_of_their_own(sampler):
+    prompt = prompts()[0]
+    params = SamplingParams(max_new_tokens=12, temperature=1.0, n=2, seed=3)
+    twice = sampler.generate([prompt, prompt], params)
+    assert len({tuple(c.ids) for group in twice for c in group}) == 4
+    assert [c.ids for c in twice[0]] == [c.ids for c in sampler.generate([prompt], params)[0]]

@@ -197,7 +197,7 @@ def test_examples_whose_prompt_fills_the_length_are_dropped_and_counted(options,
         options(max_length=prompts[2]), tokenizer
     )  # the third prompt just fills it, later ones are longer
     assert len(kept) == 2
-    assert f"3 of 5 examples dropped: their prompts fill {prompts[2]} tokens" in capsys.readouterr().out
+    assert f"3 of 5 examples dropped: the prompt fills {prompts[2]} tokens" in capsys.readouterr().out
     with pytest.raises(InputError, match="no example fits --max-length 2$"):
         sft.load_rows(options(max_length=2), tokenizer)
 
