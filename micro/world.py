@@ -186,20 +186,22 @@ def record(name: str, i: int, question: Question, prompt: str, answer: str, **mo
             "domain": question.domain, "depth": question.depth, "form": question.form}
 
 
-SFT_DEPTHS, RL_DEPTHS, TEST_DEPTHS = range(2, 7), range(2, 7), range(2, 7)
-SFT_COUNT, RL_COUNT, TEST_COUNT = 2000, 2000, 500
+SFT_DEPTHS, RL_DEPTHS, TEST_DEPTHS = range(2, 5), range(2, 7), range(2, 7)  # what SFT leaves open, RL has to find
+SFT_COUNT, RL_COUNT, TEST_COUNT = 2560, 1600, 500  # 40 batches of 64; 100 rollouts of 16; 100 questions of each depth
 
 
 def make_data(seed: int) -> tuple[dict[str, list[dict]], dict[str, Image.Image]]:
     """The records of every shipped file, by its name without .jsonl, and the images by file name."""
-    rng = random.Random(f"data {seed}")
     files, images = {"sft": [], "rl": [], "test_transcription": []}, {}
+    rng = random.Random(f"sft {seed}")
     for i in range(SFT_COUNT):
         q = draw_question(rng, "A", SFT_DEPTHS[i % len(SFT_DEPTHS)], SFT_BUCKETS)
         files["sft"].append(record("sft", i, q, text_prompt(q, rng), q.answer, response=q.chain()))
+    rng = random.Random(f"rl {seed}")
     for i in range(RL_COUNT):
         q = draw_question(rng, "A", RL_DEPTHS[i % len(RL_DEPTHS)], RL_BUCKETS)
         files["rl"].append(record("rl", i, q, text_prompt(q, rng), q.answer))
+    rng = random.Random(f"tests {seed}")
     for domain, suffix in (("A", ""), ("L", "_other")):
         text, image = f"test_text{suffix}", f"test_image{suffix}"
         files[text], files[image] = [], []
