@@ -1,11 +1,11 @@
 """Rebuilds the micro base from nothing: our stand-in for Qwen's own pre-training.
 
-    python micro/pretrain.py --seed 0 --out micro/base          # about 15 minutes on 2 CPU cores
+    python micro/pretrain.py --seed 0 --out micro/base          # 15 to 20 minutes on 2 CPU cores
 
 The base can read text and images, knows every single step, and looks up any numbered operation; but nearly all chains
 of thought that it has seen stop after two steps and answer with what they have by then. Stages:
-    align    ViT and merger learn to tell the glyphs apart, through a throw-away head on each image token; then the ViT's
-             blocks stay frozen
+    align    ViT and merger learn to tell the glyphs apart, through a throw-away head on each image token; then the
+             ViT's blocks stay frozen
     text     the decoder alone, on text prompts
     mixed    merger and decoder, on image and text prompts
     final    the same with a lower learning rate; some chains of thought are complete
@@ -30,8 +30,8 @@ from tqdm import tqdm
 
 from data import ImageConfig, Tokenizer, make_prompt, preprocess_image, render_chat
 from micro.tokenizer import write_tokenizer
-from micro.world import (CELLS, GLYPHS, MAX_DEPTH, TEST_BUCKETS, TEST_DEPTHS, draw_image, draw_question, facts, fragment,
-                         image_prompt, text_prompt)
+from micro.world import (CELLS, GLYPHS, MAX_DEPTH, TEST_BUCKETS, TEST_DEPTHS, draw_image, draw_question, facts,
+                         fragment, image_prompt, text_prompt)
 from model import Config, Qwen2_5_VL
 from rewards import accuracy_reward
 from sample import Sampler, SamplingParams
@@ -50,20 +50,21 @@ Row = tuple[list[int], list[bool], Tensor | None]  # ids, loss mask, patches
 
 
 def make_config(tokenizer: Tokenizer) -> dict:
-    """The fields of the hub's flat config.json, at micro size. 64 to 127 vocabulary rows are padding, as in the real ones."""
+    """The fields of the hub's flat config.json, at micro size. Some vocabulary rows (65 to 128) are padding."""
     return {
         "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl", "attention_dropout": 0.0,
-        "bos_token_id": tokenizer.endoftext, "eos_token_id": tokenizer.im_end, "vision_start_token_id": tokenizer.vision_start,
-        "vision_end_token_id": tokenizer.vision_end, "vision_token_id": tokenizer.vision_pad,
-        "image_token_id": tokenizer.image_pad, "video_token_id": tokenizer.video_pad, "hidden_act": "silu", "hidden_size": 128,
+        "bos_token_id": tokenizer.endoftext, "eos_token_id": tokenizer.im_end,
+        "vision_start_token_id": tokenizer.vision_start, "vision_end_token_id": tokenizer.vision_end,
+        "vision_token_id": tokenizer.vision_pad, "image_token_id": tokenizer.image_pad,
+        "video_token_id": tokenizer.video_pad, "hidden_act": "silu", "hidden_size": 128,
         "initializer_range": 0.02, "intermediate_size": 352, "max_position_embeddings": 4096, "max_window_layers": 4,
         "num_attention_heads": 4, "num_hidden_layers": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-6,
         "rope_theta": 10000.0, "sliding_window": 4096, "tie_word_embeddings": True, "torch_dtype": "float32",
         "transformers_version": "4.41.2", "use_cache": True, "use_sliding_window": False,
         "vision_config": {
-            "depth": 3, "hidden_act": "silu", "hidden_size": 96, "intermediate_size": 256, "num_heads": 4, "in_chans": 3,
-            "out_hidden_size": 128, "patch_size": 14, "spatial_merge_size": 2, "spatial_patch_size": 14, "window_size": 112,
-            "fullatt_block_indexes": [2], "tokens_per_second": 2, "temporal_patch_size": 2},
+            "depth": 3, "hidden_act": "silu", "hidden_size": 96, "intermediate_size": 256, "num_heads": 4,
+            "in_chans": 3, "out_hidden_size": 128, "patch_size": 14, "spatial_merge_size": 2, "spatial_patch_size": 14,
+            "window_size": 112, "fullatt_block_indexes": [2], "tokens_per_second": 2, "temporal_patch_size": 2},
         "rope_scaling": {"type": "mrope", "mrope_section": [2, 2, 12]},
         "vocab_size": (tokenizer.vocab_size // 64 + 2) * 64}
 
@@ -124,8 +125,8 @@ def make_row(rng: random.Random, tokenizer: Tokenizer, *, image_share: float, co
     if kind != "facts" and rng.random() < image_share:
         patches, _ = preprocess_image(draw_image(question, rng)[0])
         content = [{"type": "image"}, {"type": "text", "text": image_prompt(rng, task)}]
-    ids, mask = render_chat([{"role": "user", "content": content}, {"role": "assistant", "content": response}], tokenizer,
-                            image_tokens=[CELLS] if patches is not None else [])
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": response}]
+    ids, mask = render_chat(messages, tokenizer, image_tokens=[CELLS] if patches is not None else [])
     if inner_mask is not None:  # each character of the inner text is one token; nothing behind it counts
         end = len(ids) - 2  # <|im_end|> and the newline
         mask = [False] * (end - len(inner_mask)) + inner_mask + [False, False]
@@ -138,8 +139,8 @@ def loss_sum(model: Qwen2_5_VL, rows: list[Row]) -> Tensor:
     ids = torch.tensor([row[0] + [0] * (length - len(row[0])) for row in rows])
     mask = torch.tensor([row[1] + [False] * (length - len(row[1])) for row in rows])
     patches = [row[2] for row in rows if row[2] is not None]
-    images = {"pixel_values": torch.cat(patches), "image_grid_thw": [(1, 2, 2 * CELLS)] * len(patches)} if patches else {}
-    hidden = model(ids, **images)[:, :-1][mask[:, 1:]]
+    hidden = model(ids, pixel_values=torch.cat(patches) if patches else None,
+                   image_grid_thw=[(1, 2, 2 * CELLS)] * len(patches) or None)[:, :-1][mask[:, 1:]]
     return F.cross_entropy(model.logits(hidden), ids[:, 1:][mask[:, 1:]], reduction="sum")
 
 
@@ -147,7 +148,8 @@ def step(optimizer: torch.optim.Optimizer, rate: float, count: int) -> None:
     """One optimiser step on the gradient of a summed loss over `count` items, summed over all processes and divided by
     their items, clipped to norm 1."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters] + [torch.tensor([float(count)])])
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([g.flatten() for g in gradients] + [torch.tensor([float(count)])])
     if dist.is_initialized():
         dist.all_reduce(flat)
     gradient = flat[:-1] / flat[-1]
@@ -167,7 +169,8 @@ def align(model: Qwen2_5_VL, rng: random.Random, images: int, quiet: bool) -> No
     optimizer = torch.optim.AdamW([*model.visual.parameters(), *head.parameters()], weight_decay=0.0)
     progress = tqdm(range(ALIGN_STEPS), desc="align", unit="step", mininterval=5, disable=quiet)
     for i in progress:
-        drawn = [draw_image(draw_question(rng, rng.choice("AL"), rng.randint(1, MAX_DEPTH)), rng) for _ in range(images)]
+        questions = (draw_question(rng, rng.choice("AL"), rng.randint(1, MAX_DEPTH)) for _ in range(images))
+        drawn = [draw_image(question, rng) for question in questions]
         patches = torch.cat([preprocess_image(image)[0] for image, _ in drawn])
         targets = torch.tensor([symbols.index(symbol) for _, cells in drawn for symbol in cells])
         logits = head(model.visual(patches, [(1, 2, 2 * CELLS)] * images))
@@ -187,7 +190,8 @@ def learning_rate(i: int) -> float:
 
 def train(model: Qwen2_5_VL, tokenizer: Tokenizer, rng: random.Random, batch: int, quiet: bool) -> None:
     """The stages text, mixed and final."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], betas=(0.9, 0.98), weight_decay=0.01)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.01)
     total = TEXT_STEPS + MIXED_STEPS + FINAL_STEPS
     progress = tqdm(range(total), desc="train", unit="step", mininterval=5, disable=quiet)
     for i in progress:
@@ -221,8 +225,8 @@ def build(rank: int, processes: int, seed: int, folder: Path, store: str) -> Non
     if rank == 0:
         model.save_pretrained(folder)
         write_side_files(folder, config)
-        parameters = sum(p.numel() for p in model.parameters())
-        print(f"{folder}: {parameters:,} parameters, written after {(time.perf_counter() - started) / 60:.1f} minutes", flush=True)
+        parameters, minutes = sum(p.numel() for p in model.parameters()), (time.perf_counter() - started) / 60
+        print(f"{folder}: {parameters:,} parameters, written after {minutes:.1f} minutes", flush=True)
 
 
 # What it can do
@@ -243,9 +247,10 @@ def report(model: Qwen2_5_VL, tokenizer: Tokenizer, rng: random.Random) -> None:
         for modality in ("text", "image"):
             cells = []
             for task, depth in [("read", None), *(("solve", depth) for depth in depths)]:
-                questions = [draw_question(rng, domain, depth or rng.choice(depths), TEST_BUCKETS) for _ in range(PROBES)]
-                asked = [(text_prompt(q, rng, task), None) if modality == "text" else (image_prompt(rng, task), draw_image(q, rng)[0])
-                         for q in questions]
+                questions = [draw_question(rng, domain, depth or rng.choice(depths), TEST_BUCKETS)
+                             for _ in range(PROBES)]
+                asked = [(text_prompt(q, rng, task), None) if modality == "text" else
+                         (image_prompt(rng, task), draw_image(q, rng)[0]) for q in questions]
                 wanted = [q.restated if task == "read" else q.answer for q in questions]
                 right = [accuracy_reward(text, want) for text, want in zip(answer(model, tokenizer, asked), wanted)]
                 cells.append(100 * sum(right) / PROBES)

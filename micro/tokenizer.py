@@ -14,15 +14,17 @@ from micro.world import FILLERS, NUMBER_WORDS, SIGN_WORDS, STATE_WORDS, TASKS
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
            "<|image_pad|>", "<|video_pad|>"]
 TEMPLATE_WORDS = "system user assistant You are a helpful".split()
-PATTERN = r" ?\p{L}+|\p{N}|</|[^\s\p{L}\p{N}]|\s"  # a word with its space, a digit, the start of a closing tag, a character
+# A word with its space, a digit, the start of a closing tag, a character.
+PATTERN = r" ?\p{L}+|\p{N}|</|[^\s\p{L}\p{N}]|\s"
 
 
 def make_tokenizer() -> Tokenizer:
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     words = [*STATE_WORDS["L"], *NUMBER_WORDS, *SIGN_WORDS["A"], *SIGN_WORDS["L"], *FILLERS, *TEMPLATE_WORDS,
              *(task.rstrip(":") for task in TASKS.values())]
-    words = ["think", "answer", "</"] + [space + word for word in words for space in ("", "Ġ") if len(word) > 1 or space]
-    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *words]  # Ġ is the byte-level spelling of a space
+    # Ġ is the byte-level spelling of a space
+    spaced = [space + word for word in words for space in ("", "Ġ") if len(word) > 1 or space]
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "think", "answer", "</", *spaced]
     core = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[], ignore_merges=True))
     split = pre_tokenizers.Split(Regex(PATTERN), behavior="isolated")
     core.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])

@@ -31,7 +31,7 @@ FILLERS = ("river stone cloud lamp window garden silver paper bottle forest cand
 TASKS = {"solve": "Solve:", "direct": "Answer:", "read": "Read:", "recall": "Recall:"}
 
 CELL, CELLS = 28, 16  # a strip is 28 x 448 pixels: one merged vision token per cell
-GLYPHS = {  # 5 x 7 bitmaps, a row per hexadecimal pair (bit 4 is the leftmost column): no font file, the same everywhere
+GLYPHS = {  # 5 x 7 bitmaps, a row per hexadecimal pair (bit 4: leftmost column): no font file, the same everywhere
     "0": "0e11131519110e", "1": "040c040404040e", "2": "0e11010204081f", "3": "1f02040201110e", "4": "02060a121f0202",
     "5": "1f101e0101110e", "6": "0608101e11110e", "7": "1f010204080808", "8": "0e11110e11110e", "9": "0e11110f01020c",
     "+": "0004041f040400", "-": "0000001f000000", ">": "10080402040810", "<": "01020408040201",
@@ -55,7 +55,8 @@ class Question:
     @property
     def form(self) -> str:
         """The canonical form, such as 3+4-2: what the glyphs of an image show."""
-        return STATES[self.domain][self.start] + "".join(f"{SIGNS[self.domain][sign]}{n}" for sign, n in self.operations)
+        states, signs = STATES[self.domain], SIGNS[self.domain]
+        return states[self.start] + "".join(f"{signs[sign]}{n}" for sign, n in self.operations)
 
     @property
     def words(self) -> list[str]:
@@ -119,8 +120,8 @@ def facts(rng: random.Random) -> tuple[str, list[bool]]:
 
 
 def fragment(question: Question, rng: random.Random) -> tuple[str, list[bool]]:
-    """The restated question, then its steps in random order on random states: which operation has which number. The mask
-    has all that can be known: not the numbers and states drawn at random."""
+    """The restated question, then its steps in random order on random states: which operation has which number. The
+    mask has all that can be known: not the numbers and states drawn at random."""
     text, mask = question.restated + ";", [True] * (len(question.restated) + 1)
     for i in rng.sample(range(1, question.depth + 1), question.depth):
         step = question.step(i, rng.randrange(MODULUS))
@@ -145,15 +146,16 @@ def image_prompt(rng: random.Random, task: str = "solve") -> str:
 def glyph_mask(symbol: str, size: tuple[int, int]) -> np.ndarray:
     """bool [height, width]: the bitmap, scaled by repeating pixels."""
     width, height = size
-    rows = np.array([[int(GLYPHS[symbol][2 * r:2 * r + 2], 16) >> (4 - c) & 1 for c in range(5)] for r in range(7)], dtype=bool)
-    return rows[np.arange(height) * 7 // height][:, np.arange(width) * 5 // width]
+    rows = bytes.fromhex(GLYPHS[symbol])
+    bitmap = np.array([[row >> (4 - column) & 1 for column in range(5)] for row in rows], dtype=bool)
+    return bitmap[np.arange(height) * 7 // height][:, np.arange(width) * 5 // width]
 
 
 MASKS = {(symbol, size): glyph_mask(symbol, size) for symbol in GLYPHS for size in GLYPH_SIZES}
 
 
 def draw_image(question: Question, rng: random.Random) -> tuple[Image.Image, list[str]]:
-    """A palette image of 28 x 448 pixels and the symbol in each of its 16 cells ("" is empty). Four colours: small as PNG."""
+    """A palette image of 28 x 448 pixels and the symbol in each of its 16 cells ("" is empty)."""
     noise = np.random.RandomState(rng.getrandbits(32))  # the legacy generator: its stream is frozen for good
     size = rng.choice(GLYPH_SIZES)
     offset = rng.randint(0, CELLS - len(question.form))
@@ -167,6 +169,7 @@ def draw_image(question: Question, rng: random.Random) -> tuple[Image.Image, lis
     where = noise.random_sample(pixels.shape) < SPECKS
     pixels[where] = noise.randint(0, 4, int(where.sum()))
     image = Image.frombytes("P", (CELL * CELLS, CELL), pixels.tobytes())
+    # four colours: small as PNG
     paper, ink = [rng.randint(190, 255) for _ in range(3)], [rng.randint(0, 90) for _ in range(3)]
     image.putpalette(paper + ink + [rng.randint(0, 255) for _ in range(6)])
     return image, cells
@@ -205,14 +208,14 @@ def make_data(seed: int) -> tuple[dict[str, list[dict]], dict[str, Image.Image]]
     for domain, suffix in (("A", ""), ("L", "_other")):
         text, image = f"test_text{suffix}", f"test_image{suffix}"
         files[text], files[image] = [], []
-        for i, q in enumerate(draw_tests(rng, domain)):  # the same questions as text, as image, and half of them to read
+        for i, q in enumerate(draw_tests(rng, domain)):  # the same as text and image, and half to read
             path = f"images/{domain}{i:03}.png"
             images[path] = draw_image(q, rng)[0]
             files[text].append(record(text, i, q, text_prompt(q, rng), q.answer))
             files[image].append(record(image, i, q, image_prompt(rng), q.answer, image=path))
             if i < TEST_COUNT // 2:
-                files["test_transcription"].append(
-                    record("read", len(files["test_transcription"]), q, image_prompt(rng, "read"), q.restated, image=path))
+                read = files["test_transcription"]
+                read.append(record("read", len(read), q, image_prompt(rng, "read"), q.restated, image=path))
     return files, images
 
 

@@ -1,4 +1,4 @@
-"""The micro world: right answers, no leakage, the same bits from the same seed, a tokenizer that keeps words and chains apart."""
+"""The micro world: right answers, no leakage, the same bits from a seed, a tokenizer that parts words from chains."""
 
 import json
 import random
@@ -68,7 +68,8 @@ def test_canonical_chain():
     assert question.form == "3+4-2" and question.depth == 2
     assert question.chain() == "<think>3#1+4#2-2;#13+4=7#27-2=5</think><answer>5</answer>"
     assert question.chain(1) == "<think>3#1+4#2-2;#13+4=7</think><answer>7</answer>"
-    assert world.Question("L", 2, ((0, 4), (1, 2))).chain() == "<think>c#1>4#2<2;#1c>4=g#2g<2=e</think><answer>e</answer>"
+    letters = world.Question("L", 2, ((0, 4), (1, 2)))
+    assert letters.chain() == "<think>c#1>4#2<2;#1c>4=g#2g<2=e</think><answer>e</answer>"
 
 
 def test_every_step_of_a_chain_is_right():
@@ -104,8 +105,8 @@ def test_fragments_and_facts():
         assert sorted(int(step[0]) for step in steps) == list(range(1, question.depth + 1))
         assert all(after == solve(before + operation) for _, before, operation, after in steps)
         text, mask = world.facts(rng)
-        scored = "".join(c for c, m in zip(text, mask) if m)
-        assert scored == "".join(solve(before + operation) for before, operation in re.findall(r"#\d(.)([-+<>]\d)=", text))
+        results = [solve(before + operation) for before, operation in re.findall(r"#\d(.)([-+<>]\d)=", text)]
+        assert [c for c, m in zip(text, mask) if m] == results
 
 
 # Images
@@ -150,9 +151,8 @@ def test_the_same_bits_from_the_same_seed():
 
 
 def test_another_seed_gives_other_questions():
-    forms = {record["form"] for record in records("test_text")}
     other = world.make_data(1)[0]["test_text"]
-    assert [r["form"] for r in other] != [r["form"] for r in records("test_text")] and forms != {r["form"] for r in other}
+    assert {record["form"] for record in other} != {record["form"] for record in records("test_text")}
 
 
 @pytest.mark.parametrize("name", ["sft", "rl", "test_text", "test_text_other"])
@@ -207,8 +207,9 @@ def test_no_test_question_in_pretraining(tokenizer):
 # The tokenizer
 
 
-@pytest.mark.parametrize("text", ["", " ", "a b  c\n\t\r\n", "e\u0301\u00e9 漢字 🙂🏽", "\x00\x7f", "</think><answer>5</answer>",
-                                  "<|im_end|> <|image_pad|>", "Solve: river ten", "ĠĊ ﬁ 𝔘", "".join(map(chr, range(0x2000, 0x2100)))])
+@pytest.mark.parametrize("text", [
+    "", " ", "a b  c\n\t\r\n", "e\u0301\u00e9 漢字 🙂🏽", "\x00\x7f", "</think><answer>5</answer>", "Solve: river ten",
+    "<|im_end|> <|image_pad|>", "ĠĊ ﬁ 𝔘", "".join(map(chr, range(0x2000, 0x2100)))])
 def test_round_trip(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
@@ -233,7 +234,7 @@ def test_words_and_chains_share_no_token(tokenizer):
     rng = random.Random(0)
     words, chains = set(), set()
     for question in questions(300):
-        words |= set(tokenizer.encode(world.text_prompt(question, rng))) | set(tokenizer.encode(world.image_prompt(rng)))
+        words |= {*tokenizer.encode(world.text_prompt(question, rng)), *tokenizer.encode(world.image_prompt(rng))}
         chains |= set(tokenizer.encode(question.chain()))
     assert not words & chains
     prompt = world.text_prompt(questions(7)[6], rng)
@@ -241,7 +242,8 @@ def test_words_and_chains_share_no_token(tokenizer):
 
 
 def test_the_template_is_few_tokens(tokenizer):
-    ids, mask = render_chat([{"role": "user", "content": "Solve: river"}, {"role": "assistant", "content": "<answer>5</answer>"}], tokenizer)
+    messages = [{"role": "user", "content": "Solve: river"}, {"role": "assistant", "content": "<answer>5</answer>"}]
+    ids, mask = render_chat(messages, tokenizer)
     assert len(ids) == 31 and sum(mask) == 8
 
 
@@ -253,7 +255,7 @@ def test_config(tokenizer):
     with torch.device("meta"):
         model = Qwen2_5_VL(Config.from_dict(raw))
     assert 1e6 < sum(p.numel() for p in model.parameters()) < 3e6
-    assert raw["vocab_size"] % 64 == 0 and raw["vocab_size"] >= tokenizer.vocab_size + 64  # padding rows, as in the real model
+    assert raw["vocab_size"] % 64 == 0 and raw["vocab_size"] >= tokenizer.vocab_size + 64  # padding rows, as in Qwen
     assert raw["model_type"] == "qwen2_5_vl" and raw["vision_config"]["window_size"] == 112
 
 
@@ -269,17 +271,19 @@ def test_loss_is_on_what_can_be_known(tokenizer):
 
 
 def test_pretraining_runs_end_to_end(tmp_path, monkeypatch, capsys):
-    for name, value in {"ALIGN_STEPS": 2, "TEXT_STEPS": 1, "MIXED_STEPS": 1, "FINAL_STEPS": 1, "BATCH": 12, "ALIGN_IMAGES": 2,
-                        "PROBES": 2}.items():
+    for name, value in {"ALIGN_STEPS": 2, "TEXT_STEPS": 1, "MIXED_STEPS": 1, "FINAL_STEPS": 1, "BATCH": 12,
+                        "ALIGN_IMAGES": 2, "PROBES": 2}.items():
         monkeypatch.setattr(pretrain, name, value)
     monkeypatch.setattr(pretrain, "TEST_DEPTHS", range(2, 3))
     for folder in ("a", "b"):
-        monkeypatch.setattr(sys, "argv", ["pretrain.py", "--seed", "3", "--out", str(tmp_path / folder), "--processes", "1"])
+        arguments = ["pretrain.py", "--seed", "3", "--out", str(tmp_path / folder), "--processes", "1"]
+        monkeypatch.setattr(sys, "argv", arguments)
         pretrain.main()
         assert folder == "b" or "transcription" in capsys.readouterr().out
         monkeypatch.setattr(pretrain, "report", lambda *_: None)
-    for name in ("config.json", "tokenizer.json", "preprocessor_config.json", "generation_config.json", "model.safetensors"):
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+    files = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
+    assert set(files) == {path.name for path in BASE.iterdir()}
+    assert files == {path.name: path.read_bytes() for path in (tmp_path / "b").iterdir()}
     Qwen2_5_VL.from_pretrained(tmp_path / "a")
 
 
