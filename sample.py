@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from data import ImageConfig, InputError, Prompt, Tokenizer, chat_prompt, load_image, make_prompt
 from model import KVCache, Qwen2_5_VL, rope_positions
-from training import MICRO_BASE, check_vocabulary, option, parse_options, pick_device, run_command
+from training import MICRO_BASE, check_vocabulary, limit_threads, option, parse_options, pick_device, run_command
 
 END_OF_THOUGHT = "</think>"
 TAG_GRACE = 8  # tokens that a half-written </think> may still take when the think budget is used up
@@ -327,6 +327,7 @@ def load_sampler(folder: str, device: str, dtype: str, **options) -> tuple[Sampl
     device, dtype = pick_device(device), None if dtype == "auto" else getattr(torch, dtype)
     tokenizer = Tokenizer.from_pretrained(folder)
     model = Qwen2_5_VL.from_pretrained(folder, device=device, dtype=dtype)
+    limit_threads(model.config)
     images = ImageConfig.from_pretrained(folder) if model.config.vision is not None else ImageConfig()
     return Sampler(model, tokenizer, **options), images
 

@@ -99,6 +99,13 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def limit_threads(config: Config) -> None:
+    """One CPU thread for models of the micro one's size. Their matrix products are over before a second thread has
+    begun, and where the machine is busy, threads that wait for one another are many times slower (LOG.md)."""
+    if config.hidden_size <= 256:
+        torch.set_num_threads(1)
+
+
 def check_vocabulary(tokenizer: Tokenizer, config: Config) -> None:
     """Raises InputError where text could turn into ids that the model has no row for."""
     if tokenizer.vocab_size > config.vocab_size:
@@ -228,6 +235,7 @@ def load_for_training(options: TrainOptions) -> Qwen2_5_VL:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError("training on several processes is not supported yet: run without torchrun")
     model = Qwen2_5_VL.from_pretrained(options.model, device=pick_device(options.device))
+    limit_threads(model.config)
     if model.config.vision is not None:
         model.visual.requires_grad_(False)
     return model

@@ -17,10 +17,8 @@ from statistics import fmean
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import ImageConfig, Tokenizer  # noqa: E402
 from evaluate import EvaluateOptions, evaluate, load_examples, summarise  # noqa: E402
-from model import Qwen2_5_VL  # noqa: E402
-from sample import Sampler  # noqa: E402
+from sample import load_sampler  # noqa: E402
 from training import MICRO_BASE, MICRO_DATA  # noqa: E402
 
 COLUMNS = {"text": "test_text", "image": "test_image", "text_other": "test_text_other", "image_other": "test_image_other",
@@ -37,8 +35,7 @@ def run(script: str, *arguments: str) -> None:
 
 def measure(model_folder: Path) -> dict[str, dict]:
     """A row of the table: for each column the summary, and the accuracy by depth."""
-    model, tokenizer = Qwen2_5_VL.from_pretrained(model_folder), Tokenizer.from_pretrained(model_folder)
-    sampler, images = Sampler(model, tokenizer), ImageConfig.from_pretrained(model_folder)
+    sampler, images = load_sampler(str(model_folder), "cpu", "auto")
     row = {}
     for column, name in COLUMNS.items():
         records = evaluate(sampler, images, load_examples(str(MICRO_DATA / f"{name}.jsonl"), None), EvaluateOptions())
