@@ -221,19 +221,22 @@ class Trainer:
         ref_log_probs = self.score(self.reference, batch) if self.reference is not None else None
         everything = torch.arange(len(batch.advantages), device=batch.advantages.device)
         for share in everything.tensor_split(min(o.updates_per_rollout, len(everything))):
-            num_tokens = batch.completion_mask[share].sum().clamp(min=1)
-            parts = []
+            num_tokens = batch.completion_mask[share].sum().clamp(min=1)  # of all groups, whatever their advantage
+            if o.kl_coef == 0:  # no advantage, no gradient: no need to run those rows (but one, for Adam's moments)
+                share = share[batch.advantages[share] != 0] if batch.advantages[share].any() else share[:1]
+            scored, parts = batch.completion_mask[share].sum().clamp(min=1), []
             for rows in share[batch.lengths[share].argsort()].split(o.micro_batch_size):
                 old, ref = (None if x is None else x[rows] for x in (old_log_probs, ref_log_probs))
-                parts.append(self.accumulate(batch.rows(rows), num_tokens, old, ref))
+                parts.append(self.accumulate(batch.rows(rows), num_tokens, scored, old, ref))
             metrics = {key: (max if key.endswith("_max") else sum)(part[key] for part in parts) for key in parts[0]}
             metrics["grad_norm"] = optimizer_step(self.model, self.optimizer, learning_rate, o.max_grad_norm)
             steps.append(metrics)
         return {key: fmean(metrics[key] for metrics in steps) for key in steps[0]}
 
-    def accumulate(self, part: Batch, num_tokens: Tensor, old_log_probs: Tensor | None,
+    def accumulate(self, part: Batch, num_tokens: Tensor, scored: Tensor, old_log_probs: Tensor | None,
                    ref_log_probs: Tensor | None) -> dict:
-        """Forward and backward of one micro-batch; returns its share of the step's metrics."""
+        """Forward and backward of one micro-batch; returns its share of the step's metrics. The loss is per token of the
+        whole step (num_tokens), the other metrics are means over those that are run (scored)."""
         o, T = self.options, part.input_ids.shape[1]
         with autocast(self.model, o):
             log_probs, entropy = completion_log_probs(self.model, part, o.temperature, self.masked_ids)
@@ -246,8 +249,9 @@ class Trainer:
         loss.backward()
         # Sampler and trainer should agree to rounding. Old log-probs are compared: the policy may have moved since.
         difference = (old_log_probs - part.sampler_log_probs)[part.completion_mask].abs()
-        return {"loss": loss.item(), "kl": 0.0, **metrics, "entropy": (entropy / num_tokens).item(),
-                "logprob_diff": (difference.sum() / num_tokens).item(),
+        metrics = {key: value * (num_tokens / scored).item() for key, value in metrics.items()}
+        return {"loss": loss.item(), "kl": 0.0, **metrics, "entropy": (entropy / scored).item(),
+                "logprob_diff": (difference.sum() / scored).item(),
                 "logprob_diff_max": max(difference.tolist(), default=0.0)}
 
 

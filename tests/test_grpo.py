@@ -454,11 +454,34 @@ def test_recomputed_old_log_probs_give_the_same_gradient(options, rewarded):
     assert batch.advantages.any()
     found = []
     for old in (None, trainer.score(trainer.model, batch)):
-        trainer.accumulate(batch, batch.completion_mask.sum(), old, None)
+        num_tokens = batch.completion_mask.sum()
+        trainer.accumulate(batch, num_tokens, num_tokens, old, None)
         found.append({name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None})
         trainer.model.zero_grad()
     for name, value in found[0].items():
         assert (found[1][name] - value).abs().max() <= 1e-5 * value.abs().max(), name
+
+
+def test_rows_without_advantage_are_left_out_and_the_gradient_stays(options, rewarded, monkeypatch):
+    trainer = grpo.Trainer(options(group_size=8))
+    batch, _, _ = trainer.rollout([0, 1], 0)
+    batch.advantages[:8] = 0.0  # a group whose responses were all right
+    assert batch.advantages[8:].any()
+    num_tokens = batch.completion_mask.sum()
+    trainer.accumulate(batch, num_tokens, num_tokens, None, None)  # every row
+    wanted = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+    trainer.model.zero_grad()
+    run, accumulate = [], trainer.accumulate
+    monkeypatch.setattr(trainer, "accumulate", lambda part, *rest: run.append(part) or accumulate(part, *rest))
+    found, metrics = gradient(trainer, batch, 16, monkeypatch)
+    assert [len(part.advantages) for part in run] == [int((batch.advantages != 0).sum())]
+    for name, value in wanted.items():
+        assert (found[name] - value).abs().max() <= 1e-5 * value.abs().max(), name
+    assert metrics["ratio_mean"] == pytest.approx(1.0) and metrics["entropy"] > 0.1
+    batch.advantages[:] = 0.0
+    found, metrics = gradient(trainer, batch, 16, monkeypatch)
+    assert metrics["loss"] == 0.0 and found.keys() == wanted.keys()  # gradients of zero, not none: Adam's moments decay
+    assert all((value == 0).all() for value in found.values())
 
 
 def test_several_updates_per_rollout(options, rewarded, monkeypatch):
