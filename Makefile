@@ -4,7 +4,7 @@
 PYTHON ?= python3
 SEED ?= 0
 
-.PHONY: reproduce test clean
+.PHONY: reproduce test
 
 reproduce: .venv/installed
 	.venv/bin/python micro/reproduce.py --seed $(SEED)
@@ -16,6 +16,3 @@ test: .venv/installed
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install -q --disable-pip-version-check -r requirements.txt
 	touch $@
-
-clean:
-	rm -rf .venv runs

@@ -444,6 +444,8 @@ def _open_thoughts(record: dict, where: str) -> dict:
 
 def _example(record: dict, where: str, default_id: str, folder: Path) -> Example:
     options = _get(record, "options", dict, where, None)
+    if options and not all(re.fullmatch("[A-P]", letter) for letter in options):
+        raise InputError(f"{where}: field 'options' must have letters from A to P as keys, not {', '.join(options)[:40]}")
     options = options and {letter: _get(options, letter, str, f"{where}: field 'options'") for letter in options}
     answer = _get(record, "answer", str, where)
     if options and answer not in options:

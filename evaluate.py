@@ -124,6 +124,10 @@ def main(argv: list[str]) -> None:
     options = parse_options(EvaluateOptions, argv)
     if options.runs > 1 and options.temperature == 0:
         raise InputError("--runs above 1 needs a --temperature above 0: greedy runs are all the same")
+    if len(set(options.data)) < len(options.data):
+        raise InputError("--data names a file twice")
+    if options.out and Path(options.out).resolve() in [Path(path).resolve() for path in options.data]:
+        raise InputError(f"--out {options.out} is one of the question files")
     files = {path: load_examples(path, options.limit) for path in options.data}
     sampler, images = load_sampler(options.model, options.device, options.dtype, max_batch=options.max_batch)
     for path, examples in files.items():  # whatever is wrong with the last file is said before the first is sampled

@@ -25,6 +25,8 @@ from sample import Completion, Sampler, SamplingParams
 from training import (MICRO_DATA, Run, TrainOptions, autocast, load_for_training, make_optimizer, option,
                       optimizer_step, parse_options, run_command)
 
+# The paper leaves open what its batch of 128 counts (here: questions, as in verl, which it used), the upper clip bound
+# (here: DAPO's 0.28) and whether the KL term stayed (here: on, at the appendix's 1e-2; --kl-coef 0 drops it).
 PAPER = {"epochs": 3, "questions_per_step": 128, "max_new_tokens": 4096, "learning_rate": 3e-6, "weight_decay": 1e-2,
          "micro_batch_size": 1, "max_steps": None, "kl_coef": 1e-2, "save_every": 20}
 RECIPES = {"micro": {}, "paper": {"prompt_style": "train", **PAPER}, "med": {"prompt_style": "mcq", **PAPER}}
@@ -40,11 +42,12 @@ class GRPOOptions(TrainOptions):
     max_steps: int | None = option(100, "stop after so many rollouts", low=1)
     learning_rate: float = option(3e-5, "peak learning rate", low=0.0)
     warmup_ratio: float = option(0.1, "share of the steps in which the learning rate rises linearly", low=0.0, high=1.0)
+    rollout_batch: int = option(256, "responses sampled at a time; changes memory, not the samples", low=1)
     questions_per_step: int = option(16, "questions per rollout (B)", low=1)
     group_size: int = option(8, "responses per question (G)", low=2)
     max_new_tokens: int = option(160, "response length limit", low=1)
     temperature: float = option(1.0, "of the policy, in sampling and in the loss alike", low=1e-3)
-    updates_per_rollout: int = option(1, "optimiser steps per rollout, each on its share of the questions", low=1)
+    updates_per_rollout: int = option(1, "optimiser steps per rollout, each on its share of the responses", low=1)
     clip_eps_low: float = option(0.2, "the ratio is clipped below at 1 - this", low=0.0, high=1.0)
     clip_eps_high: float = option(0.28, "the ratio is clipped above at 1 + this (DAPO's clip-higher)", low=0.0)
     normalize_std: bool = option(True, "divide advantages by their group's standard deviation")
@@ -55,7 +58,7 @@ class GRPOOptions(TrainOptions):
 # --- The loss: pure functions -----------------------------------------------------------------------------------------
 
 def group_advantages(rewards: Tensor, *, normalize_std: bool = True) -> Tensor:
-    """(r - mean) / std within each group (DeepSeekMath, arXiv 2402.03300, eq. 3): rewards [B, G] -> advantages [B, G].
+    """(r - mean) / std within each group (DeepSeekMath, arXiv 2402.03300, section 4.1.2): rewards [B, G] -> advantages [B, G].
 
     The standard deviation is Bessel-corrected, as in torch.std and TRL. A group whose rewards are all equal teaches
     nothing: its advantages are exactly 0 (the floor of 1e-3 keeps rounding residue from being blown up: NeMo-RL#4161).
@@ -165,7 +168,7 @@ def completion_log_probs(model: Qwen2_5_VL, batch: Batch, temperature: float,
                                       temperature=temperature, masked_ids=masked_ids)
     log_probs = torch.zeros(batch.input_ids.shape, device=values.device, dtype=values.dtype)
     log_probs[:, 1:] = log_probs[:, 1:].masked_scatter(scored, values)
-    return log_probs, entropy.detach().sum()
+    return log_probs, entropy.sum()
 
 
 class Trainer:
@@ -178,7 +181,7 @@ class Trainer:
         self.model = load_for_training(options)
         self.optimizer = make_optimizer(self.model, options)
         self.reference = load_for_training(options).requires_grad_(False) if options.kl_coef > 0 else None
-        self.sampler = Sampler(self.model, self.tokenizer, max_batch=options.questions_per_step * options.group_size)
+        self.sampler = Sampler(self.model, self.tokenizer, max_batch=options.rollout_batch)
         self.masked_ids = self.sampler.masked_ids
         for example, prompt in zip(self.examples, self.prompts):
             self.sampler.check(prompt, f"{options.data}: question {example.id}")

@@ -403,8 +403,9 @@ class Qwen2_5_VL(nn.Module):
         (folder / "model.safetensors.index.json").unlink(missing_ok=True)  # of shards that stood here before
 
 
-SIDE_FILES = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "generation_config.json",
-              "chat_template.json", "vocab.json", "merges.txt")
+SIDE_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+              "merges.txt", "preprocessor_config.json", "generation_config.json", "chat_template.json",
+              "chat_template.jinja")
 
 
 def copy_side_files(source: str | Path, folder: str | Path) -> None:

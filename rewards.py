@@ -46,12 +46,22 @@ def extract_answer(response: str) -> str | None:
         text = text[start + len("<answer>"):text.find("</answer>", start)]
     box = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
     if box >= 0:
+        if start >= 0 and _several(text, box):
+            return None
         text = _box_content(text[box:])
     elif start < 0:
         line = text[text.rfind("####") + 4:].split("\n", 1)[0].strip() if "####" in text else ""
         text = line if re.match(r"[-+$]*\.?[0-9]", line) else ""  # "#### Step 2" is a heading, not an answer
     text = (text or "").strip()
     return text if 0 < len(text) <= MAX_CHARS else None
+
+
+def _several(text: str, last: int) -> bool:
+    r"""Whether an <answer> with a box (the last one is at `last`) gives two answers: "\boxed{3} or \boxed{4}",
+    "3 \boxed{4}"; a box inside a box is one."""
+    first = re.search(r"\\(?:boxed|fbox)", text).start()
+    nested = first < last and "box" in (_box_content(text[first:]) or "")
+    return (first < last and not nested) or _number(_plain(text[:first]).rstrip(",; ")) is not None
 
 
 def _box_content(text: str) -> str | None:

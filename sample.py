@@ -288,12 +288,15 @@ def chat(sampler: Sampler, options: SampleOptions, image_config: ImageConfig) ->
         except EOFError:
             return
         try:
-            if line == "/quit":
+            command, _, argument = line.partition(" ")
+            if command == "/quit":
                 return
-            elif line == "/reset":
+            elif command == "/reset":
                 messages, images, pending = [], [], []
-            elif line.startswith("/image"):
-                pending.append(load_image(line.removeprefix("/image").strip()))
+            elif command == "/image" and argument:
+                pending.append(load_image(argument.strip()))
+            elif command.startswith("/"):
+                raise InputError(f"{command} is not a command, or lacks its FILE")
             elif line:
                 system = [{"role": "system", "content": options.system}] if options.system is not None else []
                 content = [{"type": "image"}] * len(pending) + [{"type": "text", "text": line}]
@@ -334,6 +337,8 @@ def load_sampler(folder: str, device: str, dtype: str, **options) -> tuple[Sampl
 
 def main(argv: list[str]) -> None:
     options = parse_options(SampleOptions, argv)
+    if options.prompt is None and (options.json or options.image):
+        raise InputError("--json and --image need a --prompt")
     sampler, images = load_sampler(options.model, options.device, options.dtype)
     if options.prompt is None:
         chat(sampler, options, images)

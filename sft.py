@@ -87,7 +87,7 @@ def train(options: SFTOptions) -> None:
     """The whole run: from the options to the run folder."""
     tokenizer = Tokenizer.from_pretrained(options.model)
     rows = load_rows(options, tokenizer)
-    model = load_for_training(options).train()
+    model = load_for_training(options)
     check_vocabulary(tokenizer, model.config)
     run = Run(options)
     optimizer = make_optimizer(model, options)

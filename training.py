@@ -90,13 +90,12 @@ def pick_device(name: str) -> torch.device:
     """auto: a GPU if there is one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.split(":")[0] not in ("cpu", "cuda"):
+        raise InputError(f"--device must be auto, cpu or cuda, not {name}")
     try:
-        device = torch.empty(0, device=name).device
+        return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"--device must be auto, cpu or cuda, not {name}")
-    return device
 
 
 def limit_threads(config: Config) -> None:
@@ -126,11 +125,11 @@ class TrainOptions:
     max_steps: int | None = option(None, "stop after so many optimiser steps", low=1)
     learning_rate: float = option(1e-5, "peak learning rate", low=0.0)
     weight_decay: float = option(0.0, "of AdamW", low=0.0)
-    beta1: float = option(0.9, "of AdamW", low=0.0, high=1.0)
-    beta2: float = option(0.999, "of AdamW", low=0.0, high=1.0)
+    beta1: float = option(0.9, "of AdamW", low=0.0, high=0.999999)
+    beta2: float = option(0.999, "of AdamW", low=0.0, high=0.999999)
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm", low=0.0)
     micro_batch_size: int = option(32, "sequences per forward pass; changes memory, not the gradient", low=1)
-    save_every: int = option(0, "steps between checkpoints; 0 is at the end only", low=0)
+    save_every: int = option(20, "steps between checkpoints; 0 is at the end only", low=0)
     seed: int = option(0, "of data order and sampling", low=0)
     device: str = option("auto", "auto, cpu or cuda")
     dtype: str = option("auto", "of the forward pass; weights are float32. auto: bfloat16 on a GPU",
@@ -145,6 +144,10 @@ class Run:
     def __init__(self, options: TrainOptions):
         """Makes the folder, or with --resume takes it up again. `self.step` is the number of steps already done."""
         self.options, self.folder, self.step = options, Path(options.out), 0
+        if not options.out:
+            raise InputError("--out is empty")
+        if self.folder.resolve() in (Path(options.model).resolve(), *Path(options.model).resolve().parents):
+            raise InputError(f"--out {options.out} holds the model that training starts from: it would be overwritten")
         config = {"options": asdict(options), "commit": git_commit(), "python": sys.version.split()[0],
                   "torch": torch.__version__}
         if options.resume:
@@ -154,7 +157,9 @@ class Run:
 
     def create(self, config: dict) -> None:
         if (self.folder / "config.json").exists():
-            if not self.options.overwrite:
+            if "options" not in read_json(self.folder / "config.json"):
+                raise InputError(f"{self.folder} holds something that is no run: use another --out")
+            if (self.folder / "checkpoint").exists() and not self.options.overwrite:
                 raise InputError(f"{self.folder} holds a run: use --resume, --overwrite, or another --out")
             for name in ("checkpoint", "checkpoint.old", "model"):
                 shutil.rmtree(self.folder / name, ignore_errors=True)
@@ -207,7 +212,8 @@ class Run:
         """Weights and optimiser state as they were after `self.step` steps."""
         try:
             model.load_state_dict(safetensors.torch.load_file(self.checkpoint / "weights.safetensors"))
-            optimizer.load_state_dict(torch.load(self.checkpoint / "optimizer.pt", weights_only=True))
+            state = torch.load(self.checkpoint / "optimizer.pt", weights_only=True, map_location="cpu")
+            optimizer.load_state_dict(state)
         except Exception as error:  # on damaged files the readers raise almost anything
             raise InputError(f"{self.checkpoint}: damaged ({str(error).splitlines()[0]})") from None
 
@@ -219,12 +225,16 @@ class Run:
     def save(self, model: Qwen2_5_VL, optimizer: torch.optim.Optimizer, *, last: bool) -> None:
         """Checkpoint and model folder, every `save_every` steps and at the end."""
         if last or self.options.save_every and self.step % self.options.save_every == 0:
+            self.save_model(model)  # first: what is interrupted here is done again after --resume
             self.save_checkpoint(model, optimizer)
-            self.save_model(model)
 
 
 def git_commit() -> str | None:
-    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    """Of this code; None where it is no checkout, or there is no git."""
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return None
     return done.stdout.strip() or None
 
 
@@ -257,10 +267,13 @@ def autocast(model: Qwen2_5_VL, options: TrainOptions):
 
 def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer, learning_rate: float,
                    max_grad_norm: float) -> float:
-    """One step at the given rate, the gradient clipped; returns its norm before that."""
+    """One step at the given rate, the gradient clipped; returns its norm before that. Raises InputError if that is not
+    finite, before any weight is changed."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], max_grad_norm)
+    if not norm.isfinite():
+        raise InputError(f"the gradient's norm is {norm.item()}: training has diverged; try a lower --learning-rate")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm.item()

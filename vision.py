@@ -21,8 +21,9 @@ Grid = tuple[int, int, int]  # (t, h, w) in patches
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """Fields as in the hub's `vision_config`. The defaults are shared by every published size; re-saved configs leave
-    them out. The weights' shapes are checked against all of them but num_heads and fullatt_block_indexes."""
+    """Fields as in the hub's `vision_config` (whose `in_chans` is in_channels here). Re-saved configs leave out the
+    defaults, which are the 7B's. The weights' shapes are checked against all but num_heads, window_size and
+    fullatt_block_indexes."""
     hidden_size: int                    # C
     out_hidden_size: int = 3584         # the decoder's width
     depth: int = 32                     # blocks

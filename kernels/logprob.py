@@ -15,15 +15,17 @@ def token_log_probs_reference(hidden: Tensor, weight: Tensor, targets: Tensor, *
                               masked_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """log softmax(hidden @ weight.T / temperature) at the targets, and the entropy of each distribution, in nats.
 
-    hidden [N, C], weight [V, C], targets [N] -> log_probs [N], entropy [N], float32 at least. `masked_ids` are outside
-    the softmax's support: probability 0, here as in the sampler (what is sampled is what is scored).
+    hidden [N, C], weight [V, C], targets [N] -> log_probs [N], entropy [N], float32 at least. The entropy is a metric:
+    it has no gradient. `masked_ids` are outside the softmax's support: probability 0, here as in the sampler (what is
+    sampled is what is scored).
     """
     logits = (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32)) / temperature          # [N, V]
     if masked_ids is not None:
         logits = logits.index_fill(-1, masked_ids, float("-inf"))
     log_probs = logits.log_softmax(-1)
-    # A masked id has p = 0, and 0 * -inf must count as 0. (log Z - sum p * logit would cancel badly in float32.)
-    entropy = -(log_probs.exp() * log_probs.masked_fill(log_probs.isneginf(), 0.0)).sum(-1)
+    with torch.no_grad():
+        # A masked id has p = 0, and 0 * -inf must count as 0. (log Z - sum p * logit would cancel badly in float32.)
+        entropy = -(log_probs.exp() * log_probs.masked_fill(log_probs.isneginf(), 0.0)).sum(-1)
     return log_probs.gather(-1, targets[:, None])[:, 0], entropy
 
 

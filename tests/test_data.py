@@ -492,6 +492,8 @@ BAD_FILES = {
     "response_type": ([{"question": "a", "answer": "b", "response": {"x": 1}}], "field 'response' must be text"),
     "gsm8k_no_number": ([{"question": "a", "answer": "b ####"}], "line 1: field 'answer' is missing or empty"),
     "medqa_options": ([{"question": "a", "answer_idx": "A"}], "line 1: field 'options' is missing"),
+    "option_keys": ([{"question": "q", "answer": "1", "options": {"1": "x", "2": "y"}}],
+                    "line 1: field 'options' must have letters from A to P as keys, not 1, 2"),
     "medqa_letter": ([MEDQA | {"answer_idx": "E"}], "line 1: field 'answer' is none of the options"),
     "item": (json.dumps([ORZ, ORZ[:1]]), "item 2: a record must be"),
     "orz_no_truth": ([[ORZ[0], {"from": "assistant"}]], "item 1: field 'ground_truth' is missing"),

@@ -167,6 +167,13 @@ HACKS = [
 ]
 
 
+@pytest.mark.parametrize("answer, reward", [
+    (r"\boxed{3} or \boxed{4}", 0.0), (r"3 \boxed{4}", 0.0), (r"$3$, \boxed{4}", 0.0), (r"\boxed{4} \fbox{4}", 0.0),
+    (r"\boxed{4}", 1.0), (r"\boxed{\boxed{4}}", 1.0), (r"The answer is \boxed{4}.", 1.0), (r"$x = \boxed{4}$", 1.0)])
+def test_boxes_inside_an_answer(answer, reward):
+    assert accuracy_reward(f"<think>x</think><answer>{answer}</answer>", "4") == reward
+
+
 @pytest.mark.parametrize("hack", HACKS)
 def test_hedged_and_empty_answers_are_wrong(hack):
     assert not is_equivalent(hack, "3") and not is_equivalent("3", hack) and not is_equivalent(hack, "4")

@@ -131,7 +131,7 @@ def test_run_command_passes_other_errors_on(monkeypatch, capsys):
 
 def test_devices():
     assert training.pick_device("cpu").type == "cpu"
-    with pytest.raises(InputError, match="--device abacus"):
+    with pytest.raises(InputError, match="--device must be auto, cpu or cuda, not abacus"):
         training.pick_device("abacus")
 
 
@@ -198,11 +198,41 @@ def test_new_run_writes_its_options(options):
 
 def test_a_run_is_not_overwritten_unasked(options, trained):
     o = options()
-    _, _, run = trained(2)
+    model, optimizer, run = trained(2)
     run.log("samples.jsonl", {"step": 1})
+    run.save_checkpoint(model, optimizer)
     with pytest.raises(InputError, match="holds a run: use --resume, --overwrite, or another --out"):
         Run(o)
     assert steps_logged(o) == [1, 2]  # and nothing of it is lost
+
+
+def test_a_run_without_a_checkpoint_starts_again(options, trained):
+    trained(2)
+    assert Run(options()).step == 0
+
+
+@pytest.mark.parametrize("out", ["", "m", "m/.."])
+def test_a_model_folder_is_no_run_folder(options, folder, tmp_path, monkeypatch, out):
+    """Not even with --overwrite: neither the model that training starts from nor what holds it."""
+    monkeypatch.chdir(tmp_path)
+    tiny.make_folder(tmp_path / "m", "vl_tied")
+    tiny.make_folder(tmp_path / "other", "vl_tied")
+    before = sorted(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    with pytest.raises(InputError, match="--out"):
+        Run(options(model="m", out=out, overwrite=True))
+    with pytest.raises(InputError, match="other holds something that is no run"):
+        Run(options(model="m", out="other", overwrite=True))
+    assert sorted(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()) == before
+
+
+def test_a_gradient_that_is_not_finite_changes_no_weight(options, trained):
+    model, optimizer, _ = trained(1)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.full_like(p, float("nan")) if p.requires_grad else None
+    with pytest.raises(InputError, match="diverged"):
+        optimizer_step(model, optimizer, 1e-3, 1.0)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
 def test_overwrite_leaves_nothing_of_the_old_run(options, trained):
