@@ -121,6 +121,7 @@ def print_table(results: dict[str, dict]) -> None:
 
 
 def main(argv: list[str]) -> None:
+    """Checks everything that can be checked, then evaluates file by file."""
     options = parse_options(EvaluateOptions, argv)
     if options.runs > 1 and options.temperature == 0:
         raise InputError("--runs above 1 needs a --temperature above 0: greedy runs are all the same")

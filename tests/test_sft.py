@@ -243,7 +243,10 @@ def test_model_folder_holds_the_trained_weights_and_loads(options, folder):
 
 
 def test_text_only_folder_trains(options, tmp_path):
-    sft.train(options(model=str(tiny.make_folder(tmp_path / "text", "text_tied")), max_steps=2))
+    o = options(model=str(tiny.make_folder(tmp_path / "text", "text_tied")), max_steps=2)
+    sft.train(o)
+    before, after = (Qwen2_5_VL.from_pretrained(path).state_dict() for path in (o.model, Path(o.out) / "model"))
+    assert after.keys() == before.keys() and all((after[name] != before[name]).any() for name in after)
 
 
 def test_small_updates_of_a_bfloat16_model_are_kept(options, folder, tmp_path):
