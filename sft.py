@@ -52,7 +52,7 @@ def sft_loss(model: Qwen2_5_VL, input_ids: Tensor, loss_mask: Tensor) -> Tensor:
 def load_rows(options: SFTOptions, tokenizer: Tokenizer) -> list[tuple[list[int], list[bool]]]:
     """All examples as (ids, loss mask); those whose prompt alone fills max_length are dropped and counted."""
     rows = []
-    for example in list(read_examples(options.data)):
+    for example in read_examples(options.data):
         try:
             rows.append(encode_example(example, tokenizer, style=options.prompt_style, max_length=options.max_length,
                                        answer_only=options.answer_only))

@@ -258,6 +258,7 @@ def report(model: Qwen2_5_VL, tokenizer: Tokenizer, rng: random.Random) -> None:
 
 
 def main() -> None:
+    """Builds the base in several processes, then prints what it can do."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "base")

@@ -61,6 +61,7 @@ def print_table(table: dict[str, dict]) -> None:
 
 
 def main() -> None:
+    """SFT, GRPO and evaluation, one after the other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/reproduce"))

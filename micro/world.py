@@ -44,6 +44,8 @@ MAX_JITTER, SPECKS = 3, 0.02  # pixels; the share of pixels that are noise
 
 @dataclass(frozen=True)
 class Question:
+    """A start state and k operations, numbers throughout; the properties spell it in its domain's symbols."""
+
     domain: str  # "A" or "L"
     start: int  # 0 to 9
     operations: tuple[tuple[int, int], ...]  # (0 adds or 1 subtracts, operand 1 to 5)
@@ -220,6 +222,7 @@ def make_data(seed: int) -> tuple[dict[str, list[dict]], dict[str, Image.Image]]
 
 
 def main() -> None:
+    """Writes the JSONL files and the images."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "data")
