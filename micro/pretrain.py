@@ -1,17 +1,20 @@
 """Rebuilds the micro base from nothing: our stand-in for Qwen's own pre-training.
 
     python micro/pretrain.py --seed 0 --out micro/base          # 15 to 20 minutes on 2 CPU cores
+    python micro/pretrain.py --seed 0 --chains none text both --out runs/bases          # three bases, one trunk
 
-The base can read text and images, knows every single step, and looks up any numbered operation; but nearly all chains
-of thought that it has seen stop after two steps and answer with what they have by then. Stages:
+The base can read text and images, knows every single step, and looks up any numbered operation; but the chains of
+thought that it has seen stop after two steps and answer with what they have by then. Stages:
     align    ViT and merger learn to tell the glyphs apart, through a throw-away head on each image token; then the
              ViT's blocks stay frozen
     text     the decoder alone, on text prompts
     mixed    merger and decoder, on image and text prompts
-    final    the same with a lower learning rate; some chains of thought are complete
+    final    the same with a lower learning rate; with --chains text (or both) 10% of the chains of thought on text (and
+             on images) are complete
 """
 
 import argparse
+import copy
 import json
 import random
 import sys
@@ -30,19 +33,21 @@ from tqdm import tqdm
 
 from data import ImageConfig, Tokenizer, make_prompt, preprocess_image, render_chat
 from micro.tokenizer import write_tokenizer
-from micro.world import (CELLS, GLYPHS, MAX_DEPTH, TEST_BUCKETS, TEST_DEPTHS, draw_image, draw_question, facts,
-                         fragment, image_prompt, text_prompt)
+from micro.world import (CELLS, DOMAINS, GLYPHS, MAX_DEPTH, MAX_HOPS, TEST_BUCKETS, TEST_DEPTHS, Question, Walk,
+                         draw_image, draw_question, facts, image_prompt, text_prompt)
 from model import Config, Qwen2_5_VL
 from rewards import accuracy_reward
 from sample import Sampler, SamplingParams
 
 BATCH, CHUNK = 96, 16  # rows per step, and in one forward and backward pass
 ALIGN_STEPS, ALIGN_IMAGES, ALIGN_RATE = 200, 32, 2e-3
-TEXT_STEPS, MIXED_STEPS, FINAL_STEPS = 100, 900, 220
+TEXT_STEPS, MIXED_STEPS, FINAL_STEPS = 100, 1100, 220
 MIXED_RATE, FINAL_RATE = 2e-3, 1e-3
 IMAGE_SHARE = 0.6
 LIMIT = 2  # steps after which a chain of thought is cut
-COMPLETE_SHARE = 0.1  # of the final stage's chains
+# Which of the final stage's chains of thought are complete: the share of those on text, and of those on images.
+COMPLETE_SHARES = {"none": (0.0, 0.0), "text": (0.1, 0.0), "both": (0.1, 0.1)}
+DOMAIN_SHARES = {"A": 0.35, "L": 0.35, "G": 0.3}
 PROBES = 100  # questions per cell of the table
 KINDS = {"read": 0.33, "chain": 0.2, "fragment": 0.2, "facts": 0.25, "direct": 0.02}
 
@@ -103,26 +108,33 @@ def initialise(model: nn.Module) -> None:
 # What it is trained on
 
 
-def make_row(rng: random.Random, tokenizer: Tokenizer, *, image_share: float, complete_share: float) -> Row:
-    """One training conversation. No question of the test sets' buckets is ever drawn."""
+def draw_any(rng: random.Random) -> Question | Walk:
+    """A question of any domain and depth."""
+    domain = rng.choices(list(DOMAIN_SHARES), list(DOMAIN_SHARES.values()))[0]
+    return draw_question(rng, domain, rng.randint(1, MAX_HOPS if domain == "G" else MAX_DEPTH))
+
+
+def make_row(rng: random.Random, tokenizer: Tokenizer, *, image_share: float, complete: tuple[float, float]) -> Row:
+    """One training conversation; `complete` is the share of whole chains on text and on images. No question of the test
+    sets' buckets is ever drawn."""
     kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
-    question = draw_question(rng, rng.choice("AL"), rng.randint(1, MAX_DEPTH))
+    question, with_image = draw_any(rng), rng.random() < image_share and kind != "facts"
     task = {"read": "read", "facts": "recall", "direct": "direct"}.get(kind, "solve")
     inner_mask = None
     if kind == "facts":
         inner, inner_mask = facts(rng)
         response = f"<think>{inner}"
     elif kind == "fragment":
-        inner, inner_mask = fragment(question, rng)
+        inner, inner_mask = question.fragment(rng)
         response = f"<think>{inner}"
     elif kind == "read":
         response = f"<answer>{question.restated}</answer>"
     elif kind == "direct":
         response = f"<answer>{question.answer}</answer>"
     else:
-        response = question.chain(MAX_DEPTH if rng.random() < complete_share else LIMIT)
+        response = question.chain(MAX_DEPTH if rng.random() < complete[with_image] else LIMIT)
     patches, content = None, image_prompt(rng, task) if kind == "facts" else text_prompt(question, rng, task)
-    if kind != "facts" and rng.random() < image_share:
+    if with_image:
         patches, _ = preprocess_image(draw_image(question, rng)[0])
         content = [{"type": "image"}, {"type": "text", "text": image_prompt(rng, task)}]
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": response}]
@@ -169,8 +181,7 @@ def align(model: Qwen2_5_VL, rng: random.Random, images: int, quiet: bool) -> No
     optimizer = torch.optim.AdamW([*model.visual.parameters(), *head.parameters()], weight_decay=0.0)
     progress = tqdm(range(ALIGN_STEPS), desc="align", unit="step", mininterval=5, disable=quiet)
     for i in progress:
-        questions = (draw_question(rng, rng.choice("AL"), rng.randint(1, MAX_DEPTH)) for _ in range(images))
-        drawn = [draw_image(question, rng) for question in questions]
+        drawn = [draw_image(draw_any(rng), rng) for _ in range(images)]
         patches = torch.cat([preprocess_image(image)[0] for image, _ in drawn])
         targets = torch.tensor([symbols.index(symbol) for _, cells in drawn for symbol in cells])
         logits = head(model.visual(patches, [(1, 2, 2 * CELLS)] * images))
@@ -188,15 +199,13 @@ def learning_rate(i: int) -> float:
     return MIXED_RATE * min(1.0, (i + 1) / 50) if final < 0 else FINAL_RATE * (1 - 0.9 * final / FINAL_STEPS)
 
 
-def train(model: Qwen2_5_VL, tokenizer: Tokenizer, rng: random.Random, batch: int, quiet: bool) -> None:
-    """The stages text, mixed and final."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.01)
-    total = TEXT_STEPS + MIXED_STEPS + FINAL_STEPS
-    progress = tqdm(range(total), desc="train", unit="step", mininterval=5, disable=quiet)
+def train(model: Qwen2_5_VL, optimizer: torch.optim.Optimizer, tokenizer: Tokenizer, rng: random.Random, batch: int, *,
+          steps: range, complete: tuple[float, float], label: str, quiet: bool) -> None:
+    """Some of the steps of the stages text, mixed and final."""
+    progress = tqdm(steps, desc=label, unit="step", mininterval=5, disable=quiet)
     for i in progress:
-        rows = [make_row(rng, tokenizer, image_share=0.0 if i < TEXT_STEPS else IMAGE_SHARE,
-                         complete_share=COMPLETE_SHARE if i >= total - FINAL_STEPS else 0.0) for _ in range(batch)]
+        image_share = 0.0 if i < TEXT_STEPS else IMAGE_SHARE
+        rows = [make_row(rng, tokenizer, image_share=image_share, complete=complete) for _ in range(batch)]
         rows.sort(key=lambda row: len(row[0]))
         tokens, total_loss = sum(sum(mask) for _, mask, _ in rows), 0.0
         for start in range(0, batch, CHUNK):  # rows of like length together
@@ -207,8 +216,8 @@ def train(model: Qwen2_5_VL, tokenizer: Tokenizer, rng: random.Random, batch: in
         progress.set_postfix(loss=f"{total_loss / tokens:.4f}", refresh=False)
 
 
-def build(rank: int, processes: int, seed: int, folder: Path, store: str) -> None:
-    """One of the processes that build the base together, each on its share of every batch and on one thread: on a busy
+def build(rank: int, processes: int, seed: int, folders: dict[str, Path], store: str) -> None:
+    """One of the processes that build the bases together, each on its share of every batch and on one thread: on a busy
     machine much faster than threads, which wait for one another in every product."""
     torch.set_num_threads(1)
     if processes > 1:
@@ -216,17 +225,25 @@ def build(rank: int, processes: int, seed: int, folder: Path, store: str) -> Non
     torch.manual_seed(seed)  # the same initial weights in every process, but other data
     rng = random.Random(f"pretrain {seed} {rank}")
     started = time.perf_counter()
-    tokenizer = Tokenizer.from_pretrained(folder)
+    tokenizer = Tokenizer.from_pretrained(next(iter(folders.values())))
     config = make_config(tokenizer)
     model = Qwen2_5_VL(Config.from_dict(config)).train()
     initialise(model)
     align(model, rng, ALIGN_IMAGES // processes, quiet=rank > 0)
-    train(model, tokenizer, rng, BATCH // processes, quiet=rank > 0)
-    if rank == 0:
-        model.save_pretrained(folder)
-        write_side_files(folder, config)
-        parameters, minutes = sum(p.numel() for p in model.parameters()), (time.perf_counter() - started) / 60
-        print(f"{folder}: {parameters:,} parameters, written after {minutes:.1f} minutes", flush=True)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.01)
+    trunk, total = TEXT_STEPS + MIXED_STEPS, TEXT_STEPS + MIXED_STEPS + FINAL_STEPS
+    train(model, optimizer, tokenizer, rng, BATCH // processes, steps=range(trunk), complete=(0.0, 0.0), label="train",
+          quiet=rank > 0)
+    for chains, folder in folders.items():  # they part here
+        branch, branch_optimizer, branch_rng = copy.deepcopy((model, optimizer, rng))
+        train(branch, branch_optimizer, tokenizer, branch_rng, BATCH // processes, steps=range(trunk, total),
+              complete=COMPLETE_SHARES[chains], label=f"final: {chains}", quiet=rank > 0)
+        if rank == 0:
+            branch.save_pretrained(folder)
+            write_side_files(folder, config)
+            parameters, minutes = sum(p.numel() for p in model.parameters()), (time.perf_counter() - started) / 60
+            print(f"{folder}: {parameters:,} parameters, written after {minutes:.1f} minutes", flush=True)
 
 
 # What it can do
@@ -243,7 +260,7 @@ def report(model: Qwen2_5_VL, tokenizer: Tokenizer, rng: random.Random) -> None:
     """Prints greedy accuracy in % on PROBES fresh questions of the test sets' buckets per cell."""
     depths = list(TEST_DEPTHS)
     print(f"{'':<10}{'transcription':>14}" + "".join(f"{f'k={depth}':>6}" for depth in depths))
-    for domain in "AL":
+    for domain in DOMAINS:
         for modality in ("text", "image"):
             cells = []
             for task, depth in [("read", None), *(("solve", depth) for depth in depths)]:
@@ -258,21 +275,27 @@ def report(model: Qwen2_5_VL, tokenizer: Tokenizer, rng: random.Random) -> None:
 
 
 def main() -> None:
-    """Builds the base in several processes, then prints what it can do."""
+    """Builds the base or bases in several processes, then prints what they can do."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "base")
+    parser.add_argument("--chains", nargs="+", choices=COMPLETE_SHARES, default=["none"],
+                        help="complete chains in the base's own training; several bases share all but the last steps")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "base", help="of several, a subfolder each")
     parser.add_argument("--processes", type=int, default=2, help="share the work; another number gives other weights")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_tokenizer(args.out)
+    folders = {chains: args.out / chains if len(args.chains) > 1 else args.out for chains in args.chains}
+    for folder in folders.values():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_tokenizer(folder)
     with tempfile.TemporaryDirectory() as temporary:
-        settings = (args.processes, args.seed, args.out, f"{temporary}/store")
+        settings = (args.processes, args.seed, folders, f"{temporary}/store")
         if args.processes == 1:
             build(0, *settings)
         else:
             torch.multiprocessing.spawn(build, settings, nprocs=args.processes)
-    report(Qwen2_5_VL.from_pretrained(args.out), Tokenizer.from_pretrained(args.out), random.Random(args.seed))
+    for chains, folder in folders.items():
+        print(f"complete chains: {chains}")
+        report(Qwen2_5_VL.from_pretrained(folder), Tokenizer.from_pretrained(folder), random.Random(args.seed))
 
 
 if __name__ == "__main__":

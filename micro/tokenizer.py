@@ -21,8 +21,8 @@ PATTERN = r" ?\p{L}+|\p{N}|</|[^\s\p{L}\p{N}]|\s"
 def make_tokenizer() -> Tokenizer:
     """The byte alphabet, tag names and words as tokens; nothing is ever merged."""
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    words = [*STATE_WORDS["L"], *NUMBER_WORDS, *SIGN_WORDS["A"], *SIGN_WORDS["L"], *FILLERS, *TEMPLATE_WORDS,
-             *(task.rstrip(":") for task in TASKS.values())]
+    words = [*STATE_WORDS["L"], *STATE_WORDS["G"], *NUMBER_WORDS, *SIGN_WORDS["A"], *SIGN_WORDS["L"], *FILLERS,
+             *TEMPLATE_WORDS, *(task.rstrip(":") for task in TASKS.values())]
     # Ġ is the byte-level spelling of a space
     spaced = [space + word for word in words for space in ("", "Ġ") if len(word) > 1 or space]
     tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "think", "answer", "</", *spaced]

@@ -1,11 +1,14 @@
 """The micro world: questions whose answer takes k small steps, asked in words or as an image.
 
-A question is a start state and k operations; the answer is the state after them. Two domains:
-    A (trained)  digits, + and - modulo 10                          3+4-2  ->  5
-    L (other)    letters a to j on a clock, > forward and < back    c>4<2  ->  e
+Three domains, each with questions of depth k, which take k steps:
+    A (trained)       digits: a start and k operations, + and - modulo 10                          3+4-2  ->  5
+    L (same format)   letters a to j on a clock: a start and k operations, > forward, < back       c>4<2  ->  e
+    G (another kind)  a graph: a start node, a number of hops k, and six arrows (pairs of nodes)   K2MTKM...  ->  T
 A text prompt spells every symbol as a word, among filler words; an image prompt shows one glyph per cell of a strip.
-The chain of thought first restates the question with numbered operations, then takes one numbered step at a time:
+The chain of thought first restates the question, then takes one step at a time. A and L number the operations and the
+steps; G marks the pairs and then counts the hops down:
     <think>3#1+4#2-2;#13+4=7#27-2=5</think><answer>5</answer>
+    <think>K2#MT#KM#PK#TR#XP#RX;2#KM1#MT0</think><answer>T</answer>
 
     python micro/world.py --seed 0 --out micro/data          # writes the shipped data again
 """
@@ -21,10 +24,13 @@ import numpy as np
 from PIL import Image
 
 MODULUS, MAX_OPERAND, MAX_DEPTH = 10, 5, 7
-STATES = {"A": "0123456789", "L": "abcdefghij"}
+NODES, MAX_HOPS = 6, 5  # of a graph, which is one ring: after NODES hops one is back
+DOMAINS = "ALG"
+STATES = {"A": "0123456789", "L": "abcdefghij", "G": "KMPRTVWXYZ"}
 SIGNS = {"A": "+-", "L": "><"}  # the first adds, the second subtracts
 NUMBER_WORDS = "zero one two three four five six seven eight nine".split()
-STATE_WORDS = {"A": NUMBER_WORDS, "L": "alfa bravo charlie delta echo foxtrot golf hotel india juliett".split()}
+STATE_WORDS = {"A": NUMBER_WORDS, "L": "alfa bravo charlie delta echo foxtrot golf hotel india juliett".split(),
+               "G": "kilo mike papa romeo tango victor whiskey xray yankee zulu".split()}
 SIGN_WORDS = {"A": ("plus", "minus"), "L": ("forward", "back")}
 FILLERS = ("river stone cloud lamp window garden silver paper bottle forest candle bridge pocket mirror basket "
            "ladder pillow anchor feather hammer").split()
@@ -37,6 +43,8 @@ GLYPHS = {  # 5 x 7 bitmaps, a row per hexadecimal pair (bit 4: leftmost column)
     "+": "0004041f040400", "-": "0000001f000000", ">": "10080402040810", "<": "01020408040201",
     "a": "00000e010f110f", "b": "10101619111e00", "c": "00000e1010110e", "d": "01010d13110f00", "e": "00000e111f100e",
     "f": "0609081c080808", "g": "000f110f01110e", "h": "10101619111111", "i": "04000c0404040e", "j": "0200060202120c",
+    "K": "11121418141211", "M": "111b1515111111", "P": "1e11111e101010", "R": "1e11111e141211", "T": "1f040404040404",
+    "V": "11111111110a04", "W": "11111115151b11", "X": "11110a040a1111", "Y": "11110a04040404", "Z": "1f01020408101f",
 }
 GLYPH_SIZES = ((10, 14), (12, 18), (15, 21))  # width, height in pixels
 MAX_JITTER, SPECKS = 3, 0.02  # pixels; the share of pixels that are noise
@@ -74,6 +82,7 @@ class Question:
         return STATES[self.domain][self.start] + "".join(numbered)
 
     def after(self, steps: int) -> int:
+        """The state after so many operations."""
         return (self.start + sum(-n if sign else n for sign, n in self.operations[:steps])) % MODULUS
 
     @property
@@ -92,6 +101,67 @@ class Question:
         thought = self.restated + ";" + "".join(self.step(i, self.after(i - 1)) for i in range(1, steps + 1))
         return f"<think>{thought}</think><answer>{STATES[self.domain][self.after(steps)]}</answer>"
 
+    def fragment(self, rng: random.Random) -> tuple[str, list[bool]]:
+        """The restated question, then its steps in random order on random states: which operation has which number. The
+        mask has all that can be known: not the numbers and states drawn at random."""
+        text, mask = self.restated + ";", [True] * (len(self.restated) + 1)
+        for i in rng.sample(range(1, self.depth + 1), self.depth):
+            step = self.step(i, rng.randrange(MODULUS))
+            text += step
+            mask += [False] * 3 + [True] * (len(step) - 3)
+        return text, mask
+
+
+@dataclass(frozen=True)
+class Walk:
+    """A graph of one ring of NODES nodes, a start node and a number of hops, with the same properties as a Question."""
+
+    ring: tuple[int, ...]  # nodes in the order of the arrows; the walk starts at the first
+    order: tuple[int, ...]  # in which the arrows are listed
+    depth: int  # hops
+    domain: str = "G"
+
+    def node(self, i: int) -> str:
+        return STATES["G"][self.ring[i % NODES]]
+
+    @property
+    def arrows(self) -> list[str]:
+        return [self.node(i) + self.node(i + 1) for i in self.order]
+
+    @property
+    def form(self) -> str:
+        return f"{self.node(0)}{self.depth}" + "".join(self.arrows)
+
+    @property
+    def words(self) -> list[str]:
+        names = dict(zip(STATES["G"], STATE_WORDS["G"]))
+        return [NUMBER_WORDS[int(symbol)] if symbol.isdigit() else names[symbol] for symbol in self.form]
+
+    @property
+    def restated(self) -> str:
+        return "#".join([f"{self.node(0)}{self.depth}", *self.arrows])
+
+    @property
+    def answer(self) -> str:
+        return self.node(self.depth)
+
+    def chain(self, limit: int = MAX_DEPTH) -> str:
+        """The whole response; cut after `limit` hops it answers with the node reached there."""
+        steps = min(limit, self.depth)
+        hops = "".join(f"#{self.node(i)}{self.node(i + 1)}{self.depth - i - 1}" for i in range(steps))
+        return f"<think>{self.restated};{self.depth}{hops}</think><answer>{self.node(steps)}</answer>"
+
+    def fragment(self, rng: random.Random) -> tuple[str, list[bool]]:
+        """The restated graph, then single hops from random nodes with a random number of hops to go. The mask has all
+        that can be known: not that node and number."""
+        text, mask = self.restated + ";", [True] * (len(self.restated) + 1)
+        for i in rng.sample(range(NODES), NODES):
+            left = rng.randint(1, MAX_HOPS)
+            text += f"{left}#{self.node(i)}{self.node(i + 1)}{left - 1};"
+            mask += [False, True, False, True, True, False]
+        return text, mask
+
+
 
 def bucket(form: str) -> int:
     """0 to 9, from the canonical form alone: 0 and 1 are for tests only, 2 to 5 for SFT, 6 to 9 for RL."""
@@ -101,16 +171,22 @@ def bucket(form: str) -> int:
 TEST_BUCKETS, SFT_BUCKETS, RL_BUCKETS, TRAIN_BUCKETS = range(0, 2), range(2, 6), range(6, 10), range(2, 10)
 
 
-def draw_question(rng: random.Random, domain: str, depth: int, buckets: range = TRAIN_BUCKETS) -> Question:
+def draw_question(rng: random.Random, domain: str, depth: int, buckets: range = TRAIN_BUCKETS) -> Question | Walk:
+    """A random question whose bucket is one of `buckets`; a walk takes at most MAX_HOPS."""
     while True:
-        operations = tuple((rng.randrange(2), rng.randint(1, MAX_OPERAND)) for _ in range(depth))
-        question = Question(domain, rng.randrange(MODULUS), operations)
+        if domain == "G":
+            ring = rng.sample(range(MODULUS), NODES)
+            question = Walk(tuple(ring), tuple(rng.sample(range(NODES), NODES)), min(depth, MAX_HOPS))
+        else:
+            operations = tuple((rng.randrange(2), rng.randint(1, MAX_OPERAND)) for _ in range(depth))
+            question = Question(domain, rng.randrange(MODULUS), operations)
         if bucket(question.form) in buckets:
             return question
 
 
 def facts(rng: random.Random) -> tuple[str, list[bool]]:
-    """Single steps on random states, `;#33+4=7#18-2=6...`, and the mask of what pre-training scores: the results."""
+    """Single steps on random states, `;#33+4=7#18-2=6...`, and the mask of what pre-training scores: the results. A graph
+    has no steps apart from its arrows."""
     text, mask = ";", [False]
     domain = rng.choice("AL")
     for _ in range(rng.randint(4, 10)):
@@ -118,17 +194,6 @@ def facts(rng: random.Random) -> tuple[str, list[bool]]:
         step = question.step(1, rng.randrange(MODULUS))
         text += f"#{rng.randint(1, MAX_DEPTH)}{step[2:]}"
         mask += [False] * (len(step) - 1) + [True]
-    return text, mask
-
-
-def fragment(question: Question, rng: random.Random) -> tuple[str, list[bool]]:
-    """The restated question, then its steps in random order on random states: which operation has which number. The
-    mask has all that can be known: not the numbers and states drawn at random."""
-    text, mask = question.restated + ";", [True] * (len(question.restated) + 1)
-    for i in rng.sample(range(1, question.depth + 1), question.depth):
-        step = question.step(i, rng.randrange(MODULUS))
-        text += step
-        mask += [False] * 3 + [True] * (len(step) - 3)
     return text, mask
 
 
