@@ -162,7 +162,6 @@ class Walk:
         return text, mask
 
 
-
 def bucket(form: str) -> int:
     """0 to 9, from the canonical form alone: 0 and 1 are for tests only, 2 to 5 for SFT, 6 to 9 for RL."""
     return hashlib.sha256(form.encode()).digest()[0] % 10
@@ -171,12 +170,16 @@ def bucket(form: str) -> int:
 TEST_BUCKETS, SFT_BUCKETS, RL_BUCKETS, TRAIN_BUCKETS = range(0, 2), range(2, 6), range(6, 10), range(2, 10)
 
 
+def max_depth(domain: str) -> int:
+    return MAX_HOPS if domain == "G" else MAX_DEPTH
+
+
 def draw_question(rng: random.Random, domain: str, depth: int, buckets: range = TRAIN_BUCKETS) -> Question | Walk:
-    """A random question whose bucket is one of `buckets`; a walk takes at most MAX_HOPS."""
+    """A random question whose bucket is one of `buckets`; depth is at most max_depth(domain)."""
     while True:
         if domain == "G":
             ring = rng.sample(range(MODULUS), NODES)
-            question = Walk(tuple(ring), tuple(rng.sample(range(NODES), NODES)), min(depth, MAX_HOPS))
+            question = Walk(tuple(ring), tuple(rng.sample(range(NODES), NODES)), depth)
         else:
             operations = tuple((rng.randrange(2), rng.randint(1, MAX_OPERAND)) for _ in range(depth))
             question = Question(domain, rng.randrange(MODULUS), operations)
@@ -185,8 +188,8 @@ def draw_question(rng: random.Random, domain: str, depth: int, buckets: range = 
 
 
 def facts(rng: random.Random) -> tuple[str, list[bool]]:
-    """Single steps on random states, `;#33+4=7#18-2=6...`, and the mask of what pre-training scores: the results. A graph
-    has no steps apart from its arrows."""
+    """Single steps on random states, `;#33+4=7#18-2=6...`, and the mask of what pre-training scores: the results. A
+    graph has no steps apart from its arrows."""
     text, mask = ";", [False]
     domain = rng.choice("AL")
     for _ in range(rng.randint(4, 10)):

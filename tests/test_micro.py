@@ -350,8 +350,8 @@ def test_several_bases_share_all_but_the_final_stage(tmp_path, monkeypatch):
 
 
 def test_shipped_base():
-    """It loads, is what the script's configuration says, and reads an image. (It was built before domain G, with its own
-    tokenizer.json: see micro/README.md.)"""
+    """It loads, is what the script's configuration says, and reads an image. (It was built before domain G, with its
+    own tokenizer.json: see micro/README.md.)"""
     model, tokenizer = Qwen2_5_VL.from_pretrained(BASE), Tokenizer.from_pretrained(BASE)
     assert json.loads((BASE / "config.json").read_text()) == pretrain.make_config(tokenizer)
     assert ImageConfig.from_pretrained(BASE) == ImageConfig(3136, 802816)
