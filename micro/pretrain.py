@@ -21,6 +21,7 @@ import random
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -34,7 +35,7 @@ from tqdm import tqdm
 
 from data import ImageConfig, Tokenizer, make_prompt, preprocess_image, render_chat
 from micro.tokenizer import write_tokenizer
-from micro.world import (CELLS, DOMAINS, GLYPHS, MAX_DEPTH, TEST_BUCKETS, TEST_DEPTHS, Question, Walk,
+from micro.world import (CELLS, DOMAINS, GLYPHS, MAX_DEPTH, TEST_BUCKETS, Question, Walk,
                          draw_image, draw_question, facts, image_prompt, max_depth, text_prompt)
 from model import Config, Qwen2_5_VL
 from rewards import accuracy_reward
@@ -42,15 +43,17 @@ from sample import Sampler, SamplingParams
 
 BATCH, CHUNK = 96, 16  # rows per step, and in one forward and backward pass
 ALIGN_STEPS, ALIGN_IMAGES, ALIGN_RATE = 200, 32, 2e-3
-TEXT_STEPS, MIXED_STEPS, FINAL_STEPS = 100, 1100, 220
+TEXT_STEPS, MIXED_STEPS, FINAL_STEPS = 100, 1300, 220
 MIXED_RATE, FINAL_RATE = 2e-3, 1e-3
 IMAGE_SHARE = 0.6
 LIMIT = 2  # steps after which a chain of thought is cut
 # Which of the final stage's chains of thought are complete: the share of those on text, and of those on images.
 COMPLETE_SHARES = {"none": (0.0, 0.0), "text": (0.1, 0.0), "both": (0.1, 0.1)}
+COUNTERFACTUAL_SHARE = 0.5  # of the fragments, that restate another question than the prompt's
 DOMAIN_SHARES = {"A": 0.35, "L": 0.35, "G": 0.3}
-PROBES = 100  # questions per cell of the table
-KINDS = {"read": 0.33, "chain": 0.2, "fragment": 0.2, "facts": 0.25, "direct": 0.02}
+PROBES, PROBE_DEPTHS = 100, range(1, 7)  # questions per cell of the table, and its depths
+GRID = (1, 2, 2 * CELLS)  # patches of a strip
+KINDS = {"read": 0.25, "chain": 0.17, "fragment": 0.31, "facts": 0.25, "direct": 0.02}
 
 Row = tuple[list[int], list[bool], Tensor | None]  # ids, loss mask, patches
 
@@ -115,32 +118,52 @@ def draw_any(rng: random.Random) -> Question | Walk:
     return draw_question(rng, domain, rng.randint(1, max_depth(domain)))
 
 
-def make_row(rng: random.Random, tokenizer: Tokenizer, *, image_share: float, complete: tuple[float, float]) -> Row:
-    """One training conversation; `complete` is the share of whole chains on text and on images. No question of the test
-    sets' buckets is ever drawn."""
+@dataclass(frozen=True)
+class Mix:
+    """Shares of what differs between stages and bases; KINDS and DOMAIN_SHARES are always the same."""
+    images: float = 0.0  # rows with an image, but for facts
+    complete: tuple[float, float] = (0.0, 0.0)  # chains that are not cut, on text and on images
+    counterfactual: float = COUNTERFACTUAL_SHARE
+
+
+def make_row(rng: random.Random, tokenizer: Tokenizer, mix: Mix) -> Row:
+    """One training conversation. No question of the test sets' buckets is ever drawn."""
     kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
-    question, with_image = draw_any(rng), rng.random() < image_share and kind != "facts"
+    question, with_image = draw_any(rng), rng.random() < mix.images and kind != "facts"
     task = {"read": "read", "facts": "recall", "direct": "direct"}.get(kind, "solve")
     inner_mask = None
     if kind == "facts":
         inner, inner_mask = facts(rng)
         response = f"<think>{inner}"
     elif kind == "fragment":
-        inner, inner_mask = question.fragment(rng)
+        counterfactual = rng.random() < mix.counterfactual
+        told = draw_question(rng, question.domain, question.depth) if counterfactual else question
+        inner, inner_mask = told.fragment(rng)
+        if counterfactual:  # the restatement cannot be known, but the steps follow it
+            inner_mask[:len(told.restated)] = [False] * len(told.restated)
         response = f"<think>{inner}"
     elif kind == "read":
         response = f"<answer>{question.restated}</answer>"
     elif kind == "direct":
         response = f"<answer>{question.answer}</answer>"
     else:
-        response = question.chain(MAX_DEPTH if rng.random() < complete[with_image] else LIMIT)
-    patches, content = None, image_prompt(rng, task) if kind == "facts" else text_prompt(question, rng, task)
+        limit = MAX_DEPTH if rng.random() < mix.complete[with_image] else LIMIT
+        response = question.cut_chain(limit, question.guess(rng))
+    patches, prompt = None, image_prompt(rng, task) if kind == "facts" else text_prompt(question, rng, task)
     if with_image:
         patches, _ = preprocess_image(draw_image(question, rng)[0])
-        content = [{"type": "image"}, {"type": "text", "text": image_prompt(rng, task)}]
+        prompt = image_prompt(rng, task)
+    return conversation(tokenizer, prompt, response, inner_mask, patches)
+
+
+def conversation(tokenizer: Tokenizer, prompt: str, response: str, inner_mask: list[bool] | None,
+                 patches: Tensor | None) -> Row:
+    """A prompt, behind an image where there are patches, and its response. `inner_mask`, of the response's last
+    characters, which are a token each, says which of them are scored and that nothing else is."""
+    content = [{"type": "image"}, {"type": "text", "text": prompt}] if patches is not None else prompt
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": response}]
     ids, mask = render_chat(messages, tokenizer, image_tokens=[CELLS] if patches is not None else [])
-    if inner_mask is not None:  # each character of the inner text is one token; nothing behind it counts
+    if inner_mask is not None:
         end = len(ids) - 2  # <|im_end|> and the newline
         mask = [False] * (end - len(inner_mask)) + inner_mask + [False, False]
     return ids, mask, patches
@@ -153,7 +176,7 @@ def loss_sum(model: Qwen2_5_VL, rows: list[Row]) -> Tensor:
     mask = torch.tensor([row[1] + [False] * (length - len(row[1])) for row in rows])
     patches = [row[2] for row in rows if row[2] is not None]
     hidden = model(ids, pixel_values=torch.cat(patches) if patches else None,
-                   image_grid_thw=[(1, 2, 2 * CELLS)] * len(patches) or None)[:, :-1][mask[:, 1:]]
+                   image_grid_thw=[GRID] * len(patches) or None)[:, :-1][mask[:, 1:]]
     return F.cross_entropy(model.logits(hidden), ids[:, 1:][mask[:, 1:]], reduction="sum")
 
 
@@ -185,7 +208,7 @@ def align(model: Qwen2_5_VL, rng: random.Random, images: int, quiet: bool) -> No
         drawn = [draw_image(draw_any(rng), rng) for _ in range(images)]
         patches = torch.cat([preprocess_image(image)[0] for image, _ in drawn])
         targets = torch.tensor([symbols.index(symbol) for _, cells in drawn for symbol in cells])
-        logits = head(model.visual(patches, [(1, 2, 2 * CELLS)] * images))
+        logits = head(model.visual(patches, [GRID] * images))
         F.cross_entropy(logits, targets, reduction="sum").backward()
         step(optimizer, ALIGN_RATE * min(1, (i + 1) / 20, (ALIGN_STEPS - i) / 50), len(targets))
         accuracy = (logits.argmax(-1) == targets)[targets > 0].float().mean().item()
@@ -201,12 +224,11 @@ def learning_rate(i: int) -> float:
 
 
 def train(model: Qwen2_5_VL, optimizer: torch.optim.Optimizer, tokenizer: Tokenizer, rng: random.Random, batch: int, *,
-          steps: range, complete: tuple[float, float], label: str, quiet: bool) -> None:
-    """Some of the steps of the stages text, mixed and final."""
+          steps: range, mix: Mix, label: str, quiet: bool) -> None:
+    """Some of the optimiser steps."""
     progress = tqdm(steps, desc=label, unit="step", mininterval=5, disable=quiet)
     for i in progress:
-        image_share = 0.0 if i < TEXT_STEPS else IMAGE_SHARE
-        rows = [make_row(rng, tokenizer, image_share=image_share, complete=complete) for _ in range(batch)]
+        rows = [make_row(rng, tokenizer, mix) for _ in range(batch)]
         rows.sort(key=lambda row: len(row[0]))
         tokens, total_loss = sum(sum(mask) for _, mask, _ in rows), 0.0
         for start in range(0, batch, CHUNK):  # rows of like length together
@@ -217,7 +239,7 @@ def train(model: Qwen2_5_VL, optimizer: torch.optim.Optimizer, tokenizer: Tokeni
         progress.set_postfix(loss=f"{total_loss / tokens:.4f}", refresh=False)
 
 
-def build(rank: int, processes: int, seed: int, folders: dict[str, Path], store: str) -> None:
+def build(rank: int, processes: int, seed: int, counterfactual: float, folders: dict[str, Path], store: str) -> None:
     """One of the processes that build the bases together, each on its share of every batch and on one thread: on a busy
     machine much faster than threads, which wait for one another in every product."""
     torch.set_num_threads(1)
@@ -234,12 +256,13 @@ def build(rank: int, processes: int, seed: int, folders: dict[str, Path], store:
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.01)
     trunk, total = TEXT_STEPS + MIXED_STEPS, TEXT_STEPS + MIXED_STEPS + FINAL_STEPS
-    train(model, optimizer, tokenizer, rng, BATCH // processes, steps=range(trunk), complete=(0.0, 0.0), label="train",
-          quiet=rank > 0)
+    for label, steps, images in (("text", range(TEXT_STEPS), 0.0), ("mixed", range(TEXT_STEPS, trunk), IMAGE_SHARE)):
+        train(model, optimizer, tokenizer, rng, BATCH // processes, steps=steps,
+              mix=Mix(images, counterfactual=counterfactual), label=label, quiet=rank > 0)
     for chains, folder in folders.items():  # they part here
         branch, branch_optimizer, branch_rng = copy.deepcopy((model, optimizer, rng))
         train(branch, branch_optimizer, tokenizer, branch_rng, BATCH // processes, steps=range(trunk, total),
-              complete=COMPLETE_SHARES[chains], label=f"final: {chains}", quiet=rank > 0)
+              mix=Mix(IMAGE_SHARE, COMPLETE_SHARES[chains], counterfactual), label=f"final: {chains}", quiet=rank > 0)
         if rank == 0:
             branch.save_pretrained(folder)
             write_side_files(folder, config)
@@ -257,23 +280,48 @@ def answer(model: Qwen2_5_VL, tokenizer: Tokenizer, asked: list[tuple[str, Image
     return [group[0].text for group in groups]
 
 
-def report(model: Qwen2_5_VL, tokenizer: Tokenizer, rng: random.Random) -> None:
-    """Prints greedy accuracy in % on PROBES fresh questions of the test sets' buckets per cell."""
-    depths = list(TEST_DEPTHS)
-    print(f"{'':<10}{'transcription':>14}" + "".join(f"{f'k={depth}':>6}" for depth in depths))
+@torch.inference_mode()
+def knows_step(model: Qwen2_5_VL, tokenizer: Tokenizer, question: Question | Walk, prompt: str,
+               image: Image.Image | None, rng: random.Random) -> bool:
+    """Behind the prompt and the restated question, is a step from a random state (an operation's number and a state, or
+    a node and the hops to go) completed rightly?"""
+    patches = None if image is None else preprocess_image(image)[0]
+    text, mask = question.fragment(rng, count=1)
+    ids, mask, _ = conversation(tokenizer, prompt, f"<think>{text}", mask, patches)
+    hidden = model(torch.tensor([ids]), pixel_values=patches, image_grid_thw=None if image is None else [GRID])
+    predicted = model.logits(hidden[0]).argmax(-1)
+    step = [i for i, known in enumerate(mask) if known][len(question.restated) + 1:]
+    return all(predicted[i - 1] == ids[i] for i in step)
+
+
+def report(model: Qwen2_5_VL, tokenizer: Tokenizer, rng: random.Random) -> dict[str, dict[str, float]]:
+    """Greedy accuracy in % on PROBES fresh questions of the test sets' buckets per cell, by domain and modality:
+    transcription, single steps behind the given restatement, and questions by depth."""
+    rows = {}
     for domain in DOMAINS:
-        asked_depths = [depth for depth in depths if depth <= max_depth(domain)]
+        depths = [depth for depth in PROBE_DEPTHS if depth <= max_depth(domain)]
         for modality in ("text", "image"):
-            cells = []
-            for task, depth in [("read", None), *(("solve", depth) for depth in asked_depths)]:
-                questions = [draw_question(rng, domain, depth or rng.choice(asked_depths), TEST_BUCKETS)
+            row = rows[f"{domain} {modality}"] = {}
+            for column, depth in [("transcription", None), ("single steps", None), *((f"k={k}", k) for k in depths)]:
+                questions = [draw_question(rng, domain, depth or rng.choice(depths), TEST_BUCKETS)
                              for _ in range(PROBES)]
+                task = "read" if column == "transcription" else "solve"
                 asked = [(text_prompt(q, rng, task), None) if modality == "text" else
                          (image_prompt(rng, task), draw_image(q, rng)[0]) for q in questions]
-                wanted = [q.restated if task == "read" else q.answer for q in questions]
-                right = [accuracy_reward(text, want) for text, want in zip(answer(model, tokenizer, asked), wanted)]
-                cells.append(100 * sum(right) / PROBES)
-            print(f"{domain} {modality:<8}{cells[0]:>14.0f}" + "".join(f"{cell:>6.0f}" for cell in cells[1:]))
+                if column == "single steps":
+                    right = [knows_step(model, tokenizer, q, *a, rng) for q, a in zip(questions, asked)]
+                else:
+                    wanted = [q.restated if task == "read" else q.answer for q in questions]
+                    right = [accuracy_reward(text, want) for text, want in zip(answer(model, tokenizer, asked), wanted)]
+                row[column] = 100 * sum(right) / PROBES
+    return rows
+
+
+def print_report(rows: dict[str, dict[str, float]]) -> None:
+    columns = max(rows.values(), key=len)
+    print(f"{'':<10}" + "".join(f"{column:>15}" for column in columns))
+    for name, row in rows.items():
+        print(f"{name:<10}" + "".join(f"{cell:>15.0f}" for cell in row.values()))
 
 
 def main() -> None:
@@ -283,6 +331,8 @@ def main() -> None:
     parser.add_argument("--chains", nargs="+", choices=COMPLETE_SHARES, default=["none"],
                         help="complete chains in the base's own training; several bases share all but the last steps")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "base", help="of several, a subfolder each")
+    parser.add_argument("--counterfactual", type=float, default=COUNTERFACTUAL_SHARE,
+                        help="share of the fragments that restate another question than the prompt's")
     parser.add_argument("--processes", type=int, default=2, help="share the work; another number gives other weights")
     args = parser.parse_args()
     folders = {chains: args.out / chains if len(args.chains) > 1 else args.out for chains in args.chains}
@@ -290,14 +340,15 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_tokenizer(folder)
     with tempfile.TemporaryDirectory() as temporary:
-        settings = (args.processes, args.seed, folders, f"{temporary}/store")
+        settings = (args.processes, args.seed, args.counterfactual, folders, f"{temporary}/store")
         if args.processes == 1:
             build(0, *settings)
         else:
             torch.multiprocessing.spawn(build, settings, nprocs=args.processes)
     for chains, folder in folders.items():
         print(f"complete chains: {chains}")
-        report(Qwen2_5_VL.from_pretrained(folder), Tokenizer.from_pretrained(folder), random.Random(args.seed))
+        model, tokenizer = Qwen2_5_VL.from_pretrained(folder), Tokenizer.from_pretrained(folder)
+        print_report(report(model, tokenizer, random.Random(args.seed)))
 
 
 if __name__ == "__main__":

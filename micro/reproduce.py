@@ -1,9 +1,10 @@
-"""The paper's main result on the micro world: text-only SFT and GRPO, evaluated on text and images of two domains.
+"""The paper's main result on the micro world: text-only SFT and GRPO, evaluated on text and images of three domains.
 
     python micro/reproduce.py [--seed 0] [--out runs/reproduce]          # or: make reproduce SEED=0
+    python micro/reproduce.py --base runs/bases/text --controls          # from another base; with the control runs
 
-Runs the very commands that a user would (they are printed), then evaluates base, SFT and SFT + GRPO greedily on the four
-test sets and on transcription, prints a table like the paper's table 4, and writes it to table.json.
+Runs the very commands that a user would (they are printed), evaluates base, SFT and SFT + GRPO greedily on the test sets
+and on transcription, prints a table like the paper's table 4 and what it says of the claims, and writes it to table.json.
 """
 import argparse
 import json
@@ -21,59 +22,116 @@ from evaluate import EvaluateOptions, evaluate, load_examples, summarise  # noqa
 from sample import load_sampler  # noqa: E402
 from training import MICRO_BASE, MICRO_DATA  # noqa: E402
 
-COLUMNS = {"text": "test_text", "image": "test_image", "text_other": "test_text_other", "image_other": "test_image_other",
-           "transcription": "test_transcription"}
-TITLES = {"text": "text", "image": "image (X-modality)", "text_other": "other domain (X-domain)",
-          "image_other": "image of other domain", "transcription": "transcription"}
+COLUMNS = {"A text": "test_text", "A image": "test_image", "L text": "test_text_other", "L image": "test_image_other",
+           "G text": "test_text_graph", "G image": "test_image_graph", "reading": "test_transcription"}
+IMAGE_COLUMNS = [column for column in COLUMNS if column.endswith("image")]
+LIMIT, ROOM = 2, (5, 6)  # the depth that the base reaches; the depths that SFT hardly saw, where it leaves room for RL
+CONTROLS = ("answer-only SFT", "GRPO alone", "long SFT", "SFT + GRPO, image masked")
+
+Row = dict[str, dict]  # of the table: for each column the figures
+Table = dict[str, Row]
 
 
-def run(script: str, *arguments: str) -> None:
+def run(script: str, **options) -> None:
     """Runs one of the commands, and shows it."""
+    arguments = [word for name, value in options.items()
+                 for word in (f"--{name.replace('_', '-')}", *([] if value is True else [str(value)]))]
     print(f"$ python {script} {' '.join(arguments)}", flush=True)
     subprocess.run([sys.executable, str(ROOT / script), *arguments], check=True)
 
 
-def measure(model_folder: Path) -> dict[str, dict]:
-    """A row of the table: for each column the summary, and the accuracy by depth."""
+def steps_done(folder: Path) -> int:
+    """Optimiser steps of a finished run."""
+    return json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+
+
+def train(base: Path, out: Path, seed: int) -> dict[str, Path]:
+    """The two stages. Returns the model folders of base, SFT and SFT + GRPO."""
+    run("sft.py", model=base, out=out / "sft", seed=seed, overwrite=True)
+    run("grpo.py", model=out / "sft/model", out=out / "grpo", seed=seed, overwrite=True)
+    return {"base": base, "SFT": out / "sft/model", "SFT + GRPO": out / "grpo/model"}
+
+
+def train_controls(base: Path, out: Path, seed: int) -> dict[str, Path]:
+    """What should not have the effect, or shows whose it is: no thinking, RL without SFT, SFT for the steps of both."""
+    run("sft.py", model=base, out=out / "answer_only", seed=seed, answer_only=True, overwrite=True)
+    run("grpo.py", model=base, out=out / "grpo_alone", seed=seed, overwrite=True)
+    steps = steps_done(out / "sft") + steps_done(out / "grpo")
+    run("sft.py", model=base, out=out / "long_sft", seed=seed, max_steps=steps, epochs=steps, overwrite=True)
+    folders = ("answer_only/model", "grpo_alone/model", "long_sft/model", "grpo/model")
+    return dict(zip(CONTROLS, (out / folder for folder in folders)))
+
+
+def measure(model_folder: Path, *, masked: bool = False) -> Row:
+    """A row of the table; masked: images are taken from the questions that have one."""
     sampler, images = load_sampler(str(model_folder), "cpu", "auto")
     row = {}
-    for column, name in COLUMNS.items():
-        records = evaluate(sampler, images, load_examples(str(MICRO_DATA / f"{name}.jsonl"), None), EvaluateOptions())
+    for column in IMAGE_COLUMNS if masked else COLUMNS:
+        examples = load_examples(str(MICRO_DATA / f"{COLUMNS[column]}.jsonl"), None)
+        records = evaluate(sampler, images, examples, EvaluateOptions(mask_images=masked))
+        summary = summarise(records)
         depths = defaultdict(list)
         for record in records:
             depths[record["meta"]["depth"]].append(record["correct"])
-        row[column] = {**summarise(records), "by_depth": {k: fmean(v) for k, v in sorted(depths.items())}}
+        row[column] = {name: summary[name] for name in ("n", "accuracy", "stderr", "mean_tokens")}
+        row[column]["by_depth"] = {str(k): fmean(v) for k, v in sorted(depths.items())}
     return row
 
 
-def print_table(table: dict[str, dict]) -> None:
+def pooled(row: Row, column: str, depths=None) -> float:
+    """Accuracy over the depths above the base's reach, or over those given. All depths have as many questions."""
+    by_depth = row[column]["by_depth"]
+    return fmean(by_depth[k] for k in by_depth if (int(k) > LIMIT if depths is None else int(k) in depths))
+
+
+def claims(table: Table) -> dict[str, float]:
+    """The figures that the claims are about, in percentage points."""
+    base, sft, final = (table[name] for name in ("base", "SFT", "SFT + GRPO"))
+    gain = {column: pooled(final, column) - pooled(base, column) for column in COLUMNS if column != "reading"}
+    by_depth = [final["A image"]["by_depth"][k] - base["A image"]["by_depth"][k] for k in base["A image"]["by_depth"]]
+    figures = {f"gain on {column}, k > {LIMIT}": value for column, value in gain.items()}
+    figures |= {"worst change at any depth, A image": min(by_depth),
+                "GRPO over SFT on A text, k = 5, 6": pooled(final, "A text", ROOM) - pooled(sft, "A text", ROOM),
+                "GRPO over SFT on A image, k = 5, 6": pooled(final, "A image", ROOM) - pooled(sft, "A image", ROOM),
+                "A image gain in % of A text gain": gain["A image"] / gain["A text"]}
+    return {name: 100 * value for name, value in figures.items()}
+
+
+def print_table(table: Table) -> None:
     """Accuracy in percent +- standard error (mean tokens per response), then accuracy by question depth."""
-    print(f"\n{'':<12}" + "".join(f"{TITLES[c]:>26}" for c in COLUMNS))
+    print(f"\n{'':<26}" + "".join(f"{column:>22}" for column in COLUMNS))
     for name, row in table.items():
-        cells = (f"{100 * s['accuracy']:.1f} +- {100 * s['stderr']:.1f} ({s['mean_tokens']:.0f})" for s in row.values())
-        print(f"{name:<12}" + "".join(f"{cell:>26}" for cell in cells))
+        cells = {c: f"{100 * s['accuracy']:.1f} +- {100 * s['stderr']:.1f} ({s['mean_tokens']:.0f})"
+                 for c, s in row.items()}
+        print(f"{name:<26}" + "".join(f"{cells.get(column, '-'):>22}" for column in COLUMNS))
     print("accuracy in % +- standard error (response length in tokens); greedy decoding\n\nby depth k, in %")
     for column in COLUMNS:
-        depths = list(next(iter(table.values()))[column]["by_depth"])
-        print(f"{TITLES[column]:<26}" + "".join(f"{f'k={k}':>8}" for k in depths))
+        depths = list(table["base"][column]["by_depth"])
+        print(f"{column:<28}" + "".join(f"{f'k={k}':>8}" for k in depths))
         for name, row in table.items():
-            print(f"  {name:<24}" + "".join(f"{100 * row[column]['by_depth'][k]:>8.1f}" for k in depths))
+            if column in row:
+                print(f"  {name:<26}" + "".join(f"{100 * row[column]['by_depth'][k]:>8.1f}" for k in depths))
 
 
 def main() -> None:
     """SFT, GRPO and evaluation, one after the other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--base", type=Path, default=MICRO_BASE, help="model folder to start from")
     parser.add_argument("--out", type=Path, default=Path("runs/reproduce"))
+    parser.add_argument("--controls", action="store_true", help="also the control runs: about twice the time")
     arguments = parser.parse_args()
-    started, out, seed = time.perf_counter(), arguments.out, str(arguments.seed)
-    run("sft.py", "--seed", seed, "--out", str(out / "sft"), "--overwrite")
-    run("grpo.py", "--seed", seed, "--model", str(out / "sft/model"), "--out", str(out / "grpo"), "--overwrite")
-    models = {"base": MICRO_BASE, "sft": out / "sft/model", "sft+grpo": out / "grpo/model"}
-    table = {name: measure(folder) for name, folder in models.items()}
+    started, out = time.perf_counter(), arguments.out
+    models = train(arguments.base, out, arguments.seed)
+    if arguments.controls:
+        models |= train_controls(arguments.base, out, arguments.seed)
+    table = {name: measure(folder, masked="masked" in name) for name, folder in models.items()}
     print_table(table)
+    print("\nin percentage points")
+    for name, value in claims(table).items():
+        print(f"  {name:<40}{value:>8.1f}")
     (out / "table.json").write_text(json.dumps(table, indent=1) + "\n")
-    print(f"\n{out / 'table.json'} written; {(time.perf_counter() - started) / 60:.1f} minutes, seed {seed}")
+    print(f"\n{out / 'table.json'} written; {(time.perf_counter() - started) / 60:.1f} minutes, seed {arguments.seed}")
 
 
 if __name__ == "__main__":

@@ -3,12 +3,12 @@
 Three domains, each with questions of depth k, which take k steps:
     A (trained)       digits: a start and k operations, + and - modulo 10                          3+4-2  ->  5
     L (same format)   letters a to j on a clock: a start and k operations, > forward, < back       c>4<2  ->  e
-    G (another kind)  a graph: a start node, a number of hops k, and six arrows (pairs of nodes)   K2MTKM...  ->  T
+    G (another kind)  a graph: a start node, a number of hops k, and six arrows (pairs of nodes)   K2KMMT...  ->  T
 A text prompt spells every symbol as a word, among filler words; an image prompt shows one glyph per cell of a strip.
 The chain of thought first restates the question, then takes one step at a time. A and L number the operations and the
 steps; G marks the pairs and then counts the hops down:
-    <think>3#1+4#2-2;#13+4=7#27-2=5</think><answer>5</answer>
-    <think>K2#MT#KM#PK#TR#XP#RX;2#KM1#MT0</think><answer>T</answer>
+    <think>3#1+4#2-2;#13+4=7;#27-2=5;</think><answer>5</answer>
+    <think>K2#KM#MT#PK#RV#TR#VP;2;#KM1;#MT0;</think><answer>T</answer>
 
     python micro/world.py --seed 0 --out micro/data          # writes the shipped data again
 """
@@ -26,11 +26,11 @@ from PIL import Image
 MODULUS, MAX_OPERAND, MAX_DEPTH = 10, 5, 7
 NODES, MAX_HOPS = 6, 5  # of a graph, which is one ring: after NODES hops one is back
 DOMAINS = "ALG"
-STATES = {"A": "0123456789", "L": "abcdefghij", "G": "KMPRTVWXYZ"}
+STATES = {"A": "0123456789", "L": "abcdefghij", "G": "KMPRTV"}
 SIGNS = {"A": "+-", "L": "><"}  # the first adds, the second subtracts
 NUMBER_WORDS = "zero one two three four five six seven eight nine".split()
 STATE_WORDS = {"A": NUMBER_WORDS, "L": "alfa bravo charlie delta echo foxtrot golf hotel india juliett".split(),
-               "G": "kilo mike papa romeo tango victor whiskey xray yankee zulu".split()}
+               "G": "kilo mike papa romeo tango victor".split()}
 SIGN_WORDS = {"A": ("plus", "minus"), "L": ("forward", "back")}
 FILLERS = ("river stone cloud lamp window garden silver paper bottle forest candle bridge pocket mirror basket "
            "ladder pillow anchor feather hammer").split()
@@ -44,7 +44,7 @@ GLYPHS = {  # 5 x 7 bitmaps, a row per hexadecimal pair (bit 4: leftmost column)
     "a": "00000e010f110f", "b": "10101619111e00", "c": "00000e1010110e", "d": "01010d13110f00", "e": "00000e111f100e",
     "f": "0609081c080808", "g": "000f110f01110e", "h": "10101619111111", "i": "04000c0404040e", "j": "0200060202120c",
     "K": "11121418141211", "M": "111b1515111111", "P": "1e11111e101010", "R": "1e11111e141211", "T": "1f040404040404",
-    "V": "11111111110a04", "W": "11111115151b11", "X": "11110a040a1111", "Y": "11110a04040404", "Z": "1f01020408101f",
+    "V": "11111111110a04",
 }
 GLYPH_SIZES = ((10, 14), (12, 18), (15, 21))  # width, height in pixels
 MAX_JITTER, SPECKS = 3, 0.02  # pixels; the share of pixels that are noise
@@ -90,22 +90,30 @@ class Question:
         return STATES[self.domain][self.after(self.depth)]
 
     def step(self, i: int, state: int) -> str:
-        """Operation i (from 1) done on a state: #13+4=7."""
+        """Operation i (from 1) done on a state: #13+4=7; with the semicolon."""
         sign, n = self.operations[i - 1]
         states = STATES[self.domain]
-        return f"#{i}{states[state]}{SIGNS[self.domain][sign]}{n}={states[(state + (-n if sign else n)) % MODULUS]}"
+        return f"#{i}{states[state]}{SIGNS[self.domain][sign]}{n}={states[(state + (-n if sign else n)) % MODULUS]};"
 
-    def chain(self, limit: int = MAX_DEPTH) -> str:
-        """The whole response; cut after `limit` steps it answers with the state reached there."""
+    def chain(self) -> str:
+        """The whole response."""
+        return self.cut_chain(self.depth, self.answer)
+
+    def cut_chain(self, limit: int, guess: str) -> str:
+        """A response that ends its thought after `limit` steps and, if more were needed, answers with a guess."""
         steps = min(limit, self.depth)
         thought = self.restated + ";" + "".join(self.step(i, self.after(i - 1)) for i in range(1, steps + 1))
-        return f"<think>{thought}</think><answer>{STATES[self.domain][self.after(steps)]}</answer>"
+        return f"<think>{thought}</think><answer>{guess if steps < self.depth else self.answer}</answer>"
 
-    def fragment(self, rng: random.Random) -> tuple[str, list[bool]]:
-        """The restated question, then its steps in random order on random states: which operation has which number. The
-        mask has all that can be known: not the numbers and states drawn at random."""
+    def guess(self, rng: random.Random) -> str:
+        """Some state."""
+        return rng.choice(STATES[self.domain])
+
+    def fragment(self, rng: random.Random, count: int = MAX_DEPTH) -> tuple[str, list[bool]]:
+        """The restated question, then at most `count` of its steps, in random order on random states: which operation
+        has which number. The mask has all that can be known: not the numbers and states drawn at random."""
         text, mask = self.restated + ";", [True] * (len(self.restated) + 1)
-        for i in rng.sample(range(1, self.depth + 1), self.depth):
+        for i in rng.sample(range(1, self.depth + 1), self.depth)[:count]:
             step = self.step(i, rng.randrange(MODULUS))
             text += step
             mask += [False] * 3 + [True] * (len(step) - 3)
@@ -116,8 +124,7 @@ class Question:
 class Walk:
     """A graph of one ring of NODES nodes, a start node and a number of hops, with the same properties as a Question."""
 
-    ring: tuple[int, ...]  # nodes in the order of the arrows; the walk starts at the first
-    order: tuple[int, ...]  # in which the arrows are listed
+    ring: tuple[int, ...]  # all nodes, each behind the one that points to it; the walk starts at the first
     depth: int  # hops
     domain: str = "G"
 
@@ -126,7 +133,7 @@ class Walk:
 
     @property
     def arrows(self) -> list[str]:
-        return [self.node(i) + self.node(i + 1) for i in self.order]
+        return sorted(self.node(i) + self.node(i + 1) for i in range(NODES))
 
     @property
     def form(self) -> str:
@@ -145,20 +152,29 @@ class Walk:
     def answer(self) -> str:
         return self.node(self.depth)
 
-    def chain(self, limit: int = MAX_DEPTH) -> str:
-        """The whole response; cut after `limit` hops it answers with the node reached there."""
-        steps = min(limit, self.depth)
-        hops = "".join(f"#{self.node(i)}{self.node(i + 1)}{self.depth - i - 1}" for i in range(steps))
-        return f"<think>{self.restated};{self.depth}{hops}</think><answer>{self.node(steps)}</answer>"
+    def chain(self) -> str:
+        """The whole response."""
+        return self.cut_chain(self.depth, self.answer)
 
-    def fragment(self, rng: random.Random) -> tuple[str, list[bool]]:
-        """The restated graph, then single hops from random nodes with a random number of hops to go. The mask has all
-        that can be known: not that node and number."""
+    def cut_chain(self, limit: int, guess: str) -> str:
+        """A response that ends its thought after `limit` hops and, if more were needed, answers with a guess."""
+        steps = min(limit, self.depth)
+        hops = "".join(f"#{self.node(i)}{self.node(i + 1)}{self.depth - i - 1};" for i in range(steps))
+        answer = guess if steps < self.depth else self.answer
+        return f"<think>{self.restated};{self.depth};{hops}</think><answer>{answer}</answer>"
+
+    def guess(self, rng: random.Random) -> str:
+        """Some node of the graph."""
+        return self.node(rng.randrange(NODES))
+
+    def fragment(self, rng: random.Random, count: int = NODES) -> tuple[str, list[bool]]:
+        """The restated graph, then `count` single hops from random nodes with a random number of hops to go. The mask
+        has all that can be known: not that node and number."""
         text, mask = self.restated + ";", [True] * (len(self.restated) + 1)
-        for i in rng.sample(range(NODES), NODES):
+        for i in rng.sample(range(NODES), NODES)[:count]:
             left = rng.randint(1, MAX_HOPS)
-            text += f"{left}#{self.node(i)}{self.node(i + 1)}{left - 1};"
-            mask += [False, True, False, True, True, False]
+            text += f"{left};#{self.node(i)}{self.node(i + 1)}{left - 1};"
+            mask += [False, True, True, False, True, True, True]
         return text, mask
 
 
@@ -178,8 +194,7 @@ def draw_question(rng: random.Random, domain: str, depth: int, buckets: range = 
     """A random question whose bucket is one of `buckets`; depth is at most max_depth(domain)."""
     while True:
         if domain == "G":
-            ring = rng.sample(range(MODULUS), NODES)
-            question = Walk(tuple(ring), tuple(rng.sample(range(NODES), NODES)), depth)
+            question = Walk(tuple(rng.sample(range(NODES), NODES)), depth)
         else:
             operations = tuple((rng.randrange(2), rng.randint(1, MAX_OPERAND)) for _ in range(depth))
             question = Question(domain, rng.randrange(MODULUS), operations)
@@ -188,7 +203,7 @@ def draw_question(rng: random.Random, domain: str, depth: int, buckets: range = 
 
 
 def facts(rng: random.Random) -> tuple[str, list[bool]]:
-    """Single steps on random states, `;#33+4=7#18-2=6...`, and the mask of what pre-training scores: the results. A
+    """Single steps on random states, `;#33+4=7;#18-2=6;...`, and the mask of what pre-training scores: the results. A
     graph has no steps apart from its arrows."""
     text, mask = ";", [False]
     domain = rng.choice("AL")
@@ -196,7 +211,7 @@ def facts(rng: random.Random) -> tuple[str, list[bool]]:
         question = Question(domain, 0, ((rng.randrange(2), rng.randint(1, MAX_OPERAND)),))
         step = question.step(1, rng.randrange(MODULUS))
         text += f"#{rng.randint(1, MAX_DEPTH)}{step[2:]}"
-        mask += [False] * (len(step) - 1) + [True]
+        mask += [False] * (len(step) - 2) + [True, False]
     return text, mask
 
 
@@ -224,7 +239,7 @@ def glyph_mask(symbol: str, size: tuple[int, int]) -> np.ndarray:
 MASKS = {(symbol, size): glyph_mask(symbol, size) for symbol in GLYPHS for size in GLYPH_SIZES}
 
 
-def draw_image(question: Question, rng: random.Random) -> tuple[Image.Image, list[str]]:
+def draw_image(question: Question | Walk, rng: random.Random, specks: float = SPECKS) -> tuple[Image.Image, list[str]]:
     """A palette image of 28 x 448 pixels and the symbol in each of its 16 cells ("" is empty)."""
     noise = np.random.RandomState(rng.getrandbits(32))  # the legacy generator: its stream is frozen for good
     size = rng.choice(GLYPH_SIZES)
@@ -236,7 +251,7 @@ def draw_image(question: Question, rng: random.Random) -> tuple[Image.Image, lis
             x = i * CELL + (CELL - size[0]) // 2 + rng.randint(-MAX_JITTER, MAX_JITTER)
             y = (CELL - size[1]) // 2 + rng.randint(-MAX_JITTER, MAX_JITTER)
             pixels[y:y + size[1], x:x + size[0]] = MASKS[symbol, size]
-    where = noise.random_sample(pixels.shape) < SPECKS
+    where = noise.random_sample(pixels.shape) < specks
     pixels[where] = noise.randint(0, 4, int(where.sum()))
     image = Image.frombytes("P", (CELL * CELLS, CELL), pixels.tobytes())
     # four colours: small as PNG
@@ -245,22 +260,25 @@ def draw_image(question: Question, rng: random.Random) -> tuple[Image.Image, lis
     return image, cells
 
 
-def draw_tests(rng: random.Random, domain: str) -> list[Question]:
+def draw_tests(rng: random.Random, domain: str) -> list[Question | Walk]:
     """TEST_COUNT questions, each depth in turn, no form twice."""
-    questions: dict[str, Question] = {}
+    questions: dict[str, Question | Walk] = {}
+    depths = [depth for depth in TEST_DEPTHS if depth <= max_depth(domain)]
     while len(questions) < TEST_COUNT:
-        question = draw_question(rng, domain, TEST_DEPTHS[len(questions) % len(TEST_DEPTHS)], TEST_BUCKETS)
+        question = draw_question(rng, domain, depths[len(questions) % len(depths)], TEST_BUCKETS)
         questions.setdefault(question.form, question)
     return list(questions.values())
 
 
-def record(name: str, i: int, question: Question, prompt: str, answer: str, **more) -> dict:
+def record(name: str, i: int, question: Question | Walk, prompt: str, answer: str, **more) -> dict:
     return {"id": f"{name}-{i}", "question": prompt, "answer": answer, **more,
             "domain": question.domain, "depth": question.depth, "form": question.form}
 
 
-SFT_DEPTHS, RL_DEPTHS, TEST_DEPTHS = range(2, 5), range(2, 7), range(2, 7)  # what SFT leaves open, RL has to find
-SFT_COUNT, RL_COUNT, TEST_COUNT = 2560, 1600, 500  # 40 batches of 64; 100 rollouts of 16; 100 questions of each depth
+SFT_DEPTHS = (2, 3, 4) * 6 + (5, 6)  # deep questions are rare: enough for RL to find them, and for it to have to
+RL_DEPTHS, TEST_DEPTHS = range(2, 7), range(2, 7)
+SFT_COUNT, RL_COUNT, TEST_COUNT = 2560, 1600, 500  # 40 batches of 64; 100 rollouts of 16; all depths equally often
+TEST_SUFFIXES = {"A": "", "L": "_other", "G": "_graph"}
 
 
 def make_data(seed: int) -> tuple[dict[str, list[dict]], dict[str, Image.Image]]:
@@ -275,7 +293,7 @@ def make_data(seed: int) -> tuple[dict[str, list[dict]], dict[str, Image.Image]]
         q = draw_question(rng, "A", RL_DEPTHS[i % len(RL_DEPTHS)], RL_BUCKETS)
         files["rl"].append(record("rl", i, q, text_prompt(q, rng), q.answer))
     rng = random.Random(f"tests {seed}")
-    for domain, suffix in (("A", ""), ("L", "_other")):
+    for domain, suffix in TEST_SUFFIXES.items():
         text, image = f"test_text{suffix}", f"test_image{suffix}"
         files[text], files[image] = [], []
         for i, q in enumerate(draw_tests(rng, domain)):  # the same as text and image, and half to read

@@ -18,7 +18,7 @@ from rewards import accuracy_reward
 
 MICRO = Path(__file__).resolve().parents[1] / "micro"
 DATA, BASE = MICRO / "data", MICRO / "base"
-TESTS = ("test_text", "test_image", "test_text_other", "test_image_other")
+TESTS = [f"test_{modality}{suffix}" for suffix in ("", "_other", "_graph") for modality in ("text", "image")]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def solve(form: str) -> str:
 
 
 def walk(form: str) -> str:
-    """The same for a graph: K2MTKM... -> T."""
+    """The same for a graph: K2KMMT... -> T."""
     arrows = dict(re.findall("(.)(.)", form[2:]))
     node = form[0]
     for _ in range(int(form[1])):
@@ -55,7 +55,7 @@ def form_of(prompt: str) -> str:
     digits = dict(zip("zero one two three four five six seven eight nine".split(), "0123456789"))
     letters = dict(zip("alfa bravo charlie delta echo foxtrot golf hotel india juliett".split(), "abcdefghij"))
     signs = {"plus": "+", "minus": "-", "forward": ">", "back": "<"}
-    nodes = {word: word[0].upper() for word in "kilo mike papa romeo tango victor whiskey xray yankee zulu".split()}
+    nodes = {word: word[0].upper() for word in "kilo mike papa romeo tango victor".split()}
     table = digits | letters | signs | nodes
     return "".join(table[word] for word in prompt.split() if word in table)
 
@@ -81,15 +81,16 @@ def test_answers_by_an_independent_evaluation():
 def test_canonical_chain():
     question = world.Question("A", 3, ((0, 4), (1, 2)))
     assert question.form == "3+4-2" and question.depth == 2
-    assert question.chain() == "<think>3#1+4#2-2;#13+4=7#27-2=5</think><answer>5</answer>"
-    assert question.chain(1) == "<think>3#1+4#2-2;#13+4=7</think><answer>7</answer>"
+    assert question.chain() == "<think>3#1+4#2-2;#13+4=7;#27-2=5;</think><answer>5</answer>"
+    assert question.cut_chain(1, "4") == "<think>3#1+4#2-2;#13+4=7;</think><answer>4</answer>"
+    assert question.cut_chain(2, "4") == question.chain()
     letters = world.Question("L", 2, ((0, 4), (1, 2)))
-    assert letters.chain() == "<think>c#1>4#2<2;#1c>4=g#2g<2=e</think><answer>e</answer>"
+    assert letters.chain() == "<think>c#1>4#2<2;#1c>4=g;#2g<2=e;</think><answer>e</answer>"
 
 
 def test_every_step_of_a_chain_is_right():
     for question in questions(100):
-        restated, steps = re.fullmatch(r"<think>(.*);(.*)</think><answer>.</answer>", question.chain()).groups()
+        restated, steps = re.fullmatch(r"<think>(.*?);(.*)</think><answer>.</answer>", question.chain()).groups()
         assert re.sub(r"#\d", "", restated) == question.form
         state = question.form[0]
         for i, (label, before, operation, after) in enumerate(re.findall(r"#(\d)(.)([-+<>]\d)=(.)", steps), 1):
@@ -115,19 +116,20 @@ def test_walks():
     """A ring of six nodes; the chain restates it and follows its arrows, each from where the last one ended."""
     for question in walks(100):
         assert question.answer == walk(question.form) and len(question.form) == 14
-        assert len(set(question.form[2::2])) == len(set(question.form[3::2])) == world.NODES
+        assert question.form[2::2] == "KMPRTV" and sorted(question.form[3::2]) == list("KMPRTV")
         assert walk(question.form[0] + "6" + question.form[2:]) == question.form[0]
         thought = re.fullmatch(r"<think>(.*)</think><answer>(.)</answer>", question.chain())
-        restated, hops = thought[1].split(";")
+        restated, count, hops = thought[1].split(";", 2)
         assert restated == question.restated and restated.replace("#", "") == question.form
         node, left = question.form[:2]
-        assert hops[0] == left and len(hops[1:]) == 4 * int(left)
-        for source, target, rest in re.findall("#(.)(.)(.)", hops):
+        assert count == left and len(hops) == 5 * int(left)
+        for source, target, rest in re.findall("#(.)(.)(.);", hops):
             assert source == node and source + target in question.arrows and int(rest) == int(left) - 1
             node, left = target, rest
         assert node == thought[2] == question.answer and left == "0"
-    cut = world.Walk((0, 1, 2, 3, 4, 5), (1, 0, 2, 5, 4, 3), 4).chain(2)
-    assert cut == "<think>K4#MP#KM#PR#VK#TV#RT;4#KM3#MP2</think><answer>P</answer>"
+    cut = world.Walk((1, 0, 2, 5, 4, 3), 4).cut_chain(2, "V")
+    assert cut == "<think>M4#KP#MK#PV#RM#TR#VT;4;#MK3;#KP2;</think><answer>V</answer>"
+    assert world.Walk((1, 0, 2, 5, 4, 3), 2).cut_chain(2, "V").endswith("2;#MK1;#KP0;</think><answer>P</answer>")
 
 
 def test_fragments_of_walks():
@@ -135,11 +137,12 @@ def test_fragments_of_walks():
     for question in walks(50):
         text, mask = question.fragment(rng)
         assert len(text) == len(mask) and text.startswith(question.restated + ";")
-        hops = re.findall(r"(\d)#(.)(.)(\d);", text)
+        hops = re.findall(r"(\d);#(.)(.)(\d);", text)
         assert sorted(source + target for _, source, target, _ in hops) == sorted(question.arrows)
         assert all(int(after) == int(before) - 1 for before, _, _, after in hops)
-        known = "".join("#" + target + after for _, _, target, after in hops)
+        known = "".join(";#" + target + after + ";" for _, _, target, after in hops)
         assert "".join(c for c, m in zip(text, mask) if m) == question.restated + ";" + known
+        assert question.fragment(rng, count=1)[0].count(";") == 3
 
 
 def test_fragments_and_facts():
@@ -147,9 +150,10 @@ def test_fragments_and_facts():
     for question in questions(50):
         text, mask = question.fragment(rng)
         assert len(text) == len(mask) and text.startswith(question.restated + ";")
-        steps = re.findall(r"#(\d)(.)([-+<>]\d)=(.)", text.split(";")[1])
+        steps = re.findall(r"#(\d)(.)([-+<>]\d)=(.);", text.split(";", 1)[1])
         assert sorted(int(step[0]) for step in steps) == list(range(1, question.depth + 1))
         assert all(after == solve(before + operation) for _, before, operation, after in steps)
+        assert question.fragment(rng, count=1)[0].count("=") == 1
         text, mask = world.facts(rng)
         results = [solve(before + operation) for before, operation in re.findall(r"#\d(.)([-+<>]\d)=", text)]
         assert [c for c, m in zip(text, mask) if m] == results
@@ -179,7 +183,7 @@ def test_training_images_equal_the_shipped_files_way(tmp_path):
 
 def test_glyphs_differ():
     for size in world.GLYPH_SIZES:
-        assert len({world.glyph_mask(symbol, size).tobytes() for symbol in world.GLYPHS}) == len(world.GLYPHS) == 34
+        assert len({world.glyph_mask(symbol, size).tobytes() for symbol in world.GLYPHS}) == len(world.GLYPHS) == 30
 
 
 # The shipped data
@@ -201,31 +205,34 @@ def test_another_seed_gives_other_questions():
     assert {record["form"] for record in other} != {record["form"] for record in records("test_text")}
 
 
-@pytest.mark.parametrize("name", ["sft", "rl", "test_text", "test_text_other"])
+@pytest.mark.parametrize("name", ["sft", "rl", "test_text", "test_text_other", "test_text_graph"])
 def test_text_files(name):
     for record, example in zip(records(name), read_examples(DATA / f"{name}.jsonl"), strict=True):
-        assert form_of(record["question"]) == record["form"] and solve(record["form"]) == record["answer"]
-        assert record["depth"] == len(record["form"]) // 2 == example.meta["depth"]
-        assert record["domain"] == ("L" if "other" in name else "A") and "image" not in record
+        form, graph = record["form"], "graph" in name
+        assert form_of(record["question"]) == form and (walk if graph else solve)(form) == record["answer"]
+        assert record["depth"] == (int(form[1]) if graph else len(form) // 2) == example.meta["depth"]
+        assert record["domain"] == ("G" if graph else "L" if "other" in name else "A") and "image" not in record
         assert ("response" in record) == (name == "sft")
         if name == "sft":
             assert accuracy_reward(record["response"], record["answer"]) == 1.0
 
 
 def test_image_files():
-    for name in ("test_image", "test_image_other"):
+    for name in ("test_image", "test_image_other", "test_image_graph"):
         text = records(name.replace("image", "text"))
         for record, twin in zip(records(name), text, strict=True):  # the same questions
-            assert record["form"] == twin["form"] and record["answer"] == twin["answer"] == solve(record["form"])
+            assert record["form"] == twin["form"] and record["answer"] == twin["answer"]
             assert form_of(record["question"]) == "" and record["question"].startswith("Solve:")
     for record in records("test_transcription"):
-        assert re.sub(r"#\d", "", record["answer"]) == record["form"] and record["question"].startswith("Read:")
+        numbers = "#" if record["domain"] == "G" else r"#\d"
+        assert re.sub(numbers, "", record["answer"]) == record["form"] and record["question"].startswith("Read:")
 
 
 def test_sizes_and_depths():
     for name in TESTS:
         depths = [record["depth"] for record in records(name)]
-        assert len(depths) >= 500 and all(depths.count(depth) >= 100 for depth in range(2, 7))
+        deepest = 5 if "graph" in name else 6
+        assert len(depths) >= 500 and all(depths.count(depth) >= 100 for depth in range(2, deepest + 1))
         assert len({record["form"] for record in records(name)}) == len(depths)
     assert sum(path.stat().st_size for path in MICRO.rglob("*") if "__pycache__" not in str(path)) < 8e6 + 2.5e6
 
@@ -242,7 +249,7 @@ def test_no_test_question_in_training():
 def test_no_test_question_in_pretraining(tokenizer):
     rng = random.Random(0)
     for _ in range(300):
-        ids, _, _ = pretrain.make_row(rng, tokenizer, image_share=0.5, complete=(0.1, 0.1))
+        ids, _, _ = pretrain.make_row(rng, tokenizer, pretrain.Mix(0.5, (0.1, 0.1)))
         text = tokenizer.decode(ids)
         restated = re.search(r"(?:<think>|<answer>)(.#1[^;<]*(?:<\d[^;<]*)*|[A-Z]\d#[^;<]*)(?:;|</)", text)
         spelt = form_of(text.split("user\n")[1].split("assistant\n")[0])
@@ -308,7 +315,7 @@ def test_config(tokenizer):
 def test_loss_is_on_what_can_be_known(tokenizer):
     rng = random.Random(3)
     for _ in range(100):
-        ids, mask, patches = pretrain.make_row(rng, tokenizer, image_share=0.5, complete=(0.0, 0.0))
+        ids, mask, patches = pretrain.make_row(rng, tokenizer, pretrain.Mix(0.5))
         assert len(ids) == len(mask) and any(mask) and (patches is not None) == (tokenizer.image_pad in ids)
         assert not any(mask[:ids.index(tokenizer.encode("assistant")[0], 12)])  # the prompt
         text = tokenizer.decode(ids)
@@ -320,13 +327,13 @@ def test_pretraining_runs_end_to_end(tmp_path, monkeypatch, capsys):
     for name, value in {"ALIGN_STEPS": 2, "TEXT_STEPS": 1, "MIXED_STEPS": 1, "FINAL_STEPS": 1, "BATCH": 12,
                         "ALIGN_IMAGES": 2, "PROBES": 2}.items():
         monkeypatch.setattr(pretrain, name, value)
-    monkeypatch.setattr(pretrain, "TEST_DEPTHS", range(2, 3))
+    monkeypatch.setattr(pretrain, "PROBE_DEPTHS", range(2, 3))
     for folder in ("a", "b"):
         arguments = ["pretrain.py", "--seed", "3", "--out", str(tmp_path / folder), "--processes", "1"]
         monkeypatch.setattr(sys, "argv", arguments)
         pretrain.main()
-        assert folder == "b" or "transcription" in capsys.readouterr().out
-        monkeypatch.setattr(pretrain, "report", lambda *_: None)
+        assert folder == "b" or "transcription   single steps            k=2" in capsys.readouterr().out
+        monkeypatch.setattr(pretrain, "report", lambda *_: {"nothing": {"measured": 0.0}})
     files = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
     assert set(files) == {path.name for path in BASE.iterdir()}
     assert files == {path.name: path.read_bytes() for path in (tmp_path / "b").iterdir()}
@@ -339,7 +346,7 @@ def test_several_bases_share_all_but_the_final_stage(tmp_path, monkeypatch):
                         "ALIGN_IMAGES": 2}.items():
         monkeypatch.setattr(pretrain, name, value)
     monkeypatch.setattr(pretrain, "COMPLETE_SHARES", {"none": (0.0, 0.0), "both": (1.0, 1.0)})
-    monkeypatch.setattr(pretrain, "report", lambda *_: None)
+    monkeypatch.setattr(pretrain, "report", lambda *_: {"nothing": {"measured": 0.0}})
     for folder, chains in (("several", ["none", "both"]), ("one", ["both"])):
         arguments = ["--chains", *chains, "--out", str(tmp_path / folder), "--processes", "1"]
         monkeypatch.setattr(sys, "argv", ["pretrain.py", *arguments])

@@ -1,0 +1,197 @@
+"""The micro study: what its figures are made of, and the interventions of why.py."""
+import json
+import random
+import re
+import sys
+
+import pytest
+import torch
+
+from data import Tokenizer
+from micro import pretrain, reproduce, study, why, world
+from model import KVCache, Qwen2_5_VL
+from sample import Sampler, SamplingParams
+from training import MICRO_BASE
+
+
+@pytest.fixture(scope="module")
+def sampler() -> Sampler:
+    return Sampler(Qwen2_5_VL.from_pretrained(MICRO_BASE), Tokenizer.from_pretrained(MICRO_BASE))
+
+
+def row(**by_depth: list[float]) -> reproduce.Row:
+    """A table's row: A_text=[accuracy at k = 2, 3, ...]."""
+    return {column.replace("_", " "): {"by_depth": {str(k): v for k, v in enumerate(values, 2)}}
+            for column, values in by_depth.items()}
+
+
+def table() -> reproduce.Table:
+    others = {column.replace(" ", "_"): [1.0, 0.5, 0.5, 0.5, 0.5] for column in reproduce.COLUMNS if column[0] in "LG"}
+    base = row(A_text=[1.0, 0.1, 0.1, 0.1, 0.1], A_image=[1.0, 0.1, 0.1, 0.1, 0.1], **others)
+    sft = row(A_text=[1.0, 1.0, 1.0, 0.5, 0.3], A_image=[0.9, 1.0, 1.0, 0.4, 0.2], **others)
+    final = row(A_text=[1.0, 1.0, 1.0, 1.0, 0.8], A_image=[0.98, 1.0, 1.0, 0.7, 0.5], **others)
+    return {"base": base, "SFT": sft, "SFT + GRPO": final}
+
+
+# The figures
+
+
+def test_pooled_leaves_out_what_the_base_can_do():
+    assert reproduce.pooled(row(x=[1.0, 0.2, 0.4, 0.6, 0.8]), "x") == pytest.approx(0.5)
+    assert reproduce.pooled(row(x=[1.0, 0.2, 0.4, 0.6, 0.8]), "x", (5, 6)) == pytest.approx(0.7)
+
+
+def test_claims():
+    figures = reproduce.claims(table())
+    assert figures["gain on A image, k > 2"] == pytest.approx(70)
+    assert figures["gain on A text, k > 2"] == pytest.approx(85)
+    assert figures["gain on L image, k > 2"] == 0
+    assert figures["worst change at any depth, A image"] == pytest.approx(-2)
+    assert figures["GRPO over SFT on A image, k = 5, 6"] == pytest.approx(30)
+    assert figures["A image gain in % of A text gain"] == pytest.approx(100 * 70 / 85)
+
+
+def test_summary_shows_every_seed(capsys):
+    tables = {name: table() for name in study.BASES}
+    for t in tables.values():
+        for figures in t.values():
+            figures["reading"] = {"by_depth": {"2": 1.0, "3": 1.0}}
+    study.print_summary([{"seed": 3, "tables": tables}, {"seed": 4, "tables": tables}])
+    out = capsys.readouterr().out
+    assert "seeds 3 4" in out and re.search(r"gain on A image, k > 2 +70\.0 \+- 0\.0  \(70\.0 70\.0\)", out)
+    assert out.count("Base whose own training") == 3
+
+
+def test_control_runs_are_those_of_their_names(tmp_path, monkeypatch):
+    """Answer-only, GRPO from the base itself, and SFT for as many steps as both stages took."""
+    ran = []
+    monkeypatch.setattr(reproduce, "run", lambda script, **options: ran.append((script, options)))
+    for folder, steps in (("sft", 7), ("grpo", 5)):
+        (tmp_path / folder).mkdir()
+        lines = [json.dumps({"step": step + 1}) + "\n" for step in range(steps)]
+        (tmp_path / folder / "metrics.jsonl").write_text("".join(lines))
+    models = reproduce.train_controls(MICRO_BASE, tmp_path, 3)
+    assert list(models) == list(reproduce.CONTROLS) and models["SFT + GRPO, image masked"] == tmp_path / "grpo/model"
+    (_, answer_only), (script, alone), (_, long) = ran
+    assert answer_only["answer_only"] and script == "grpo.py" and alone["model"] == long["model"] == MICRO_BASE
+    assert long["max_steps"] == 12 and "answer_only" not in long and all(options["seed"] == 3 for _, options in ran)
+
+
+# Single steps, and counterfactual restatements
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_counterfactual_fragments(sampler, monkeypatch, share):
+    """The restatement is of another question than the prompt's and not scored; the steps follow it and are scored."""
+    monkeypatch.setattr(pretrain, "KINDS", {"fragment": 1.0})
+    monkeypatch.setattr(pretrain, "DOMAIN_SHARES", {"A": 0.5, "L": 0.5})
+    tokenizer, rng, others, names = sampler.tokenizer, random.Random(0), 0, dict(zip("+->< ", "plus minus forward back".split()))
+    for _ in range(50):
+        ids, mask, _ = pretrain.make_row(rng, tokenizer, pretrain.Mix(counterfactual=share))
+        prompt, response = tokenizer.decode(ids).split("assistant\n")
+        restated, steps = re.fullmatch("<think>(.*?);(.*)\n", response).groups()
+        kept = tokenizer.decode([i for i, m in zip(ids, mask) if m])
+        found = re.findall(r"#(\d)(.)([-+<>]\d=.;)", steps)
+        assert all(f"#{label}{step[:2]}" in restated for label, _, step in found) and found
+        assert kept == ("" if share else restated) + ";" + "".join(step for _, _, step in found)
+        spelt = [f"{names[sign]} {world.NUMBER_WORDS[int(n)]}" for sign, n in re.findall(r"([-+<>])(\d)", restated)]
+        others += " ".join(spelt) not in prompt
+    assert others > 40 if share else others == 0
+
+
+def test_knows_step_depends_on_the_restatement_only_by_its_steps(sampler, monkeypatch):
+    """A model that names the right id everywhere knows the step; one that is wrong in its last character does not."""
+    rng = random.Random(1)
+    for domain, depth in (("A", 3), ("G", 4)):
+        question = world.draw_question(rng, domain, depth)
+        for wrong in (False, True):
+            seen = {}
+
+            def oracle(ids, **_):
+                seen["ids"] = ids
+                return torch.zeros(*ids.shape, 1)
+
+            def logits(hidden):
+                following = torch.cat([seen["ids"][0, 1:], torch.tensor([0])])
+                if wrong:  # all digits and letters behind the restatement's end
+                    following[-8:] = 0
+                return torch.nn.functional.one_hot(following, 1000).float()
+
+            model = type("Oracle", (), {"__call__": staticmethod(oracle), "logits": staticmethod(logits)})()
+            prompt = world.text_prompt(question, rng)
+            assert pretrain.knows_step(model, sampler.tokenizer, question, prompt, None, rng) is not wrong
+
+
+# Interventions
+
+
+@pytest.mark.parametrize("modality", why.MODALITIES)
+def test_question_span(sampler, modality):
+    rng = random.Random(0)
+    for question in why.draw_questions(rng, 8):
+        prompt = why.ask(question, modality, sampler.tokenizer, rng)
+        span = why.question_span(prompt, sampler.tokenizer)
+        if modality == "image":
+            assert [prompt.ids[i] for i in span] == [sampler.tokenizer.image_pad] * world.CELLS
+        else:
+            words = sampler.tokenizer.decode([prompt.ids[i] for i in span]).split()
+            assert set(question.words) <= set(words) <= {*question.words, *world.FILLERS}
+
+
+def test_forget_takes_out_what_it_should(sampler):
+    config = sampler.model.config
+    cache = KVCache(config, 2, 9)
+    cache.keys = torch.arange(9.0)[None, None, :, None, None].expand(cache.keys.shape).clone()
+    cache.values, cache.lengths, cache.longest = cache.keys + 100, torch.tensor([6, 5]), 6
+    left = why.forget(cache, [range(1, 4), range(0)])
+    assert left.lengths.tolist() == [3, 5] and left.longest == 5
+    assert left.keys[0, 0, :3, 0, 0].tolist() == [0, 4, 5] and left.values[1, 1, :5, 0, 0].tolist() == [100, 101, 102, 103, 104]
+    assert cache.keys[0, 0, :3, 0, 0].tolist() == [0, 1, 2] and left.keys.shape == cache.keys.shape
+
+
+@pytest.mark.parametrize("modality", why.MODALITIES)
+def test_forgetting_nothing_changes_nothing(sampler, modality):
+    """The same answers as the sampler's, and forgetting is done row by row."""
+    rng = random.Random(3)
+    questions = why.draw_questions(rng, 6)
+    prompts = [why.ask(question, modality, sampler.tokenizer, rng) for question in questions]
+    groups = sampler.generate(prompts, SamplingParams(max_new_tokens=100, temperature=0.0))
+    texts = [group[0].text for group in groups]
+    thoughts = [re.match("<think>(.*?);", text)[1] for text in texts]
+    answers = why.go_on(sampler, prompts, thoughts, "nothing")
+    assert answers == [re.search("<answer>(.*?)</answer>", text)[1] for text in texts]
+    for what in ("question", "restatement"):
+        together = why.go_on(sampler, prompts, thoughts, what)
+        assert together == [why.go_on(sampler, [p], [t], what)[0] for p, t in zip(prompts, thoughts)]
+
+
+def test_altered_questions_have_other_answers():
+    rng = random.Random(0)
+    for question in why.draw_questions(rng, 50):
+        other = why.alter(question, rng)
+        assert other.answer != question.answer and other.depth == question.depth
+        assert sum(a != b for a, b in zip(other.form, question.form, strict=True)) == 1
+
+
+def test_noise_is_only_noise():
+    question = world.draw_question(random.Random(0), "A", 3)
+    clean, noisy = (world.draw_image(question, random.Random(1), specks=specks) for specks in (0.0, 0.4))
+    assert clean[1] == noisy[1] and clean[0].size == noisy[0].size
+    changed = sum(a != b for a, b in zip(clean[0].tobytes(), noisy[0].tobytes()))
+    assert 0.2 < changed / len(clean[0].tobytes()) < 0.4  # a speck may have the colour that was there
+
+
+def test_why_writes_what_it_prints(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(why, "COUNT", 4)
+    monkeypatch.setattr(why, "NOISE", (0.02, 0.4))
+    for stage in ("sft", "grpo"):
+        (tmp_path / stage).mkdir()
+        (tmp_path / stage / "model").symlink_to(MICRO_BASE)
+    monkeypatch.setattr(sys, "argv", ["why.py", "--run", str(tmp_path), "--out", str(tmp_path / "why.json")])
+    threads = torch.get_num_threads()
+    why.main()
+    torch.set_num_threads(threads)
+    found = json.loads((tmp_path / "why.json").read_text())
+    assert list(found) == ["base", "SFT", "SFT + GRPO"] and found["base"] == found["SFT"]
+    assert all(0 <= value <= 1 for value in found["base"]["image"].values()) and len(found["base"]["noise"]) == 2
+    assert "restatement forgotten" in capsys.readouterr().out
