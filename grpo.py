@@ -39,7 +39,7 @@ class GRPOOptions(TrainOptions):
     data: str = option(str(MICRO_DATA / "rl.jsonl"), "questions with answers")
     out: str = option("runs/grpo", "run folder")
     epochs: int = option(3, "passes over the questions", low=1)
-    max_steps: int | None = option(100, "stop after so many rollouts", low=1)
+    max_steps: int | None = option(200, "stop after so many rollouts", low=1)
     learning_rate: float = option(3e-5, "peak learning rate", low=0.0)
     warmup_ratio: float = option(0.1, "share of the steps in which the learning rate rises linearly", low=0.0, high=1.0)
     rollout_batch: int = option(256, "responses sampled at a time; changes memory, not the samples", low=1)

@@ -30,11 +30,12 @@ class SFTOptions(TrainOptions):
     """Fine-tune on worked responses. The loss is on the response only."""
     data: str = option(str(MICRO_DATA / "sft.jsonl"), "questions with worked responses")
     out: str = option("runs/sft", "run folder")
-    learning_rate: float = option(1e-4, "learning rate of the first epoch", low=0.0)
+    learning_rate: float = option(2e-4, "learning rate of the first epoch", low=0.0)
+    epochs: int = option(2, "passes over the data", low=1)
     lr_decay: float = option(1.0, "factor on the learning rate after each epoch", low=0.0, high=1.0)
     batch_size: int = option(64, "sequences per optimiser step", low=1)
     max_length: int = option(1024, "longer sequences are cut to so many tokens", low=2)
-    max_steps: int | None = option(40, "stop after so many optimiser steps", low=1)
+    max_steps: int | None = option(80, "stop after so many optimiser steps", low=1)
     answer_only: bool = option(False, "train on question -> answer with no thinking")
 
 

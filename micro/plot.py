@@ -64,7 +64,7 @@ def plot_effect(chains: str = "none") -> None:
 
 
 def plot_why() -> None:
-    """Left: interventions on the context. Right: accuracy against reading, images of growing noise."""
+    """Left: whose answer is given where prompt and thought disagree. Right: accuracy against reading, images of growing noise."""
     model = json.loads((RESULTS / "why.json").read_text())["SFT + GRPO"]
     figure, (bars, scatter) = plt.subplots(1, 2, figsize=(11, 3.6), width_ratios=(3, 2))
     for i, modality in enumerate(("text", "image")):
@@ -76,7 +76,7 @@ def plot_why() -> None:
     bars.set_xlabel("% of answers")
     read, right = ([100 * row[key] for row in model["noise"]] for key in ("read", "right"))
     scatter.plot(read, right, "o-", color="#1f618d", label="measured")
-    ceiling, chance = 100 * model["text"]["right, nothing forgotten"], 10
+    ceiling, chance = 100 * model["text"]["right"], 10
     scatter.plot([0, 100], [chance, ceiling], ":", color="black", label="text accuracy where read, chance elsewhere")
     scatter.set_xlabel("images read without an error, %")
     scatter.set_ylabel("answers right, %")

@@ -1,13 +1,13 @@
-"""Why what is learned on text shows on images: interventions on a trained micro model.
+"""Why what is learned on text shows on images: two experiments on trained micro models.
 
     python micro/why.py --run runs/reproduce [--out runs/why.json]          # of `make reproduce`
 
-1. Forgetting. When the model has written its restatement of the question, the keys and values of a part of the context
-   are taken out of the cache, and it goes on greedily: of the question (words or image), or of the restatement.
-2. Lying. The restatement is put in its mouth with one operand altered: does the answer follow the restatement or the
-   question?
-3. Reading. Images get noisier, so that fewer of them can be read: does the accuracy fall with the share of right
-   restatements, and no further?
+1. Two sources that disagree. The prompt (words or an image) asks one question, and the thought that is put in the
+   model's mouth restates another: one operand altered, or drawn anew. Whose answer does the model give? It would be the
+   prompt's if each step looked its operation up in words or pixels, which text-only training never taught for pixels.
+2. Images that are harder to read. With more noise fewer restatements are right. If reading and reasoning are two
+   separate skills, joined by the restatement alone, then the accuracy on images is the share that was read times the
+   accuracy on text, plus chance for the rest.
 
 Test questions of domain A, k = 3 to 6, drawn afresh.
 """
@@ -25,7 +25,7 @@ import torch  # noqa: E402
 from data import ImageConfig, Prompt, Tokenizer, make_prompt  # noqa: E402
 from micro.world import (MAX_OPERAND, TEST_BUCKETS, Question, draw_image, draw_question, image_prompt,  # noqa: E402
                          text_prompt)
-from model import KVCache, Qwen2_5_VL  # noqa: E402
+from model import Qwen2_5_VL  # noqa: E402
 from rewards import extract_answer  # noqa: E402
 from sample import Sampler, SamplingParams  # noqa: E402
 from training import MICRO_BASE  # noqa: E402
@@ -36,61 +36,28 @@ MODALITIES = ("text", "image")
 
 
 def draw_questions(rng: random.Random, count: int) -> list[Question]:
+    """All depths equally often."""
     return [draw_question(rng, "A", DEPTHS[i % len(DEPTHS)], TEST_BUCKETS) for i in range(count)]
 
 
 def ask(question: Question, modality: str, tokenizer: Tokenizer, rng: random.Random, **noise) -> Prompt:
+    """The question in words or as an image."""
     if modality == "text":
         return make_prompt(text_prompt(question, rng), [], tokenizer, ImageConfig())
     return make_prompt(image_prompt(rng), [draw_image(question, rng, **noise)[0]], tokenizer, ImageConfig())
 
 
-def question_span(prompt: Prompt, tokenizer: Tokenizer) -> range:
-    """Where the question stands among the prompt's ids: image tokens, or the words between `Solve:` and <|im_end|>."""
-    places = [i for i, token in enumerate(prompt.ids) if token == tokenizer.image_pad]
-    if places:
-        return range(places[0], places[-1] + 1)
-    end = len(prompt.ids) - 1 - prompt.ids[::-1].index(tokenizer.im_end)
-    start = max(i for i, token in enumerate(prompt.ids[:end]) if token == tokenizer.encode(":")[0]) + 1
-    return range(start, end)
+def respond(sampler: Sampler, prompts: list[Prompt]) -> list[str]:
+    """Greedy responses."""
+    groups = sampler.generate(prompts, SamplingParams(max_new_tokens=160, temperature=0.0))
+    return [group[0].text for group in groups]
 
 
-def forget(cache: KVCache, spans: list[range]) -> KVCache:
-    """The cache without the places `spans` of each row. Rotary positions are in the keys, so what is left stays where it
-    was."""
-    kept = [[i for i in range(length) if i not in span] for length, span in zip(cache.lengths.tolist(), spans)]
-    lengths = torch.tensor([len(row) for row in kept])
-    index = torch.tensor([row + [0] * (int(lengths.max()) - len(row)) for row in kept])
-    left = cache.select(torch.arange(len(kept)))
-    rows = torch.arange(len(kept))[:, None]
-    left.keys[:, :, :index.shape[1]] = cache.keys[:, rows, index]
-    left.values[:, :, :index.shape[1]] = cache.values[:, rows, index]
-    left.lengths, left.longest = lengths, int(lengths.max())
-    return left
-
-
-@torch.inference_mode()
-def go_on(sampler: Sampler, prompts: list[Prompt], thoughts: list[str], forgotten: str) -> list[str | None]:
-    """Greedy answers behind prompts and begun thoughts, after the `question`, the `restatement` or `nothing` was
-    forgotten."""
-    tokenizer, begun = sampler.tokenizer, [sampler.tokenizer.encode(f"<think>{thought};") for thought in thoughts]
-    first = len(tokenizer.encode("<think>"))
-    spans = {"nothing": [range(0)] * len(prompts),
-             "question": [question_span(prompt, tokenizer) for prompt in prompts],
-             "restatement": [range(len(p.ids) + first, len(p.ids) + len(ids) - 1) for p, ids in zip(prompts, begun)]}
-    whole = [Prompt(p.ids + ids, p.patches, p.grids) for p, ids in zip(prompts, begun)]
-    cache, position, logits = sampler.prefill(whole, 1, 100)
-    cache = forget(cache, spans[forgotten])
-    written = []
-    for _ in range(100):
-        written.append(logits.index_fill(-1, sampler.masked_ids, float("-inf")).argmax(-1))
-        hidden = sampler.model(written[-1][:, None], position_ids=position.expand(3, -1)[..., None], cache=cache)
-        logits, position = sampler.model.logits(hidden[:, 0]), position + 1
-    texts = []
-    for ids, row in zip(begun, torch.stack(written, 1).tolist()):
-        end = next((i for i, token in enumerate(row) if token in tokenizer.stop_ids), len(row))
-        texts.append(tokenizer.decode(ids + row[:end]))
-    return [extract_answer(text) for text in texts]
+def answer_after(sampler: Sampler, prompts: list[Prompt], told: list[Question]) -> list[str | None]:
+    """Greedy answers where the thought begins with the restatement of a given question."""
+    begun = [f"<think>{question.restated};" for question in told]
+    prompts = [Prompt(p.ids + sampler.tokenizer.encode(text), p.patches, p.grids) for p, text in zip(prompts, begun)]
+    return [extract_answer(text + rest) for text, rest in zip(begun, respond(sampler, prompts))]
 
 
 def alter(question: Question, rng: random.Random) -> Question:
@@ -102,38 +69,44 @@ def alter(question: Question, rng: random.Random) -> Question:
     return Question(question.domain, question.start, tuple(operations))
 
 
+def draw_other(question: Question, rng: random.Random) -> Question:
+    """Another question of the same depth with another answer."""
+    while True:
+        other = draw_question(rng, question.domain, question.depth, TEST_BUCKETS)
+        if other.answer != question.answer:
+            return other
+
+
 def share(flags: list[bool]) -> float:
     return sum(flags) / max(1, len(flags))
 
 
-def forgetting_and_lying(sampler: Sampler, seed: int) -> dict:
-    """Accuracy by modality and what was forgotten; and the share of answers that follow an altered restatement."""
+def two_sources(sampler: Sampler, seed: int) -> dict[str, dict[str, float]]:
+    """By modality: the share of right answers behind the true restatement, and of answers that follow the thought and
+    the prompt where they disagree."""
     results = {}
     for modality in MODALITIES:
         rng = random.Random(f"why {seed}")
         questions = draw_questions(rng, COUNT)
         prompts = [ask(question, modality, sampler.tokenizer, rng) for question in questions]
         row = results[modality] = {}
-        for what in ("nothing", "question", "restatement"):
-            answers = go_on(sampler, prompts, [q.restated for q in questions], what)
-            row[f"right, {what} forgotten"] = share([a == q.answer for a, q in zip(answers, questions)])
-        altered = [alter(question, rng) for question in questions]
-        answers = go_on(sampler, prompts, [q.restated for q in altered], "nothing")
-        row["follows an altered restatement"] = share([a == q.answer for a, q in zip(answers, altered)])
-        row["follows the question instead"] = share([a == q.answer for a, q in zip(answers, questions)])
+        row["right"] = share([a == q.answer for a, q in zip(answer_after(sampler, prompts, questions), questions)])
+        for name, change in (("one operand altered", alter), ("another question", draw_other)):
+            told = [change(question, rng) for question in questions]
+            answers = answer_after(sampler, prompts, told)
+            row[f"{name}: follows the thought"] = share([a == q.answer for a, q in zip(answers, told)])
+            row[f"{name}: follows the prompt"] = share([a == q.answer for a, q in zip(answers, questions)])
     return results
 
 
-def reading(sampler: Sampler, seed: int) -> list[dict]:
+def reading(sampler: Sampler, seed: int) -> list[dict[str, float]]:
     """For each noise level: shares of right restatements and of right answers, and the latter where the restatement is
     right and where it is wrong."""
     results = []
     for noise in NOISE:
         rng = random.Random(f"why {seed}")
         questions = draw_questions(rng, COUNT)
-        prompts = [ask(question, "image", sampler.tokenizer, rng, specks=noise) for question in questions]
-        groups = sampler.generate(prompts, SamplingParams(max_new_tokens=160, temperature=0.0))
-        texts = [group[0].text for group in groups]
+        texts = respond(sampler, [ask(question, "image", sampler.tokenizer, rng, specks=noise) for question in questions])
         read = [text.startswith(f"<think>{q.restated};") for q, text in zip(questions, texts)]
         right = [extract_answer(text) == q.answer for q, text in zip(questions, texts)]
         results.append({"noise": noise, "read": share(read), "right": share(right),
@@ -153,10 +126,10 @@ def main() -> None:
     results = {}
     for name, folder in {"base": args.base, "SFT": args.run / "sft/model", "SFT + GRPO": args.run / "grpo/model"}.items():
         sampler = Sampler(Qwen2_5_VL.from_pretrained(folder), Tokenizer.from_pretrained(folder))
-        found = results[name] = {**forgetting_and_lying(sampler, args.seed), "noise": reading(sampler, args.seed)}
+        found = results[name] = {**two_sources(sampler, args.seed), "noise": reading(sampler, args.seed)}
         print(name)
         for row in [{"modality": modality, **found[modality]} for modality in MODALITIES] + found["noise"]:
-            print("  " + "; ".join(f"{key}: {100 * x:.1f}%" if isinstance(x, float) else x for key, x in row.items()),
+            print("  " + "; ".join(f"{key} {100 * x:.1f}" if isinstance(x, float) else x for key, x in row.items()),
                   flush=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(results, indent=1) + "\n")

@@ -356,13 +356,15 @@ def test_several_bases_share_all_but_the_final_stage(tmp_path, monkeypatch):
     assert weights[1] == weights[2] != weights[0]
 
 
-def test_shipped_base():
-    """It loads, is what the script's configuration says, and reads an image. (It was built before domain G, with its
-    own tokenizer.json: see micro/README.md.)"""
-    model, tokenizer = Qwen2_5_VL.from_pretrained(BASE), Tokenizer.from_pretrained(BASE)
+def test_shipped_base(tokenizer, tmp_path):
+    """It loads, is what the scripts write, and reads an image."""
+    model = Qwen2_5_VL.from_pretrained(BASE)
+    write_tokenizer(tmp_path)
+    assert (BASE / "tokenizer.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
     assert json.loads((BASE / "config.json").read_text()) == pretrain.make_config(tokenizer)
     assert ImageConfig.from_pretrained(BASE) == ImageConfig(3136, 802816)
     assert (BASE / "model.safetensors").stat().st_size < 8e6
-    examples = list(read_examples(DATA / "test_transcription.jsonl"))[:20]
+    examples = list(read_examples(DATA / "test_transcription.jsonl"))[::30]
+    assert {example.domain for example in examples} == set("ALG")
     read = pretrain.answer(model, tokenizer, [(e.question, load_image(e.images[0])) for e in examples])
-    assert sum(text == f"<answer>{e.answer}</answer>" for text, e in zip(read, examples)) >= 18
+    assert sum(text == f"<answer>{e.answer}</answer>" for text, e in zip(read, examples)) >= 0.9 * len(examples)

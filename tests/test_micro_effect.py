@@ -9,8 +9,8 @@ import torch
 
 from data import Tokenizer
 from micro import pretrain, reproduce, study, why, world
-from model import KVCache, Qwen2_5_VL
-from sample import Sampler, SamplingParams
+from model import Qwen2_5_VL
+from sample import Sampler
 from training import MICRO_BASE
 
 
@@ -126,43 +126,15 @@ def test_knows_step_depends_on_the_restatement_only_by_its_steps(sampler, monkey
 
 
 @pytest.mark.parametrize("modality", why.MODALITIES)
-def test_question_span(sampler, modality):
-    rng = random.Random(0)
-    for question in why.draw_questions(rng, 8):
-        prompt = why.ask(question, modality, sampler.tokenizer, rng)
-        span = why.question_span(prompt, sampler.tokenizer)
-        if modality == "image":
-            assert [prompt.ids[i] for i in span] == [sampler.tokenizer.image_pad] * world.CELLS
-        else:
-            words = sampler.tokenizer.decode([prompt.ids[i] for i in span]).split()
-            assert set(question.words) <= set(words) <= {*question.words, *world.FILLERS}
-
-
-def test_forget_takes_out_what_it_should(sampler):
-    config = sampler.model.config
-    cache = KVCache(config, 2, 9)
-    cache.keys = torch.arange(9.0)[None, None, :, None, None].expand(cache.keys.shape).clone()
-    cache.values, cache.lengths, cache.longest = cache.keys + 100, torch.tensor([6, 5]), 6
-    left = why.forget(cache, [range(1, 4), range(0)])
-    assert left.lengths.tolist() == [3, 5] and left.longest == 5
-    assert left.keys[0, 0, :3, 0, 0].tolist() == [0, 4, 5] and left.values[1, 1, :5, 0, 0].tolist() == [100, 101, 102, 103, 104]
-    assert cache.keys[0, 0, :3, 0, 0].tolist() == [0, 1, 2] and left.keys.shape == cache.keys.shape
-
-
-@pytest.mark.parametrize("modality", why.MODALITIES)
-def test_forgetting_nothing_changes_nothing(sampler, modality):
-    """The same answers as the sampler's, and forgetting is done row by row."""
+def test_its_own_restatement_changes_nothing(sampler, modality):
+    """Put back in its mouth, the answers are those that the model gives by itself."""
     rng = random.Random(3)
     questions = why.draw_questions(rng, 6)
     prompts = [why.ask(question, modality, sampler.tokenizer, rng) for question in questions]
-    groups = sampler.generate(prompts, SamplingParams(max_new_tokens=100, temperature=0.0))
-    texts = [group[0].text for group in groups]
-    thoughts = [re.match("<think>(.*?);", text)[1] for text in texts]
-    answers = why.go_on(sampler, prompts, thoughts, "nothing")
+    texts = why.respond(sampler, prompts)
+    assert [re.match("<think>(.*?);", text)[1] for text in texts] == [question.restated for question in questions]
+    answers = why.answer_after(sampler, prompts, questions)
     assert answers == [re.search("<answer>(.*?)</answer>", text)[1] for text in texts]
-    for what in ("question", "restatement"):
-        together = why.go_on(sampler, prompts, thoughts, what)
-        assert together == [why.go_on(sampler, [p], [t], what)[0] for p, t in zip(prompts, thoughts)]
 
 
 def test_altered_questions_have_other_answers():
@@ -171,6 +143,9 @@ def test_altered_questions_have_other_answers():
         other = why.alter(question, rng)
         assert other.answer != question.answer and other.depth == question.depth
         assert sum(a != b for a, b in zip(other.form, question.form, strict=True)) == 1
+        other = why.draw_other(question, rng)
+        assert other.answer != question.answer and other.depth == question.depth
+        assert world.bucket(other.form) in world.TEST_BUCKETS
 
 
 def test_noise_is_only_noise():
@@ -194,4 +169,4 @@ def test_why_writes_what_it_prints(tmp_path, monkeypatch, capsys):
     found = json.loads((tmp_path / "why.json").read_text())
     assert list(found) == ["base", "SFT", "SFT + GRPO"] and found["base"] == found["SFT"]
     assert all(0 <= value <= 1 for value in found["base"]["image"].values()) and len(found["base"]["noise"]) == 2
-    assert "restatement forgotten" in capsys.readouterr().out
+    assert "follows the thought" in capsys.readouterr().out

@@ -308,7 +308,7 @@ def test_command_line_run(options, folder, data, tmp_path, monkeypatch):
         ]
     )
     config = json.loads((tmp_path / "cli" / "config.json").read_text())
-    assert config["options"]["answer_only"] is True and config["options"]["learning_rate"] == 1e-4
+    assert config["options"]["answer_only"] is True and config["options"]["learning_rate"] == 2e-4
     shutil.rmtree(tmp_path / "cli")
 
 
