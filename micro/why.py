@@ -3,8 +3,9 @@
     python micro/why.py --run runs/reproduce [--out runs/why.json]          # of `make reproduce`
 
 1. Two sources that disagree. The prompt (words or an image) asks one question, and the thought that is put in the
-   model's mouth restates another: one operand altered, or drawn anew. Whose answer does the model give? It would be the
-   prompt's if each step looked its operation up in words or pixels, which text-only training never taught for pixels.
+   model's mouth restates another: one operand altered, or all drawn anew. Whose operations do its steps take, of those in
+   which the two differ? Were it the prompt's, each step would look its operation up in words or pixels, and text-only
+   training never taught it for pixels.
 2. Images that are harder to read. With more noise fewer restatements are right. If reading and reasoning are two
    separate skills, joined by the restatement alone, then the accuracy on images is the share that was read times the
    accuracy on text, plus chance for the rest.
@@ -14,6 +15,7 @@ Test questions of domain A, k = 3 to 6, drawn afresh.
 import argparse
 import json
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -53,11 +55,22 @@ def respond(sampler: Sampler, prompts: list[Prompt]) -> list[str]:
     return [group[0].text for group in groups]
 
 
-def answer_after(sampler: Sampler, prompts: list[Prompt], told: list[Question]) -> list[str | None]:
-    """Greedy answers where the thought begins with the restatement of a given question."""
+def respond_after(sampler: Sampler, prompts: list[Prompt], told: list[Question]) -> list[str]:
+    """Greedy responses where the thought begins with the restatement of a given question."""
     begun = [f"<think>{question.restated};" for question in told]
     prompts = [Prompt(p.ids + sampler.tokenizer.encode(text), p.patches, p.grids) for p, text in zip(prompts, begun)]
-    return [extract_answer(text + rest) for text, rest in zip(begun, respond(sampler, prompts))]
+    return [text + rest for text, rest in zip(begun, respond(sampler, prompts))]
+
+
+def operations_taken(response: str, told: Question, asked: Question) -> list[tuple[bool, bool]]:
+    """For each step whose number stands for different operations in the two questions: does it take the one of the
+    question that was told, of the one that was asked?"""
+    taken = []
+    for label, operation in re.findall(r"#(\d)([-+]\d)=", response.partition(";")[2]):
+        forms = [question.form[2 * int(label) - 1:2 * int(label) + 1] for question in (told, asked)]
+        if forms[0] != forms[1]:
+            taken.append((operation == forms[0], operation == forms[1]))
+    return taken
 
 
 def alter(question: Question, rng: random.Random) -> Question:
@@ -70,11 +83,8 @@ def alter(question: Question, rng: random.Random) -> Question:
 
 
 def draw_other(question: Question, rng: random.Random) -> Question:
-    """Another question of the same depth with another answer."""
-    while True:
-        other = draw_question(rng, question.domain, question.depth, TEST_BUCKETS)
-        if other.answer != question.answer:
-            return other
+    """Another question of the same depth."""
+    return draw_question(rng, question.domain, question.depth, TEST_BUCKETS)
 
 
 def share(flags: list[bool]) -> float:
@@ -82,20 +92,24 @@ def share(flags: list[bool]) -> float:
 
 
 def two_sources(sampler: Sampler, seed: int) -> dict[str, dict[str, float]]:
-    """By modality: the share of right answers behind the true restatement, and of answers that follow the thought and
-    the prompt where they disagree."""
+    """By modality: the share of right answers behind the true restatement; where the two questions disagree, the shares
+    of steps that take the thought's and the prompt's operation, and of answers that are those of either."""
     results = {}
     for modality in MODALITIES:
         rng = random.Random(f"why {seed}")
         questions = draw_questions(rng, COUNT)
         prompts = [ask(question, modality, sampler.tokenizer, rng) for question in questions]
-        row = results[modality] = {}
-        row["right"] = share([a == q.answer for a, q in zip(answer_after(sampler, prompts, questions), questions)])
+        right = [extract_answer(text) == q.answer for text, q in zip(respond_after(sampler, prompts, questions), questions)]
+        row = results[modality] = {"right": share(right)}
         for name, change in (("one operand altered", alter), ("another question", draw_other)):
             told = [change(question, rng) for question in questions]
-            answers = answer_after(sampler, prompts, told)
-            row[f"{name}: follows the thought"] = share([a == q.answer for a, q in zip(answers, told)])
-            row[f"{name}: follows the prompt"] = share([a == q.answer for a, q in zip(answers, questions)])
+            responses = respond_after(sampler, prompts, told)
+            taken = [pair for triple in zip(responses, told, questions) for pair in operations_taken(*triple)]
+            for i, source in enumerate(("thought", "prompt")):
+                row[f"{name}: steps of the {source}"] = share([pair[i] for pair in taken])
+                answers = [question.answer for question in (told, questions)[i]]
+                row[f"{name}: answer of the {source}"] = share([extract_answer(text) == answer
+                                                                for text, answer in zip(responses, answers)])
     return results
 
 

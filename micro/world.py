@@ -6,8 +6,8 @@ Three domains, each with questions of depth k, which take k steps:
     G (another kind)  a graph: a start node, a number of hops k, and six arrows (pairs of nodes)   K2KMMT...  ->  T
 A text prompt spells every symbol as a word, among filler words; an image prompt shows one glyph per cell of a strip.
 The chain of thought first restates the question, then takes one step at a time. A and L number the operations and the
-steps; G marks the pairs and then counts the hops down:
-    <think>3#1+4#2-2;#13+4=7;#27-2=5;</think><answer>5</answer>
+steps, each from the state before it; G marks the pairs and counts the hops down:
+    <think>3#1+4#2-2;3;#1+4=7;#2-2=5;</think><answer>5</answer>
     <think>K2#KM#MT#PK#RV#TR#VP;2;#KM1;#MT0;</think><answer>T</answer>
 
     python micro/world.py --seed 0 --out micro/data          # writes the shipped data again
@@ -90,10 +90,9 @@ class Question:
         return STATES[self.domain][self.after(self.depth)]
 
     def step(self, i: int, state: int) -> str:
-        """Operation i (from 1) done on a state: #13+4=7; with the semicolon."""
+        """Operation i (from 1) done on a state, which stands before it: #1+4=7; with the semicolon."""
         sign, n = self.operations[i - 1]
-        states = STATES[self.domain]
-        return f"#{i}{states[state]}{SIGNS[self.domain][sign]}{n}={states[(state + (-n if sign else n)) % MODULUS]};"
+        return f"#{i}{SIGNS[self.domain][sign]}{n}={STATES[self.domain][(state + (-n if sign else n)) % MODULUS]};"
 
     def chain(self) -> str:
         """The whole response."""
@@ -102,8 +101,8 @@ class Question:
     def cut_chain(self, limit: int, guess: str) -> str:
         """A response that ends its thought after `limit` steps and, if more were needed, answers with a guess."""
         steps = min(limit, self.depth)
-        thought = self.restated + ";" + "".join(self.step(i, self.after(i - 1)) for i in range(1, steps + 1))
-        return f"<think>{thought}</think><answer>{guess if steps < self.depth else self.answer}</answer>"
+        done = "".join(self.step(i, self.after(i - 1)) for i in range(1, steps + 1))
+        return f"<think>{self.restated};{STATES[self.domain][self.start]};{done}</think><answer>{guess if steps < self.depth else self.answer}</answer>"
 
     def guess(self, rng: random.Random) -> str:
         """Some state."""
@@ -114,9 +113,9 @@ class Question:
         has which number. The mask has all that can be known: not the numbers and states drawn at random."""
         text, mask = self.restated + ";", [True] * (len(self.restated) + 1)
         for i in rng.sample(range(1, self.depth + 1), self.depth)[:count]:
-            step = self.step(i, rng.randrange(MODULUS))
-            text += step
-            mask += [False] * 3 + [True] * (len(step) - 3)
+            state = rng.randrange(MODULUS)
+            text += f"{STATES[self.domain][state]};{self.step(i, state)}"
+            mask += [False, True, True, False, True, True, True, True, True]
         return text, mask
 
 
@@ -203,15 +202,15 @@ def draw_question(rng: random.Random, domain: str, depth: int, buckets: range = 
 
 
 def facts(rng: random.Random) -> tuple[str, list[bool]]:
-    """Single steps on random states, `;#33+4=7;#18-2=6;...`, and the mask of what pre-training scores: the results. A
+    """Single steps on random states, `;3;#3+4=7;8;#1-2=6;...`, and the mask of what pre-training scores: the results. A
     graph has no steps apart from its arrows."""
     text, mask = ";", [False]
     domain = rng.choice("AL")
     for _ in range(rng.randint(4, 10)):
         question = Question(domain, 0, ((rng.randrange(2), rng.randint(1, MAX_OPERAND)),))
-        step = question.step(1, rng.randrange(MODULUS))
-        text += f"#{rng.randint(1, MAX_DEPTH)}{step[2:]}"
-        mask += [False] * (len(step) - 2) + [True, False]
+        state = rng.randrange(MODULUS)
+        text += f"{STATES[domain][state]};#{rng.randint(1, MAX_DEPTH)}{question.step(1, state)[2:]}"
+        mask += [False] * 7 + [True, False]
     return text, mask
 
 
@@ -275,7 +274,7 @@ def record(name: str, i: int, question: Question | Walk, prompt: str, answer: st
             "domain": question.domain, "depth": question.depth, "form": question.form}
 
 
-SFT_DEPTHS = (2, 3, 4) * 6 + (5, 6)  # deep questions are rare: enough for RL to find them, and for it to have to
+SFT_DEPTHS = (2, 3, 4) * 25 + (5, 6)  # deep questions are rare: enough for RL to find them, and for it to have to
 RL_DEPTHS, TEST_DEPTHS = range(2, 7), range(2, 7)
 SFT_COUNT, RL_COUNT, TEST_COUNT = 2560, 1600, 500  # 40 batches of 64; 100 rollouts of 16; all depths equally often
 TEST_SUFFIXES = {"A": "", "L": "_other", "G": "_graph"}

@@ -81,20 +81,20 @@ def test_answers_by_an_independent_evaluation():
 def test_canonical_chain():
     question = world.Question("A", 3, ((0, 4), (1, 2)))
     assert question.form == "3+4-2" and question.depth == 2
-    assert question.chain() == "<think>3#1+4#2-2;#13+4=7;#27-2=5;</think><answer>5</answer>"
-    assert question.cut_chain(1, "4") == "<think>3#1+4#2-2;#13+4=7;</think><answer>4</answer>"
+    assert question.chain() == "<think>3#1+4#2-2;3;#1+4=7;#2-2=5;</think><answer>5</answer>"
+    assert question.cut_chain(1, "4") == "<think>3#1+4#2-2;3;#1+4=7;</think><answer>4</answer>"
     assert question.cut_chain(2, "4") == question.chain()
     letters = world.Question("L", 2, ((0, 4), (1, 2)))
-    assert letters.chain() == "<think>c#1>4#2<2;#1c>4=g;#2g<2=e;</think><answer>e</answer>"
+    assert letters.chain() == "<think>c#1>4#2<2;c;#1>4=g;#2<2=e;</think><answer>e</answer>"
 
 
 def test_every_step_of_a_chain_is_right():
     for question in questions(100):
-        restated, steps = re.fullmatch(r"<think>(.*?);(.*)</think><answer>.</answer>", question.chain()).groups()
+        restated, state, steps = re.fullmatch(r"<think>(.*?);(.);(.*)</think><answer>.</answer>", question.chain()).groups()
         assert re.sub(r"#\d", "", restated) == question.form
-        state = question.form[0]
-        for i, (label, before, operation, after) in enumerate(re.findall(r"#(\d)(.)([-+<>]\d)=(.)", steps), 1):
-            assert label == str(i) and before == state and after == solve(before + operation)
+        assert state == question.form[0] and len(steps) == 7 * question.depth
+        for i, (label, operation, after) in enumerate(re.findall(r"#(\d)([-+<>]\d)=(.);", steps), 1):
+            assert label == str(i) and after == solve(state + operation)
             assert f"#{i}{operation}" in restated
             state = after
         assert state == question.answer and accuracy_reward(question.chain(), question.answer) == 1.0
@@ -150,12 +150,14 @@ def test_fragments_and_facts():
     for question in questions(50):
         text, mask = question.fragment(rng)
         assert len(text) == len(mask) and text.startswith(question.restated + ";")
-        steps = re.findall(r"#(\d)(.)([-+<>]\d)=(.);", text.split(";", 1)[1])
-        assert sorted(int(step[0]) for step in steps) == list(range(1, question.depth + 1))
-        assert all(after == solve(before + operation) for _, before, operation, after in steps)
+        steps = re.findall(r"(.);#(\d)([-+<>]\d)=(.);", text.split(";", 1)[1])
+        assert sorted(int(step[1]) for step in steps) == list(range(1, question.depth + 1))
+        assert all(after == solve(before + operation) for before, _, operation, after in steps)
+        known = "".join(f";#{operation}={after};" for _, _, operation, after in steps)
+        assert "".join(c for c, m in zip(text, mask) if m) == question.restated + ";" + known
         assert question.fragment(rng, count=1)[0].count("=") == 1
         text, mask = world.facts(rng)
-        results = [solve(before + operation) for before, operation in re.findall(r"#\d(.)([-+<>]\d)=", text)]
+        results = [solve(before + operation) for before, operation in re.findall(r"(.);#\d([-+<>]\d)=", text)]
         assert [c for c, m in zip(text, mask) if m] == results
 
 

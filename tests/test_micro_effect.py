@@ -91,9 +91,9 @@ def test_counterfactual_fragments(sampler, monkeypatch, share):
         prompt, response = tokenizer.decode(ids).split("assistant\n")
         restated, steps = re.fullmatch("<think>(.*?);(.*)\n", response).groups()
         kept = tokenizer.decode([i for i, m in zip(ids, mask) if m])
-        found = re.findall(r"#(\d)(.)([-+<>]\d=.;)", steps)
-        assert all(f"#{label}{step[:2]}" in restated for label, _, step in found) and found
-        assert kept == ("" if share else restated) + ";" + "".join(step for _, _, step in found)
+        found = re.findall(r".;#(\d)([-+<>]\d=.;)", steps)
+        assert all(f"#{label}{step[:2]}" in restated for label, step in found) and found
+        assert kept == ("" if share else restated) + ";" + "".join(";#" + step for _, step in found)
         spelt = [f"{names[sign]} {world.NUMBER_WORDS[int(n)]}" for sign, n in re.findall(r"([-+<>])(\d)", restated)]
         others += " ".join(spelt) not in prompt
     assert others > 40 if share else others == 0
@@ -133,8 +133,7 @@ def test_its_own_restatement_changes_nothing(sampler, modality):
     prompts = [why.ask(question, modality, sampler.tokenizer, rng) for question in questions]
     texts = why.respond(sampler, prompts)
     assert [re.match("<think>(.*?);", text)[1] for text in texts] == [question.restated for question in questions]
-    answers = why.answer_after(sampler, prompts, questions)
-    assert answers == [re.search("<answer>(.*?)</answer>", text)[1] for text in texts]
+    assert why.respond_after(sampler, prompts, questions) == texts
 
 
 def test_altered_questions_have_other_answers():
@@ -144,8 +143,16 @@ def test_altered_questions_have_other_answers():
         assert other.answer != question.answer and other.depth == question.depth
         assert sum(a != b for a, b in zip(other.form, question.form, strict=True)) == 1
         other = why.draw_other(question, rng)
-        assert other.answer != question.answer and other.depth == question.depth
+        assert other.form != question.form and other.depth == question.depth
         assert world.bucket(other.form) in world.TEST_BUCKETS
+
+
+def test_operations_taken():
+    told, asked = world.Question("A", 3, ((0, 4), (1, 2))), world.Question("A", 3, ((0, 4), (1, 1)))
+    assert why.operations_taken("<think>3#1+4#2-2;3;#1+4=7;#2-2=5;</think><answer>5</answer>", told, asked) == [(True, False)]
+    assert why.operations_taken("<think>3#1+4#2-2;3;#1+4=7;#2-1=6;</think><answer>6</answer>", told, asked) == [(False, True)]
+    assert why.operations_taken("<think>3#1+4#2-2;3;#1+5=8;", told, asked) == []
+    assert why.operations_taken("no thought", told, asked) == []
 
 
 def test_noise_is_only_noise():
@@ -169,4 +176,4 @@ def test_why_writes_what_it_prints(tmp_path, monkeypatch, capsys):
     found = json.loads((tmp_path / "why.json").read_text())
     assert list(found) == ["base", "SFT", "SFT + GRPO"] and found["base"] == found["SFT"]
     assert all(0 <= value <= 1 for value in found["base"]["image"].values()) and len(found["base"]["noise"]) == 2
-    assert "follows the thought" in capsys.readouterr().out
+    assert "steps of the thought" in capsys.readouterr().out
