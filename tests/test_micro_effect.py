@@ -51,6 +51,14 @@ def test_claims():
     assert figures["A image gain in % of A text gain"] == pytest.approx(100 * 70 / 85)
 
 
+def test_bounds_are_checked(capsys):
+    figures = reproduce.claims(table())
+    reproduce.print_claims(figures)
+    assert capsys.readouterr().out.count("; holds") == len(reproduce.BOUNDS) == 3
+    reproduce.print_claims(figures | {"worst change at any depth, A image": -3.5})
+    assert "-3.5   claimed: at least -3; DOES NOT HOLD" in capsys.readouterr().out
+
+
 def test_summary_shows_every_seed(capsys):
     tables = {name: table() for name in study.BASES}
     for t in tables.values():
