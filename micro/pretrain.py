@@ -43,7 +43,7 @@ from sample import Sampler, SamplingParams
 
 BATCH, CHUNK = 96, 16  # rows per step, and in one forward and backward pass
 ALIGN_STEPS, ALIGN_IMAGES, ALIGN_RATE = 200, 32, 2e-3
-TEXT_STEPS, MIXED_STEPS, FINAL_STEPS = 100, 1300, 220
+TEXT_STEPS, MIXED_STEPS, FINAL_STEPS = 100, 900, 220
 MIXED_RATE, FINAL_RATE = 2e-3, 1e-3
 IMAGE_SHARE = 0.6
 LIMIT = 2  # steps after which a chain of thought is cut
@@ -147,8 +147,7 @@ def make_row(rng: random.Random, tokenizer: Tokenizer, mix: Mix) -> Row:
     elif kind == "direct":
         response = f"<answer>{question.answer}</answer>"
     else:
-        limit = MAX_DEPTH if rng.random() < mix.complete[with_image] else LIMIT
-        response = question.cut_chain(limit, question.guess(rng))
+        response = question.chain(MAX_DEPTH if rng.random() < mix.complete[with_image] else LIMIT)
     patches, prompt = None, image_prompt(rng, task) if kind == "facts" else text_prompt(question, rng, task)
     if with_image:
         patches, _ = preprocess_image(draw_image(question, rng)[0])

@@ -26,6 +26,7 @@ COLUMNS = {"A text": "test_text", "A image": "test_image", "L text": "test_text_
            "G text": "test_text_graph", "G image": "test_image_graph", "reading": "test_transcription"}
 IMAGE_COLUMNS = [column for column in COLUMNS if column.endswith("image")]
 LIMIT, ROOM = 2, (5, 6)  # the depth that the base reaches; the depths that SFT hardly saw, where it leaves room for RL
+CHANCE = {"A": 1 / 10, "L": 1 / 10, "G": 1 / 6}  # of a blind guess, by domain
 CONTROLS = ("answer-only SFT", "GRPO alone", "long SFT", "SFT + GRPO, image masked")
 BOUNDS = {f"gain on A image, k > {LIMIT}": 40, "worst change at any depth, A image": -3,  # what is claimed, in points
           "GRPO over SFT on A image, k = 5, 6": 5}
@@ -80,16 +81,20 @@ def measure(model_folder: Path, *, masked: bool = False) -> Row:
     return row
 
 
-def pooled(row: Row, column: str, depths=None) -> float:
-    """Accuracy over the depths above the base's reach, or over those given. All depths have as many questions."""
+def pooled(row: Row, column: str, depths=None, at_least: float = 0.0) -> float:
+    """Accuracy over the depths above the base's reach, or over those given, where a depth counts for `at_least` so much.
+    All depths have as many questions."""
     by_depth = row[column]["by_depth"]
-    return fmean(by_depth[k] for k in by_depth if (int(k) > LIMIT if depths is None else int(k) in depths))
+    return fmean(max(at_least, by_depth[k]) for k in by_depth
+                 if (int(k) > LIMIT if depths is None else int(k) in depths))
 
 
 def claims(table: Table) -> dict[str, float]:
-    """The figures that the claims are about, in percentage points."""
+    """The figures that the claims are about, in percentage points. Gains are over the base, or over chance where the base
+    is below it (at k = 3 its answer, the state after two steps, is never right)."""
     base, sft, final = (table[name] for name in ("base", "SFT", "SFT + GRPO"))
-    gain = {column: pooled(final, column) - pooled(base, column) for column in COLUMNS if column != "reading"}
+    gain = {column: pooled(final, column) - pooled(base, column, at_least=CHANCE[column[0]])
+            for column in COLUMNS if column != "reading"}
     by_depth = [final["A image"]["by_depth"][k] - base["A image"]["by_depth"][k] for k in base["A image"]["by_depth"]]
     figures = {f"gain on {column}, k > {LIMIT}": value for column, value in gain.items()}
     figures |= {"worst change at any depth, A image": min(by_depth),

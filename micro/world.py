@@ -94,19 +94,11 @@ class Question:
         sign, n = self.operations[i - 1]
         return f"#{i}{SIGNS[self.domain][sign]}{n}={STATES[self.domain][(state + (-n if sign else n)) % MODULUS]};"
 
-    def chain(self) -> str:
-        """The whole response."""
-        return self.cut_chain(self.depth, self.answer)
-
-    def cut_chain(self, limit: int, guess: str) -> str:
-        """A response that ends its thought after `limit` steps and, if more were needed, answers with a guess."""
+    def chain(self, limit: int = MAX_DEPTH) -> str:
+        """The whole response; cut after `limit` steps it answers with the state reached there."""
         steps = min(limit, self.depth)
         done = "".join(self.step(i, self.after(i - 1)) for i in range(1, steps + 1))
-        return f"<think>{self.restated};{STATES[self.domain][self.start]};{done}</think><answer>{guess if steps < self.depth else self.answer}</answer>"
-
-    def guess(self, rng: random.Random) -> str:
-        """Some state."""
-        return rng.choice(STATES[self.domain])
+        return f"<think>{self.restated};{STATES[self.domain][self.start]};{done}</think><answer>{STATES[self.domain][self.after(steps)]}</answer>"
 
     def fragment(self, rng: random.Random, count: int = MAX_DEPTH) -> tuple[str, list[bool]]:
         """The restated question, then at most `count` of its steps, in random order on random states: which operation
@@ -151,20 +143,11 @@ class Walk:
     def answer(self) -> str:
         return self.node(self.depth)
 
-    def chain(self) -> str:
-        """The whole response."""
-        return self.cut_chain(self.depth, self.answer)
-
-    def cut_chain(self, limit: int, guess: str) -> str:
-        """A response that ends its thought after `limit` hops and, if more were needed, answers with a guess."""
+    def chain(self, limit: int = MAX_DEPTH) -> str:
+        """The whole response; cut after `limit` hops it answers with the node reached there."""
         steps = min(limit, self.depth)
         hops = "".join(f"#{self.node(i)}{self.node(i + 1)}{self.depth - i - 1};" for i in range(steps))
-        answer = guess if steps < self.depth else self.answer
-        return f"<think>{self.restated};{self.depth};{hops}</think><answer>{answer}</answer>"
-
-    def guess(self, rng: random.Random) -> str:
-        """Some node of the graph."""
-        return self.node(rng.randrange(NODES))
+        return f"<think>{self.restated};{self.depth};{hops}</think><answer>{self.node(steps)}</answer>"
 
     def fragment(self, rng: random.Random, count: int = NODES) -> tuple[str, list[bool]]:
         """The restated graph, then `count` single hops from random nodes with a random number of hops to go. The mask

@@ -82,8 +82,7 @@ def test_canonical_chain():
     question = world.Question("A", 3, ((0, 4), (1, 2)))
     assert question.form == "3+4-2" and question.depth == 2
     assert question.chain() == "<think>3#1+4#2-2;3;#1+4=7;#2-2=5;</think><answer>5</answer>"
-    assert question.cut_chain(1, "4") == "<think>3#1+4#2-2;3;#1+4=7;</think><answer>4</answer>"
-    assert question.cut_chain(2, "4") == question.chain()
+    assert question.chain(1) == "<think>3#1+4#2-2;3;#1+4=7;</think><answer>7</answer>"
     letters = world.Question("L", 2, ((0, 4), (1, 2)))
     assert letters.chain() == "<think>c#1>4#2<2;c;#1>4=g;#2<2=e;</think><answer>e</answer>"
 
@@ -127,9 +126,8 @@ def test_walks():
             assert source == node and source + target in question.arrows and int(rest) == int(left) - 1
             node, left = target, rest
         assert node == thought[2] == question.answer and left == "0"
-    cut = world.Walk((1, 0, 2, 5, 4, 3), 4).cut_chain(2, "V")
-    assert cut == "<think>M4#KP#MK#PV#RM#TR#VT;4;#MK3;#KP2;</think><answer>V</answer>"
-    assert world.Walk((1, 0, 2, 5, 4, 3), 2).cut_chain(2, "V").endswith("2;#MK1;#KP0;</think><answer>P</answer>")
+    cut = world.Walk((1, 0, 2, 5, 4, 3), 4).chain(2)
+    assert cut == "<think>M4#KP#MK#PV#RM#TR#VT;4;#MK3;#KP2;</think><answer>P</answer>"
 
 
 def test_fragments_of_walks():

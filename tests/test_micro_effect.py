@@ -27,7 +27,7 @@ def row(**by_depth: list[float]) -> reproduce.Row:
 
 def table() -> reproduce.Table:
     others = {column.replace(" ", "_"): [1.0, 0.5, 0.5, 0.5, 0.5] for column in reproduce.COLUMNS if column[0] in "LG"}
-    base = row(A_text=[1.0, 0.1, 0.1, 0.1, 0.1], A_image=[1.0, 0.1, 0.1, 0.1, 0.1], **others)
+    base = row(A_text=[1.0, 0.1, 0.1, 0.1, 0.1], A_image=[1.0, 0.0, 0.1, 0.1, 0.1], **others)
     sft = row(A_text=[1.0, 1.0, 1.0, 0.5, 0.3], A_image=[0.9, 1.0, 1.0, 0.4, 0.2], **others)
     final = row(A_text=[1.0, 1.0, 1.0, 1.0, 0.8], A_image=[0.98, 1.0, 1.0, 0.7, 0.5], **others)
     return {"base": base, "SFT": sft, "SFT + GRPO": final}
@@ -43,7 +43,7 @@ def test_pooled_leaves_out_what_the_base_can_do():
 
 def test_claims():
     figures = reproduce.claims(table())
-    assert figures["gain on A image, k > 2"] == pytest.approx(70)
+    assert figures["gain on A image, k > 2"] == pytest.approx(70)  # over chance at k = 3, where the base is below it
     assert figures["gain on A text, k > 2"] == pytest.approx(85)
     assert figures["gain on L image, k > 2"] == 0
     assert figures["worst change at any depth, A image"] == pytest.approx(-2)
