@@ -66,14 +66,14 @@ def plot_effect(chains: str = "none") -> None:
 def plot_why() -> None:
     """Left: whose answer is given where prompt and thought disagree. Right: accuracy against reading, images of growing noise."""
     model = json.loads((RESULTS / "why.json").read_text())["SFT + GRPO"]
-    figure, (bars, scatter) = plt.subplots(1, 2, figsize=(11, 3.6), width_ratios=(3, 2))
-    for i, modality in enumerate(("text", "image")):
-        values = [100 * value for value in model[modality].values()]
-        bars.barh([y + 0.2 * (1 - 2 * i) for y in range(len(values))], values, 0.38, label=modality,
-                  color=("#7fb3d5", "#1f618d")[i])
-    bars.set_yticks(range(len(model["text"])), model["text"])
+    figure, (bars, scatter) = plt.subplots(1, 2, figsize=(11, 3.4), width_ratios=(3, 2))
+    names = [name.removesuffix(" of the thought") for name in model["image"] if name.endswith("thought")]
+    for i, (source, colour) in enumerate({"thought": "#1f618d", "prompt": "#e59866"}.items()):
+        values = [100 * model["image"][f"{name} of the {source}"] for name in names]
+        bars.barh([y + 0.2 * (2 * i - 1) for y in range(len(names))], values, 0.38, color=colour, label=f"the {source}'s")
+    bars.set_yticks(range(len(names)), names)
     bars.invert_yaxis()
-    bars.set_xlabel("% of answers")
+    bars.set_xlabel("% of those in which thought and image disagree")
     read, right = ([100 * row[key] for row in model["noise"]] for key in ("read", "right"))
     scatter.plot(read, right, "o-", color="#1f618d", label="measured")
     ceiling, chance = 100 * model["text"]["right"], 10

@@ -90,11 +90,13 @@ def pooled(row: Row, column: str, depths=None, at_least: float = 0.0) -> float:
 
 
 def claims(table: Table) -> dict[str, float]:
-    """The figures that the claims are about, in percentage points. Gains are over the base, or over chance where the base
-    is below it (at k = 3 its answer, the state after two steps, is never right)."""
+    """The figures that the claims are about, in percentage points. In a gain no depth counts for less than chance: the
+    base is below it at k = 3, where its answer, the state after two steps, is never right."""
     base, sft, final = (table[name] for name in ("base", "SFT", "SFT + GRPO"))
-    gain = {column: pooled(final, column) - pooled(base, column, at_least=CHANCE[column[0]])
-            for column in COLUMNS if column != "reading"}
+    gain = {}
+    for column in [column for column in COLUMNS if column != "reading"]:
+        before, after = (pooled(row, column, at_least=CHANCE[column[0]]) for row in (base, final))
+        gain[column] = after - before
     by_depth = [final["A image"]["by_depth"][k] - base["A image"]["by_depth"][k] for k in base["A image"]["by_depth"]]
     figures = {f"gain on {column}, k > {LIMIT}": value for column, value in gain.items()}
     figures |= {"worst change at any depth, A image": min(by_depth),

@@ -62,15 +62,20 @@ def respond_after(sampler: Sampler, prompts: list[Prompt], told: list[Question])
     return [text + rest for text, rest in zip(begun, respond(sampler, prompts))]
 
 
-def operations_taken(response: str, told: Question, asked: Question) -> list[tuple[bool, bool]]:
-    """For each step whose number stands for different operations in the two questions: does it take the one of the
-    question that was told, of the one that was asked?"""
-    taken = []
-    for label, operation in re.findall(r"#(\d)([-+]\d)=", response.partition(";")[2]):
-        forms = [question.form[2 * int(label) - 1:2 * int(label) + 1] for question in (told, asked)]
-        if forms[0] != forms[1]:
-            taken.append((operation == forms[0], operation == forms[1]))
-    return taken
+def sources(response: str, told: Question, asked: Question) -> dict[str, list[tuple[bool, bool]]]:
+    """Start state, operations and answer of a response, of those in which the question that was told differs from the one
+    that was asked: is it the former's, is it the latter's?"""
+    done = response.partition(";")[2]
+    answer, found = extract_answer(response), {"operations": [], "start": [], "answer": []}
+    for label, operation in re.findall(r"#(\d)([-+]\d)=", done):
+        place = slice(2 * int(label) - 1, 2 * int(label) + 1)
+        if told.form[place] != asked.form[place]:
+            found["operations"].append((operation == told.form[place], operation == asked.form[place]))
+    if told.start != asked.start:
+        found["start"].append((done[:1] == told.form[0], done[:1] == asked.form[0]))
+    if told.answer != asked.answer:
+        found["answer"].append((answer == told.answer, answer == asked.answer))
+    return found
 
 
 def alter(question: Question, rng: random.Random) -> Question:
@@ -92,8 +97,8 @@ def share(flags: list[bool]) -> float:
 
 
 def two_sources(sampler: Sampler, seed: int) -> dict[str, dict[str, float]]:
-    """By modality: the share of right answers behind the true restatement; where the two questions disagree, the shares
-    of steps that take the thought's and the prompt's operation, and of answers that are those of either."""
+    """By modality: the share of right answers behind the true restatement; and where thought and prompt disagree, from
+    which of the two operations, start state and answer are."""
     results = {}
     for modality in MODALITIES:
         rng = random.Random(f"why {seed}")
@@ -103,13 +108,12 @@ def two_sources(sampler: Sampler, seed: int) -> dict[str, dict[str, float]]:
         row = results[modality] = {"right": share(right)}
         for name, change in (("one operand altered", alter), ("another question", draw_other)):
             told = [change(question, rng) for question in questions]
-            responses = respond_after(sampler, prompts, told)
-            taken = [pair for triple in zip(responses, told, questions) for pair in operations_taken(*triple)]
-            for i, source in enumerate(("thought", "prompt")):
-                row[f"{name}: steps of the {source}"] = share([pair[i] for pair in taken])
-                answers = [question.answer for question in (told, questions)[i]]
-                row[f"{name}: answer of the {source}"] = share([extract_answer(text) == answer
-                                                                for text, answer in zip(responses, answers)])
+            found = [sources(*triple) for triple in zip(respond_after(sampler, prompts, told), told, questions)]
+            for what in found[0]:
+                pairs = [pair for one in found for pair in one[what]]
+                for i, source in enumerate(("thought", "prompt")):
+                    if pairs:  # an altered operand leaves the start as it is
+                        row[f"{name}: {what} of the {source}"] = share([pair[i] for pair in pairs])
     return results
 
 

@@ -155,12 +155,17 @@ def test_altered_questions_have_other_answers():
         assert world.bucket(other.form) in world.TEST_BUCKETS
 
 
-def test_operations_taken():
+def test_sources():
     told, asked = world.Question("A", 3, ((0, 4), (1, 2))), world.Question("A", 3, ((0, 4), (1, 1)))
-    assert why.operations_taken("<think>3#1+4#2-2;3;#1+4=7;#2-2=5;</think><answer>5</answer>", told, asked) == [(True, False)]
-    assert why.operations_taken("<think>3#1+4#2-2;3;#1+4=7;#2-1=6;</think><answer>6</answer>", told, asked) == [(False, True)]
-    assert why.operations_taken("<think>3#1+4#2-2;3;#1+5=8;", told, asked) == []
-    assert why.operations_taken("no thought", told, asked) == []
+    faithful = "<think>3#1+4#2-2;3;#1+4=7;#2-2=5;</think><answer>5</answer>"
+    assert why.sources(faithful, told, asked) == {"operations": [(True, False)], "start": [], "answer": [(True, False)]}
+    unfaithful = "<think>3#1+4#2-2;3;#1+4=7;#2-1=6;</think><answer>6</answer>"
+    assert why.sources(unfaithful, told, asked) == {"operations": [(False, True)], "start": [], "answer": [(False, True)]}
+    other = world.Question("A", 8, ((0, 4), (1, 2)))
+    mixed = "<think>8#1+4#2-2;3;#1+4=7;#2-2=5;</think><answer>5</answer>"
+    assert why.sources(mixed, other, asked) == {"operations": [(True, False)], "start": [(False, True)],
+                                                "answer": [(False, False)]}
+    assert why.sources("no thought", told, asked) == {"operations": [], "start": [], "answer": [(False, False)]}
 
 
 def test_noise_is_only_noise():
@@ -184,4 +189,4 @@ def test_why_writes_what_it_prints(tmp_path, monkeypatch, capsys):
     found = json.loads((tmp_path / "why.json").read_text())
     assert list(found) == ["base", "SFT", "SFT + GRPO"] and found["base"] == found["SFT"]
     assert all(0 <= value <= 1 for value in found["base"]["image"].values()) and len(found["base"]["noise"]) == 2
-    assert "steps of the thought" in capsys.readouterr().out
+    assert "operations of the thought" in capsys.readouterr().out
