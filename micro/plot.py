@@ -81,7 +81,7 @@ def plot_why() -> None:
     scatter.set_xlabel("images read without an error, %")
     scatter.set_ylabel("answers right, %")
     for axes in (bars, scatter):
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="lower right")
         axes.spines[["top", "right"]].set_visible(False)
     finish(figure, "why.png")
 

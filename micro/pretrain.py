@@ -1,11 +1,10 @@
 """Rebuilds the micro base from nothing: our stand-in for Qwen's own pre-training.
 
-    python micro/pretrain.py --seed 0 --out micro/base          # 11 minutes on 2 idle CPU cores
+    python micro/pretrain.py --seed 0 --out micro/base          # 8 minutes on 2 idle CPU cores
     python micro/pretrain.py --seed 0 --chains none text both --out runs/bases          # three bases, one trunk
 
-The base can read text and images, knows every single step, and looks up any numbered operation (of A and L; G's hops
-are not learned yet: LOG.md); but the chains of thought that it has seen stop after two steps and answer with what they
-have by then. Stages:
+The base can read text and images, knows every single step, and looks up any numbered operation or marked arrow; but the
+chains of thought that it has seen stop after two steps and answer with what they have by then. Stages:
     align    ViT and merger learn to tell the glyphs apart, through a throw-away head on each image token; then the
              ViT's blocks stay frozen
     text     the decoder alone, on text prompts
