@@ -64,13 +64,15 @@ def plot_effect(chains: str = "none") -> None:
 
 
 def plot_why() -> None:
-    """Left: whose answer is given where prompt and thought disagree. Right: accuracy against reading, images of growing noise."""
+    """Left: what is the thought's and what the prompt's, where they disagree. Right: accuracy against reading, on
+    images of growing noise."""
     model = json.loads((RESULTS / "why.json").read_text())["SFT + GRPO"]
     figure, (bars, scatter) = plt.subplots(1, 2, figsize=(11, 3.4), width_ratios=(3, 2))
     names = [name.removesuffix(" of the thought") for name in model["image"] if name.endswith("thought")]
     for i, (source, colour) in enumerate({"thought": "#1f618d", "prompt": "#e59866"}.items()):
         values = [100 * model["image"][f"{name} of the {source}"] for name in names]
-        bars.barh([y + 0.2 * (2 * i - 1) for y in range(len(names))], values, 0.38, color=colour, label=f"the {source}'s")
+        places = [y + 0.2 * (2 * i - 1) for y in range(len(names))]
+        bars.barh(places, values, 0.38, color=colour, label=f"the {source}'s")
     bars.set_yticks(range(len(names)), names)
     bars.invert_yaxis()
     bars.set_xlabel("% of those in which thought and image disagree")

@@ -3,8 +3,9 @@
     python micro/reproduce.py [--seed 0] [--out runs/reproduce]          # or: make reproduce SEED=0
     python micro/reproduce.py --base runs/bases/text --controls          # from another base; with the control runs
 
-Runs the very commands that a user would (they are printed), evaluates base, SFT and SFT + GRPO greedily on the test sets
-and on transcription, prints a table like the paper's table 4 and what it says of the claims, and writes it to table.json.
+Runs the very commands that a user would (they are printed), evaluates base, SFT and SFT + GRPO greedily on the test
+sets and on transcription, prints a table like the paper's table 4 and what it says of the claims, and writes it to
+table.json.
 """
 import argparse
 import json
@@ -82,8 +83,8 @@ def measure(model_folder: Path, *, masked: bool = False) -> Row:
 
 
 def pooled(row: Row, column: str, depths=None, at_least: float = 0.0) -> float:
-    """Accuracy over the depths above the base's reach, or over those given, where a depth counts for `at_least` so much.
-    All depths have as many questions."""
+    """Accuracy over the depths above the base's reach, or over those given, where a depth counts for `at_least` so
+    much. All depths have as many questions."""
     by_depth = row[column]["by_depth"]
     return fmean(max(at_least, by_depth[k]) for k in by_depth
                  if (int(k) > LIMIT if depths is None else int(k) in depths))

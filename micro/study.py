@@ -24,7 +24,8 @@ import torch  # noqa: E402
 from micro.reproduce import COLUMNS, LIMIT, claims, pooled  # noqa: E402
 from training import git_commit  # noqa: E402
 
-BASES = {"none": "no complete chain", "text": "complete chains on text only", "both": "complete chains on text and images"}
+BASES = {"none": "no complete chain", "text": "complete chains on text only",
+         "both": "complete chains on text and images"}
 RESULTS = ROOT / "micro" / "results"
 
 
@@ -40,7 +41,8 @@ def run_seed(seed: int, out: Path, processes: int) -> None:
     """All that is missing of a seed's runs, and its file of results."""
     folder = out / str(seed)
     if not all((folder / "bases" / name / "model.safetensors").exists() for name in BASES):
-        run("pretrain.py", folder / "pretrain.log", "--seed", str(seed), "--chains", *BASES, "--out", str(folder / "bases"))
+        run("pretrain.py", folder / "pretrain.log", "--seed", str(seed), "--chains", *BASES,
+            "--out", str(folder / "bases"))
 
     def post_train(name: str) -> None:
         if not (folder / name / "table.json").exists():
@@ -58,7 +60,8 @@ def run_seed(seed: int, out: Path, processes: int) -> None:
 
 def load_results(folder: Path = RESULTS) -> list[dict]:
     """Of all seeds, in order."""
-    return sorted((json.loads(path.read_text()) for path in folder.glob("seed-*.json")), key=lambda result: result["seed"])
+    results = [json.loads(path.read_text()) for path in folder.glob("seed-*.json")]
+    return sorted(results, key=lambda result: result["seed"])
 
 
 def spread(values: list[float]) -> str:

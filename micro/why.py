@@ -3,9 +3,9 @@
     python micro/why.py --run runs/reproduce [--out runs/why.json]          # of `make reproduce`
 
 1. Two sources that disagree. The prompt (words or an image) asks one question, and the thought that is put in the
-   model's mouth restates another: one operand altered, or all drawn anew. Whose operations do its steps take, of those in
-   which the two differ? Were it the prompt's, each step would look its operation up in words or pixels, and text-only
-   training never taught it for pixels.
+   model's mouth restates another: one operand altered, or all drawn anew. Whose operations do its steps take, of those
+   in which the two differ? Were it the prompt's, each step would look its operation up in words or pixels, and
+   text-only training never taught it for pixels.
 2. Images that are harder to read. With more noise fewer restatements are right. If reading and reasoning are two
    separate skills, joined by the restatement alone, then the accuracy on images is the share that was read times the
    accuracy on text, plus chance for the rest.
@@ -63,8 +63,8 @@ def respond_after(sampler: Sampler, prompts: list[Prompt], told: list[Question])
 
 
 def sources(response: str, told: Question, asked: Question) -> dict[str, list[tuple[bool, bool]]]:
-    """Start state, operations and answer of a response, of those in which the question that was told differs from the one
-    that was asked: is it the former's, is it the latter's?"""
+    """Start state, operations and answer of a response, of those in which the question that was told differs from the
+    one that was asked: is it the former's, is it the latter's?"""
     done = response.partition(";")[2]
     answer, found = extract_answer(response), {"operations": [], "start": [], "answer": []}
     for label, operation in re.findall(r"#(\d)([-+]\d)=", done):
@@ -104,7 +104,8 @@ def two_sources(sampler: Sampler, seed: int) -> dict[str, dict[str, float]]:
         rng = random.Random(f"why {seed}")
         questions = draw_questions(rng, COUNT)
         prompts = [ask(question, modality, sampler.tokenizer, rng) for question in questions]
-        right = [extract_answer(text) == q.answer for text, q in zip(respond_after(sampler, prompts, questions), questions)]
+        texts = respond_after(sampler, prompts, questions)
+        right = [extract_answer(text) == q.answer for text, q in zip(texts, questions)]
         row = results[modality] = {"right": share(right)}
         for name, change in (("one operand altered", alter), ("another question", draw_other)):
             told = [change(question, rng) for question in questions]
@@ -124,7 +125,8 @@ def reading(sampler: Sampler, seed: int) -> list[dict[str, float]]:
     for noise in NOISE:
         rng = random.Random(f"why {seed}")
         questions = draw_questions(rng, COUNT)
-        texts = respond(sampler, [ask(question, "image", sampler.tokenizer, rng, specks=noise) for question in questions])
+        prompts = [ask(question, "image", sampler.tokenizer, rng, specks=noise) for question in questions]
+        texts = respond(sampler, prompts)
         read = [text.startswith(f"<think>{q.restated};") for q, text in zip(questions, texts)]
         right = [extract_answer(text) == q.answer for q, text in zip(questions, texts)]
         results.append({"noise": noise, "read": share(read), "right": share(right),
@@ -134,6 +136,7 @@ def reading(sampler: Sampler, seed: int) -> list[dict[str, float]]:
 
 
 def main() -> None:
+    """Both experiments on the base and the two stages; prints in % and writes shares."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, default=MICRO_BASE, help="model folder that the run started from")
     parser.add_argument("--run", type=Path, default=Path("runs/reproduce"), help="run folder of reproduce.py")
@@ -142,7 +145,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     results = {}
-    for name, folder in {"base": args.base, "SFT": args.run / "sft/model", "SFT + GRPO": args.run / "grpo/model"}.items():
+    folders = {"base": args.base, "SFT": args.run / "sft/model", "SFT + GRPO": args.run / "grpo/model"}
+    for name, folder in folders.items():
         sampler = Sampler(Qwen2_5_VL.from_pretrained(folder), Tokenizer.from_pretrained(folder))
         found = results[name] = {**two_sources(sampler, args.seed), "noise": reading(sampler, args.seed)}
         print(name)

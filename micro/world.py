@@ -98,7 +98,8 @@ class Question:
         """The whole response; cut after `limit` steps it answers with the state reached there."""
         steps = min(limit, self.depth)
         done = "".join(self.step(i, self.after(i - 1)) for i in range(1, steps + 1))
-        return f"<think>{self.restated};{STATES[self.domain][self.start]};{done}</think><answer>{STATES[self.domain][self.after(steps)]}</answer>"
+        start, end = (STATES[self.domain][self.after(i)] for i in (0, steps))
+        return f"<think>{self.restated};{start};{done}</think><answer>{end}</answer>"
 
     def fragment(self, rng: random.Random, count: int = MAX_DEPTH) -> tuple[str, list[bool]]:
         """The restated question, then at most `count` of its steps, in random order on random states: which operation

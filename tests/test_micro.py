@@ -89,7 +89,8 @@ def test_canonical_chain():
 
 def test_every_step_of_a_chain_is_right():
     for question in questions(100):
-        restated, state, steps = re.fullmatch(r"<think>(.*?);(.);(.*)</think><answer>.</answer>", question.chain()).groups()
+        match = re.fullmatch(r"<think>(.*?);(.);(.*)</think><answer>.</answer>", question.chain())
+        restated, state, steps = match.groups()
         assert re.sub(r"#\d", "", restated) == question.form
         assert state == question.form[0] and len(steps) == 7 * question.depth
         for i, (label, operation, after) in enumerate(re.findall(r"#(\d)([-+<>]\d)=(.);", steps), 1):

@@ -93,7 +93,8 @@ def test_counterfactual_fragments(sampler, monkeypatch, share):
     """The restatement is of another question than the prompt's and not scored; the steps follow it and are scored."""
     monkeypatch.setattr(pretrain, "KINDS", {"fragment": 1.0})
     monkeypatch.setattr(pretrain, "DOMAIN_SHARES", {"A": 0.5, "L": 0.5})
-    tokenizer, rng, others, names = sampler.tokenizer, random.Random(0), 0, dict(zip("+->< ", "plus minus forward back".split()))
+    tokenizer, rng, others = sampler.tokenizer, random.Random(0), 0
+    names = dict(zip("+-><", "plus minus forward back".split()))
     for _ in range(50):
         ids, mask, _ = pretrain.make_row(rng, tokenizer, pretrain.Mix(counterfactual=share))
         prompt, response = tokenizer.decode(ids).split("assistant\n")
@@ -160,7 +161,8 @@ def test_sources():
     faithful = "<think>3#1+4#2-2;3;#1+4=7;#2-2=5;</think><answer>5</answer>"
     assert why.sources(faithful, told, asked) == {"operations": [(True, False)], "start": [], "answer": [(True, False)]}
     unfaithful = "<think>3#1+4#2-2;3;#1+4=7;#2-1=6;</think><answer>6</answer>"
-    assert why.sources(unfaithful, told, asked) == {"operations": [(False, True)], "start": [], "answer": [(False, True)]}
+    assert why.sources(unfaithful, told, asked) == {"operations": [(False, True)], "start": [],
+                                                    "answer": [(False, True)]}
     other = world.Question("A", 8, ((0, 4), (1, 2)))
     mixed = "<think>8#1+4#2-2;3;#1+4=7;#2-2=5;</think><answer>5</answer>"
     assert why.sources(mixed, other, asked) == {"operations": [(True, False)], "start": [(False, True)],
