@@ -343,6 +343,7 @@ def main() -> None:
             build(0, *settings)
         else:
             torch.multiprocessing.spawn(build, settings, nprocs=args.processes)
+    torch.set_num_threads(1)  # for the sampler: see training.limit_threads
     for chains, folder in folders.items():
         print(f"complete chains: {chains}")
         model, tokenizer = Qwen2_5_VL.from_pretrained(folder), Tokenizer.from_pretrained(folder)

@@ -529,7 +529,7 @@ WRONG = {
     "momentum of one": (lambda s: ["sft", "--beta1", "1.0"], "--beta1"),
     "resume without a run": (lambda s: tune(s, None, "--resume"), "run"),
     "resume without a checkpoint": (lambda s: resumed(s, lambda run: (run / "checkpoint").rename(run / "gone")), "checkpoint"),
-    "resume with other options": (lambda s: [*resumed(s, lambda run: None), "--learning-rate", "0.5"], "--learning-rate", "0.0001"),
+    "resume with other options": (lambda s: [*resumed(s, lambda run: None), "--learning-rate", "0.5"], "--learning-rate", "0.0002"),
     "resume from damaged weights": (lambda s: resumed(s, lambda run: s.cut(run / "checkpoint/weights.safetensors")), "checkpoint"),
     "resume from a damaged optimiser": (lambda s: resumed(s, lambda run: s.cut(run / "checkpoint/optimizer.pt")), "checkpoint"),
     "resume from a damaged state": (lambda s: resumed(s, lambda run: s.file("run/checkpoint/state.json", "{}")), "state.json"),
