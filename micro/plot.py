@@ -37,6 +37,7 @@ def plot_effect(chains: str = "none") -> None:
     accuracy by depth."""
     results = load_results()
     tables = [result["tables"][chains] for result in results]
+    count = f"{len(tables)} seeds, each with its own base" if len(tables) > 1 else f"one seed ({results[0]['seed']})"
     figure, (bars, lines) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(3, 2))
     for i, (stage, colour) in enumerate(STAGES.items()):
         values = [[100 * pooled(table[stage], column) for table in tables] for column in SETTINGS]
@@ -51,14 +52,14 @@ def plot_effect(chains: str = "none") -> None:
             lines.plot(list(map(int, depths)), means, style, marker="o", markersize=3, color=colour,
                        label=f"{stage}, {column.split()[1]}")
     bars.set_xticks(range(len(SETTINGS)), SETTINGS.values())
-    bars.set_title(f"questions of more than {LIMIT} steps, {len(tables)} seeds, each with its own base", fontsize=10)
+    bars.set_title(f"questions of more than {LIMIT} steps, {count}", fontsize=10)
     lines.set_title("trained domain, by number of steps k", fontsize=10)
     lines.set_xticks(range(2, 7))
     for axes in (bars, lines):
         axes.axhline(10, color="black", linewidth=0.7, linestyle=":")
-        axes.set_ylim(0, 105)
+        axes.set_ylim(0, 118)  # room for the legend
         axes.set_ylabel("accuracy, %")
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="upper left" if axes is bars else "center", ncols=3 if axes is bars else 1)
         axes.spines[["top", "right"]].set_visible(False)
     finish(figure, "effect.png")
 
