@@ -39,7 +39,7 @@ def run(script: str, log: Path, *arguments: str) -> None:
 
 def run_seed(seed: int, out: Path, processes: int) -> None:
     """All that is missing of a seed's runs, and its file of results."""
-    folder = out / str(seed)
+    folder, commit = out / str(seed), git_commit()
     if not all((folder / "bases" / name / "model.safetensors").exists() for name in BASES):
         run("pretrain.py", folder / "pretrain.log", "--seed", str(seed), "--chains", *BASES,
             "--out", str(folder / "bases"))
@@ -52,7 +52,7 @@ def run_seed(seed: int, out: Path, processes: int) -> None:
     with ThreadPoolExecutor(processes) as pool:
         list(pool.map(post_train, BASES))
     tables = {name: json.loads((folder / name / "table.json").read_text()) for name in BASES}
-    about = {"seed": seed, "commit": git_commit(), "date": str(date.today()), "torch": torch.__version__,
+    about = {"seed": seed, "commit": commit, "date": str(date.today()), "torch": torch.__version__,
              "machine": platform.platform()}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"seed-{seed}.json").write_text(json.dumps({**about, "tables": tables}, indent=1) + "\n")
