@@ -1,6 +1,6 @@
 """The effect over several seeds: for each, three bases from nothing, the two stages from each of them, and controls.
 
-    python micro/study.py --seeds 0 1 2 3 4        # 45 CPU minutes a seed; goes on where it stopped
+    python micro/study.py --seeds 0 1 2 3 4        # half an hour a seed on 2 busy cores; goes on where it stopped
     python micro/study.py --summary                # what the results in micro/results say, without running anything
 
 A seed decides everything but the data: initial weights, pre-training questions and images, order and samples of SFT and
@@ -93,6 +93,7 @@ def print_summary(results: list[dict]) -> None:
 
 
 def main() -> None:
+    """Runs what is missing, seed by seed, and prints the summary of all results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
