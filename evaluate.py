@@ -17,7 +17,7 @@ from statistics import fmean, stdev
 
 from data import Example, ImageConfig, InputError, Prompt, format_prompt, load_image, make_prompt, read_examples
 from rewards import accuracy_reward, extract_answer, is_equivalent
-from sample import Sampler, SamplingParams, load_sampler
+from sample import Completion, Interrupted, Sampler, SamplingParams, load_sampler
 from training import MICRO_BASE, MICRO_DATA, option, parse_options, run_command
 
 MICRO_TESTS = ("test_text", "test_image", "test_text_other", "test_image_other")
@@ -50,11 +50,21 @@ def example_prompt(sampler: Sampler, images: ImageConfig, example: Example, opti
 
 
 def evaluate(sampler: Sampler, images: ImageConfig, examples: list[Example], options: EvaluateOptions) -> list[dict]:
-    """One record per question and run, in order: what was asked, answered, extracted, and the verdict."""
+    """One record per question and run, in order. After Ctrl-C raises Interrupted with those of the questions whose runs
+    are all there."""
     prompts = [example_prompt(sampler, images, example, options) for example in examples]
     params = SamplingParams(options.max_new_tokens, options.temperature, n=options.runs, seed=options.seed,
                             think_budget=options.think_budget)
-    groups = sampler.generate(prompts, params, progress=True)
+    try:
+        groups = sampler.generate(prompts, params, progress=True)
+    except Interrupted as stopped:
+        whole = [(e, group) for e, group in zip(examples, stopped.results) if len(group) == options.runs]
+        raise Interrupted(records([e for e, _ in whole], [group for _, group in whole], options)) from None
+    return records(examples, groups, options)
+
+
+def records(examples: list[Example], groups: list[list[Completion]], options: EvaluateOptions) -> list[dict]:
+    """What was asked, answered, extracted, and the verdict."""
     return [{"id": example.id, "run": run, "domain": example.domain, "meta": example.meta, "response": completion.text,
              "prompt": format_prompt(example, options.prompt_style), "extracted": extract_answer(completion.text),
              "vote": vote(completion.text, example), "answer": example.answer,
@@ -121,7 +131,7 @@ def print_table(results: dict[str, dict]) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Checks everything that can be checked, then evaluates file by file."""
+    """Checks everything that can be checked, then evaluates file by file; after Ctrl-C what was answered counts."""
     options = parse_options(EvaluateOptions, argv)
     if options.runs > 1 and options.temperature == 0:
         raise InputError("--runs above 1 needs a --temperature above 0: greedy runs are all the same")
@@ -138,17 +148,26 @@ def main(argv: list[str]) -> None:
             except InputError as error:
                 raise InputError(f"{path}: question {example.id}: {error}") from None
     out = open(options.out, "w") if options.out else None
-    results = {}
+    results, interrupted = {}, False
     for path, examples in files.items():
-        records = evaluate(sampler, images, examples, options)
-        results[path] = summarise(records)
+        try:
+            answered = evaluate(sampler, images, examples, options)
+        except Interrupted as stopped:
+            answered = stopped.results
+            interrupted = True
+        if answered:
+            results[path] = summarise(answered)
         if out:
-            out.writelines(json.dumps({"file": path, **record}) + "\n" for record in records)
+            out.writelines(json.dumps({"file": path, **record}) + "\n" for record in answered)
             out.flush()
-        if options.json:
+        if options.json and answered:
             print(json.dumps({"file": path, **results[path]}), flush=True)
-    if not options.json:
+        if interrupted:
+            break
+    if results and not options.json:
         print_table(results)
+    if interrupted:
+        raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from data import InputError, read_json
-from kernels import attention
+from kernels import PackedLinear, attention, can_pack, packed_twin
 from vision import GatedMLP, Grid, RMSNorm, VisionConfig, VisionTower, apply_rope
 
 
@@ -166,43 +166,61 @@ def read_fields(cls: type, raw: dict, name: str):
 
 
 class KVCache:
-    """Keys and values of all layers, allocated once; every row is filled to its own length.
+    """Keys and values of all layers in a fixed number of slots, allocated once; each slot is filled to its own length.
 
-    A new token of row b is written at lengths[b]: right-padded prompts therefore leave no holes, since what the
-    padding wrote lies behind the row's length, is never read, and is overwritten by the tokens to come.
+    [L, slots, K, S, D]: with the heads before the tokens, a head's keys are one matrix and no product has to copy them.
+    A slot's next token is written at its length, over whatever an earlier sequence left there.
     """
 
-    def __init__(self, config: Config, batch_size: int, max_length: int, *, device="cpu", dtype=torch.float32):
-        shape = (config.num_hidden_layers, batch_size, max_length, config.num_key_value_heads, config.head_dim)
+    def __init__(self, config: Config, slots: int, max_length: int, *, device="cpu", dtype=torch.float32):
+        shape = (config.num_hidden_layers, slots, config.num_key_value_heads, max_length, config.head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
-        self.longest = 0  # an upper bound of lengths, known without asking the device
+        self.lengths = torch.zeros(slots, dtype=torch.long, device=device)
+        self.longest = 0  # an upper bound of the lengths in use, known without asking the device
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Writes k and v [B, T, K, D] behind each row; returns all keys, all values [B, S, K, D] and the keys per row
-        (None for the first tokens of empty rows: plain causal attention)."""
-        T, end = k.shape[1], self.longest + k.shape[1]
-        k, v = k.to(self.keys.dtype), v.to(self.values.dtype)  # under autocast they arrive in two precisions
-        if self.longest == 0:
-            self.keys[layer, :, :T], self.values[layer, :, :T] = k, v
-            return k, v, None
-        rows = torch.arange(k.shape[0], device=k.device)[:, None]
-        columns = self.lengths[:, None] + torch.arange(T, device=k.device)
-        self.keys[layer, rows, columns], self.values[layer, rows, columns] = k, v
-        return self.keys[layer, :, :end], self.values[layer, :, :end], self.lengths + T
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Writes one token, k and v [B, 1, K, D], behind each of the first B slots. Returns these slots' keys and values
+        [B, S, K, D] and the keys per slot. Lengths are counted by the caller, once all layers have written."""
+        B = k.shape[0]
+        rows, lengths = torch.arange(B, device=k.device), self.lengths[:B]
+        self.keys[layer, rows, :, lengths] = k[:, 0].to(self.keys.dtype)  # under autocast they come in two precisions
+        self.values[layer, rows, :, lengths] = v[:, 0].to(self.values.dtype)
+        keys, values = self.keys[layer, :B, :, :self.longest + 1], self.values[layer, :B, :, :self.longest + 1]
+        return keys.transpose(1, 2), values.transpose(1, 2), lengths + 1
 
-    def advance(self, added: int | Tensor, longest: int) -> None:
-        """Counts the tokens just written: `added` per row (without padding), `longest` the most in any row."""
-        self.lengths += added
-        self.longest += longest
+    def fill(self, slot: int, keys: Tensor, values: Tensor) -> None:
+        """Copies a prompt's keys and values [L, K, T, D] into a slot."""
+        T = keys.shape[2]
+        self.keys[:, slot, :, :T], self.values[:, slot, :, :T] = keys, values
+        self.lengths[slot] = T
 
-    def select(self, rows: Tensor) -> "KVCache":
-        """A cache of the given rows, in that order; a row may be repeated (n samples of one prompt) or left out."""
-        chosen = object.__new__(KVCache)
-        chosen.keys, chosen.values, chosen.lengths = self.keys[:, rows], self.values[:, rows], self.lengths[rows]
-        chosen.longest = int(chosen.lengths.max()) if len(rows) else 0
-        return chosen
+    def move(self, source: Tensor, target: Tensor) -> None:
+        """Copies slots, with all that they hold."""
+        end = self.longest
+        self.keys[:, target, :, :end] = self.keys[:, source, :, :end]
+        self.values[:, target, :, :end] = self.values[:, source, :, :end]
+        self.lengths[target] = self.lengths[source]
+
+
+class PromptCache:
+    """Keeps the keys and values that a forward pass over packed prompts computes anyway, to be copied into slots."""
+
+    def __init__(self):
+        self.layers: list[tuple[Tensor, Tensor]] = []
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, None]:
+        """k and v [1, T, K, D], of all prompts end to end."""
+        self.layers.append((k[0].transpose(0, 1), v[0].transpose(0, 1)))
+        return k, v, None
+
+    def split(self, lengths: list[int]) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values [L, K, T, D] of each prompt."""
+        keys, values = (torch.stack([pair[i] for pair in self.layers]).split(lengths, dim=2) for i in (0, 1))
+        return list(zip(keys, values))
+
+
+Cache = KVCache | PromptCache | None
 
 
 def rope_positions(input_ids: Tensor, grids: list[Grid], config: Config) -> tuple[Tensor, Tensor]:
@@ -288,13 +306,13 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_size)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache, cu_seqlens: Tensor | None) -> Tensor:
         heads = (*x.shape[:2], -1, self.head_dim)
         q = apply_rope(self.q_proj(x).view(heads), cos, sin)                                             # [B, T, H, D]
         k = apply_rope(self.k_proj(x).view(heads), cos, sin)                                             # [B, T, K, D]
         v = self.v_proj(x).view(heads)
         k, v, key_lengths = cache.append(self.layer, k, v) if cache is not None else (k, v, None)
-        return self.o_proj(attention(q, k, v, causal=True, key_lengths=key_lengths).flatten(2))
+        return self.o_proj(attention(q, k, v, causal=True, key_lengths=key_lengths, cu_seqlens=cu_seqlens).flatten(2))
 
 
 class DecoderLayer(nn.Module):
@@ -305,8 +323,8 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache, cu_seqlens: Tensor | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, cu_seqlens)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -319,9 +337,9 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache, cu_seqlens: Tensor | None) -> Tensor:
         for layer in self.layers:
-            x = layer(x, cos, sin, cache)
+            x = layer(x, cos, sin, cache, cu_seqlens)
         return self.norm(x)
 
 
@@ -342,29 +360,26 @@ class Qwen2_5_VL(nn.Module):
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     def forward(self, input_ids: Tensor, *, position_ids: Tensor | None = None, pixel_values: Tensor | None = None,
-                image_grid_thw: list[Grid] | Tensor | None = None, cache: KVCache | None = None,
-                lengths: Tensor | None = None) -> Tensor:
+                image_grid_thw: list[Grid] | Tensor | None = None, cache: Cache = None,
+                cu_seqlens: Tensor | None = None) -> Tensor:
         """input_ids [B, T], right-padded -> hidden states behind the final norm [B, T, C].
 
         pixel_values [P, 1176] holds the patches of all images and image_grid_thw [N, 3] their grids, in the order of
-        their tokens. position_ids [3, B, T] may be left out but for tokens that follow a cache: positions and their
-        offsets belong to the request, not to the model. `lengths` [B]: the real tokens per row, for the cache.
+        their tokens. position_ids [3, B, T] may be left out but for packed rows and tokens that follow a cache: positions
+        and their offsets belong to the request, not to the model. `cu_seqlens`: the borders [0, n1, n1 + n2, ...] of
+        the sequences that are packed in a single row and do not see one another.
         """
         grids = [tuple(map(int, grid)) for grid in image_grid_thw] if image_grid_thw is not None else []
         check_images(pixel_values, grids, self.config)
         if position_ids is None:
-            if cache is not None and cache.longest:
-                raise ValueError("tokens behind a cache need their position_ids")
+            if cache is not None or cu_seqlens is not None:
+                raise ValueError("packed rows and tokens behind a cache need their position_ids")
             position_ids, _ = rope_positions(input_ids, grids, self.config)
         x = self.model.embed_tokens(input_ids)
         if pixel_values is not None:
             x = self.insert_images(x, input_ids, self.visual(pixel_values, grids))
         cos, sin = rope_angles(position_ids, self.config, x.dtype)
-        x = self.model(x, cos, sin, cache)
-        if cache is not None:
-            cache.advance(input_ids.shape[1] if lengths is None else lengths,
-                          input_ids.shape[1] if lengths is None else int(lengths.max()))
-        return x
+        return self.model(x, cos, sin, cache, cu_seqlens)
 
     def insert_images(self, x: Tensor, input_ids: Tensor, features: Tensor) -> Tensor:
         """Puts the image embeddings [N, C] at the image tokens of x [B, T, C]."""
@@ -375,7 +390,15 @@ class Qwen2_5_VL(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., C] -> [..., V]."""
-        return F.linear(hidden, self.head_weight)
+        return self.lm_head(hidden) if "lm_head" in self._modules else F.linear(hidden, self.head_weight)
+
+    def packed(self, *, release: bool = False) -> "Qwen2_5_VL":
+        """For sampling: the same model over weights that are packed where that helps (kernels/linear.py) and follow this
+        one's. `release` gives up this one's."""
+        twin = packed_twin(self, release=release)
+        if self.config.tie_word_embeddings and can_pack(self.head_weight):
+            twin.lm_head = PackedLinear(self.model.embed_tokens, release=False)
+        return twin
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, device="cpu",

@@ -1,8 +1,12 @@
-"""The two computations that dominate a reasoning model's time: attention, and log-probs over a large vocabulary.
+"""The computations that take a reasoning model's time: attention, log-probs over a large vocabulary, linear maps with few
+rows, and drawing the next token.
 
 Each file holds the plain PyTorch reference first, then the fast paths, then one dispatcher of the same name.
 """
 from kernels.attention import attention
+from kernels.linear import PackedLinear, can_pack, packed_twin
 from kernels.logprob import token_log_probs
+from kernels.sampling import draw, is_greedy, sampling_log_probs
 
-__all__ = ["attention", "token_log_probs"]
+__all__ = ["PackedLinear", "attention", "can_pack", "draw", "is_greedy", "packed_twin", "sampling_log_probs",
+           "token_log_probs"]

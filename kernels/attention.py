@@ -80,11 +80,30 @@ def attention_packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, cau
     return out
 
 
+def attention_decode(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor, *, scale: float | None) -> Tensor:
+    """One query per row (T = 1): two batched products over [B * K] matrices, the first of which adds the mask.
+
+    Keys and values that lie [B, K, S, D] in memory, as in a KV cache, are read where they are.
+    """
+    B, _, H, D = q.shape
+    S, K = k.shape[1], k.shape[2]
+    keys, values = (x.transpose(1, 2).flatten(0, 1) for x in (k, v))                                     # [B*K, S, D]
+    bias = torch.zeros(B, 1, S, dtype=q.dtype, device=q.device)
+    bias.masked_fill_(torch.arange(S, device=q.device) >= key_lengths[:, None, None], float("-inf"))
+    bias = bias[:, None].expand(B, K, 1, S).reshape(B * K, 1, S)
+    scores = torch.baddbmm(bias, q.reshape(B * K, H // K, D), keys.transpose(1, 2),
+                           alpha=D**-0.5 if scale is None else scale)                              # [B*K, group, S]
+    weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(v.dtype)
+    return torch.bmm(weights, values).view(B, 1, H, D)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | None = None,
               key_lengths: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
     """Dispatcher. q [B, T, H, D], k and v [B, S, K, D] -> [B, T, H, D]; see the top of the file for the masks."""
     if cu_seqlens is not None:
         return attention_packed(q, k, v, cu_seqlens, causal=causal, scale=scale)
+    if key_lengths is not None and q.shape[1] == 1:
+        return attention_decode(q, k, v, key_lengths, scale=scale)
     if key_lengths is not None or (causal and q.shape[1] != k.shape[1]):
         return attention_reference(q, k, v, causal=causal, scale=scale, key_lengths=key_lengths)
     return attention_sdpa(q, k, v, causal=causal, scale=scale)

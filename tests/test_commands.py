@@ -25,6 +25,7 @@ import sft  # noqa: E402
 import tiny  # noqa: E402
 import training  # noqa: E402
 from model import Qwen2_5_VL  # noqa: E402
+from sample import Sampler  # noqa: E402
 
 COMMANDS = {"sample": sample, "sft": sft, "grpo": grpo, "evaluate": evaluate}
 SFT_FIELDS = {"step", "epoch", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "seconds"}
@@ -567,3 +568,35 @@ def test_an_interrupt_is_not_an_error(run, shop, monkeypatch):
         raise KeyboardInterrupt
     monkeypatch.setattr(Qwen2_5_VL, "forward", interrupt)
     assert run(*ask(shop.model())) == (130, "", [])
+
+
+def interrupt_at(monkeypatch, step: int) -> None:
+    """Ctrl-C in a decoding step."""
+    forward, steps = Sampler.forward, []
+
+    def interrupted(sampler, B):
+        steps.append(B)
+        if len(steps) == step:
+            raise KeyboardInterrupt
+        forward(sampler, B)
+    monkeypatch.setattr(Sampler, "forward", interrupted)
+
+
+def test_ctrl_c_while_sampling_prints_what_is_finished(run, shop, monkeypatch):
+    command = [*ask(shop.model()), "--n", "3", "--max-new-tokens", "5"]
+    monkeypatch.setattr(Sampler, "max_batch", property(lambda self: 1, lambda self, value: None),
+                        raising=False)  # one after the other
+    interrupt_at(monkeypatch, 6)
+    code, out, err = run(*command, "--json")
+    assert (code, err) == (130, [])
+    assert 1 <= len(json.loads(out)["completions"]) < 3
+
+
+def test_ctrl_c_while_evaluating_counts_what_is_answered(run, shop, monkeypatch):
+    data, out_file = shop.data(*map(question, range(4))), shop.path / "out.jsonl"
+    interrupt_at(monkeypatch, 10)
+    code, out, err = run("evaluate", "--model", shop.model(), "--data", data, "--max-batch", 1, "--max-new-tokens", 5,
+                         "--out", out_file, "--json")
+    assert (code, err) == (130, [])
+    answered = len(out_file.read_text().splitlines())
+    assert 1 <= answered < 4 and json.loads(out)["n"] == answered

@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import tiny
 from data import InputError
-from model import Config, KVCache, Qwen2_5_VL, check_images, copy_side_files, rope_positions
+from model import Config, KVCache, PromptCache, Qwen2_5_VL, check_images, copy_side_files, rope_positions
 
 GOLDEN = Path(__file__).parent / "golden"
 OUTPUTS, GRADS = np.load(GOLDEN / "model_outputs.npz"), np.load(GOLDEN / "model_grads.npz")
@@ -176,70 +177,91 @@ def prompts() -> list[tuple[list[int], list]]:
             (tiny.row(23, 6) + [IDS["vision_start"]] + [IDS["image_pad"]] * 4, [grids["one_window"]])]
 
 
-def prefill(model: Qwen2_5_VL, rows: list, room: int):
-    """A batch's cache, hidden states, and each row's next position."""
-    case = tiny.Case([ids for ids, _ in rows], [grid for _, grids in rows for grid in grids])
-    cache = KVCache(model.config, len(rows), case.input_ids.shape[1] + room)
-    position_ids, following = rope_positions(case.input_ids, case.grids, model.config)
-    hidden = model(case.input_ids, position_ids=position_ids, lengths=case.lengths, cache=cache,
-                   pixel_values=tiny.patches(case.grids) if case.grids else None, image_grid_thw=case.grids or None)
-    return cache, hidden, following - (case.input_ids.shape[1] - case.lengths), case.lengths
+def packed(rows: list, config: Config) -> dict:
+    """The arguments of a forward over rows packed end to end."""
+    grids = [grid for _, grids in rows for grid in grids]
+    positions = [rope_positions(torch.tensor([ids]), grids, config)[0] for ids, grids in rows]
+    return {"input_ids": torch.tensor([[token for ids, _ in rows for token in ids]]), "image_grid_thw": grids or None,
+            "position_ids": torch.cat(positions, -1), "pixel_values": tiny.patches(grids) if grids else None,
+            "cu_seqlens": torch.tensor([0] + [len(ids) for ids, _ in rows]).cumsum(0)}
 
 
-@pytest.mark.parametrize("variant", ["vl", "vl_tied", "vl_group7", "vl_group8", "text"])
-def test_cached_equals_uncached_and_batched_equals_alone(load, variant):
-    """Right-padded prompts of different lengths, then tokens one by one: as if each whole row were run alone."""
-    model = load(variant)
-    rows = prompts() if variant != "text" else [(tiny.row(i, 3 * i), []) for i in (1, 2, 5)]
+def cached(model: Qwen2_5_VL, rows: list, room: int, order: list[int] | None = None):
+    """A cache whose slots hold the rows in the given order, and each slot's next position."""
+    prompts = PromptCache()
+    model(**packed(rows, model.config), cache=prompts)
+    states = prompts.split([len(ids) for ids, _ in rows])
+    following = [int(rope_positions(torch.tensor([ids]), grids, model.config)[1]) for ids, grids in rows]
+    order = list(range(len(rows))) if order is None else order
+    cache = KVCache(model.config, len(order), max(len(ids) for ids, _ in rows) + room)
+    cache.keys.fill_(1e4)  # what is read without having been written shows
+    cache.values.fill_(1e4)
+    for slot, row in enumerate(order):
+        cache.fill(slot, *states[row])
+    cache.longest = max(len(ids) for ids, _ in rows)
+    return cache, torch.tensor(following)[order]
+
+
+def decode(model: Qwen2_5_VL, cache: KVCache, tokens: Tensor, position: Tensor) -> Tensor:
+    """One token [B] for each of the first B slots -> hidden states [B, C]."""
+    hidden = model(tokens[:, None], position_ids=position.expand(3, -1)[..., None], cache=cache)[:, 0]
+    cache.lengths[:len(tokens)] += 1
+    cache.longest += 1
+    return hidden
+
+
+VARIANTS = ["vl", "vl_tied", "vl_group7", "vl_group8", "text"]
+
+
+def rows_for(variant: str) -> list:
+    return prompts() if variant != "text" else [(tiny.row(i, 3 * i), []) for i in (1, 2, 5)]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_packed_equals_alone(load, variant):
+    model, rows = load(variant), rows_for(variant)
+    hidden = model(**packed(rows, model.config))[0].split([len(ids) for ids, _ in rows])
+    for (ids, grids), part in zip(rows, hidden, strict=True):
+        torch.testing.assert_close(part, forward(model, tiny.Case([ids], grids))[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_cached_equals_uncached(load, variant):
+    """Prompts of different lengths, then tokens one by one: as if each whole row were run alone."""
+    model, rows = load(variant), rows_for(variant)
     added = torch.tensor([tiny.row(40 + i, 6) for i in range(len(rows))])
-    cache, hidden, position, lengths = prefill(model, rows, room=6)
-    steps = [model(added[:, i:i + 1], position_ids=(position + i).expand(3, 1, -1).transpose(1, 2), cache=cache)
-             for i in range(6)]
-    assert torch.equal(cache.lengths, lengths + 6) and cache.longest == int(lengths.max()) + 6
+    cache, position = cached(model, rows, room=6)
+    steps = [decode(model, cache, added[:, i], position + i) for i in range(6)]
+    assert cache.lengths.tolist() == [len(ids) + 6 for ids, _ in rows]
     for b, (ids, grids) in enumerate(rows):
         alone = forward(model, tiny.Case([ids + added[b].tolist()], grids))[0]
-        torch.testing.assert_close(hidden[b, :len(ids)], alone[:len(ids)], atol=1e-5, rtol=0)
-        torch.testing.assert_close(torch.cat(steps, 1)[b], alone[len(ids):], atol=1e-5, rtol=0)
+        torch.testing.assert_close(torch.stack(steps, 1)[b], alone[len(ids):], atol=1e-5, rtol=0)
 
 
-def test_several_tokens_behind_a_cache(load):
-    """Forced text enters a cache as one block; its rows may be ragged, too."""
-    model, rows = load("vl"), prompts()
-    cache, _, position, _ = prefill(model, rows, room=6)
-    blocks, lengths = torch.tensor([tiny.row(50 + i, 4) for i in range(4)]), torch.tensor([4, 1, 3, 2])
-    hidden = model(blocks, position_ids=(position[:, None] + torch.arange(4)).expand(3, -1, -1), cache=cache,
-                   lengths=lengths)
-    last = model(torch.full((4, 1), 9), position_ids=(position + lengths)[:, None].expand(3, -1, -1), cache=cache)
-    for b, (ids, grids) in enumerate(rows):
-        n = int(lengths[b])
-        alone = forward(model, tiny.Case([ids + blocks[b, :n].tolist() + [9]], grids))[0]
-        torch.testing.assert_close(hidden[b, :n], alone[len(ids):-1], atol=1e-5, rtol=0)
-        torch.testing.assert_close(last[b, 0], alone[-1], atol=1e-5, rtol=0)
+def test_slots_share_a_prompt_and_move(load):
+    """A prompt may fill several slots, which then go their own ways; a moved slot goes on as if it had stayed; slots
+    behind the first B are left alone."""
+    model, rows, order = load("vl"), prompts(), [3, 0, 0, 2]
+    cache, position = cached(model, rows, room=3, order=order)
+    tokens = torch.tensor([5, 6, 7, 8])
+    decode(model, cache, tokens, position)
+    cache.move(torch.tensor([3, 2]), torch.tensor([0, 3]))  # 0 <- 3 and 3 <- 2
+    source, untouched = torch.tensor([3, 1, 2]), cache.keys[:, 3].clone()
+    hidden = decode(model, cache, torch.tensor([9, 10, 11]), (position + 1)[source])
+    for b, slot in enumerate(source.tolist()):
+        ids, grids = rows[order[slot]]
+        alone = forward(model, tiny.Case([ids + [int(tokens[slot]), 9 + b]], grids))[0]
+        torch.testing.assert_close(hidden[b], alone[-1], atol=1e-5, rtol=0)
+    assert torch.equal(cache.keys[:, 3], untouched)
 
 
-def test_cache_select_repeats_and_drops_rows(load):
-    model, rows = load("vl"), prompts()
-    cache, _, position, _ = prefill(model, rows, room=2)
-    chosen = torch.tensor([3, 0, 0, 3])
-    selected, tokens = cache.select(chosen), torch.tensor([[5], [6], [7], [5]])
-    assert selected.longest == 11 < cache.longest
-    hidden = model(tokens, position_ids=position[chosen][:, None].expand(3, -1, -1), cache=selected)
-    for i, b in enumerate(chosen.tolist()):
-        alone = forward(model, tiny.Case([rows[b][0] + tokens[i].tolist()], rows[b][1]))[0]
-        torch.testing.assert_close(hidden[i, 0], alone[-1], atol=1e-5, rtol=0)
-    assert torch.equal(hidden[0], hidden[3]) and cache.lengths.tolist() == [len(ids) for ids, _ in rows]
-    kept = selected.select(torch.tensor([2]))  # the original and the copies go their own ways
-    alone = forward(model, tiny.Case([rows[0][0] + [7, 9]]))[0]
-    hidden = model(torch.tensor([[9]]), position_ids=(position[:1] + 1).expand(3, 1, 1), cache=kept)
-    torch.testing.assert_close(hidden[0, 0], alone[-1], atol=1e-5, rtol=0)
-    assert cache.select(torch.tensor([], dtype=torch.long)).longest == 0
-
-
-def test_tokens_behind_a_cache_need_positions(load):
+def test_packed_rows_and_tokens_behind_a_cache_need_positions(load):
     model = load("vl")
-    cache, _, _, _ = prefill(model, prompts(), room=1)
+    cache, _ = cached(model, prompts(), room=1)
     with pytest.raises(ValueError, match="position_ids"):
         model(torch.ones(4, 1, dtype=torch.long), cache=cache)
+    with pytest.raises(ValueError, match="position_ids"):
+        model(torch.ones(1, 4, dtype=torch.long), cu_seqlens=torch.tensor([0, 2, 4]))
 
 
 # Saving
