@@ -1,16 +1,24 @@
 # make reproduce [SEED=1]   base -> SFT -> GRPO -> evaluation on the micro world, on a CPU; prints the table
 # make test                 all tests
+# make gpu                  what needs a GPU: the tests of it, and the benches
 # Both set up .venv on first use; PYTHON=python3.12 picks another interpreter for it.
 PYTHON ?= python3
 SEED ?= 0
 
-.PHONY: reproduce test
+.PHONY: reproduce test gpu
 
 reproduce: .venv/installed
 	.venv/bin/python micro/reproduce.py --seed $(SEED)
 
 test: .venv/installed
 	.venv/bin/python -m pytest -q tests
+
+BENCH_GPU = .venv/bin/python bench.py rollout --device cuda --dtype bfloat16 --samples 1 --json --repeats 2
+gpu: .venv/installed
+	.venv/bin/python -m pytest -q tests -k gpu
+	$(BENCH_GPU) --shape 3b --prompts 1 --new-tokens 256 $(PEER)
+	$(BENCH_GPU) --shape 7b --prompts 1 --new-tokens 256 $(PEER)
+	$(BENCH_GPU) --shape 7b --prompts 128 --slots 128 --prompt-tokens 1920 --new-tokens 256 $(PEER)
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
