@@ -13,7 +13,8 @@ How it is fast, from top to bottom:
   2309.06180) is left out on purpose: at 57,344 bytes a token for the 7B (2 x 28 layers x 4 heads x 128 x 2 bytes), 200
   slots of 4,600 tokens take 53 GB, and fit beside the 17 GB of weights on one 80 GB card.
 
-What it gives equals `generate_plainly`, the definition, for any number of slots and any order.
+What it gives equals a plain loop without cache or batch (tests/test_sample.py: `generate_plainly`), for any number of slots
+and any order.
 Shapes: B slots in use, T prompt tokens, V vocabulary rows, N the longest response allowed.
 """
 import json
@@ -128,7 +129,7 @@ class Slots:
 
     def __init__(self, config: Config, size: int, max_length: int, max_limit: int, device: torch.device,
                  dtype: torch.dtype, cache_dtype: torch.dtype):
-        self.size, self.max_length, self.max_limit = size, max_length, max_limit
+        self.sizes = (size, max_length, max_limit)
         self.cache = KVCache(config, size, max_length, device=device, dtype=cache_dtype)
         self.hidden = torch.zeros(size, config.hidden_size, device=device, dtype=dtype)
         self.token, self.position, self.count, self.limit = torch.zeros(4, size, dtype=torch.long, device=device)
@@ -209,15 +210,13 @@ class Sampler:
 
     def allocate(self, size: int, max_length: int, max_limit: int) -> Slots:
         """The slots of the last rollout if they are enough; else new ones, which are enough for both."""
-        kind, old = self.device.type, self.slots
+        kind, sizes = self.device.type, (size, max_length, max_limit)
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.dtype
-        if old is not None and old.cache.keys.dtype == dtype:
-            if old.size >= size and old.max_length >= max_length and old.max_limit >= max_limit:
-                return old
-            size, max_length = max(size, old.size), max(max_length, old.max_length)
-            max_limit = max(max_limit, old.max_limit)
-        self.slots, self.graphs = None, {}  # first let go of the old ones
-        self.slots = Slots(self.model.config, size, max_length, max_limit, self.device, self.dtype, dtype)
+        if self.slots is not None and self.slots.cache.keys.dtype == dtype:
+            sizes = tuple(map(max, sizes, self.slots.sizes))
+        if self.slots is None or self.slots.cache.keys.dtype != dtype or self.slots.sizes != sizes:
+            self.slots, self.graphs = None, {}  # first let go of the old ones
+            self.slots = Slots(self.model.config, *sizes, self.device, self.dtype, dtype)
         return self.slots
 
     def prefill(self, prompts: list[Prompt]) -> list[PrefilledPrompt]:
@@ -264,9 +263,10 @@ class Sampler:
         if self.device.type != "cuda":
             work(B, *args)
             return
-        B = min(1 << (B - 1).bit_length(), self.slots.size)
+        size, max_length, _ = self.slots.sizes
+        B = min(1 << (B - 1).bit_length(), size)
         cache, longest = self.slots.cache, self.slots.cache.longest
-        cache.longest = min(max(256, 1 << longest.bit_length()), self.slots.max_length) - 1
+        cache.longest = min(max(256, 1 << longest.bit_length()), max_length) - 1
         key = (work.__name__, B, cache.longest, *((p.temperature, p.top_p, p.top_k, p.think_budget is None) for p in args))
         if key not in self.graphs:
             self.graphs[key] = None
@@ -395,31 +395,6 @@ class Rollout:
         """By prompt, in the order of the samples; what is not finished is left out."""
         samples = range(self.params.n)
         return [[self.finished[i, s] for s in samples if (i, s) in self.finished] for i in range(len(self.prompts))]
-
-
-@torch.inference_mode()
-def generate_plainly(model: Qwen2_5_VL, tokenizer: Tokenizer, prompts: Sequence[Prompt],
-                     params: SamplingParams) -> list[list[Completion]]:
-    """What `Sampler.generate` gives, by definition: one sequence after the other, all of it run anew for each token."""
-    masked_ids, end_of_thought = tokenizer.never_sampled(model.config.vocab_size), tokenizer.encode(END_OF_THOUGHT)
-
-    def sample(prompt: Prompt, uniforms: Tensor) -> Completion:
-        ids, log_probs, forced, pending, ended = [], [], [], [], params.think_budget is None
-        while len(ids) < len(uniforms) and (not ids or ids[-1] not in tokenizer.stop_ids):
-            if not ended and len(ids) >= params.think_budget:
-                verdict = forced_exit(tokenizer.decode(ids), len(ids) - params.think_budget)
-                ended, pending = verdict != "wait", list(end_of_thought) if verdict == "force" else []
-            hidden = model(torch.tensor([prompt.ids + ids]), pixel_values=prompt.patches,
-                           image_grid_thw=prompt.grids or None)[:, -1]
-            token, row = params.choose(model.logits(hidden), uniforms[len(ids):len(ids) + 1], masked_ids)
-            forced.append(bool(pending))
-            ids.append(pending.pop(0) if pending else int(token))
-            log_probs.append(float(row[0, ids[-1]]))
-        return completion(ids, log_probs, forced, tokenizer)
-
-    limits = [min(params.max_new_tokens, model.config.max_position_embeddings - len(p.ids)) for p in prompts]
-    return [[sample(prompt, uniform_numbers(stream, i, limit, params)) for i in range(params.n)]
-            for prompt, stream, limit in zip(prompts, random_streams(prompts), limits)]
 
 
 # --- The command --------------------------------------------------------------------------------------------------------

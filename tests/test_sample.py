@@ -17,7 +17,9 @@ from data import InputError, Prompt, Tokenizer  # noqa: E402
 from kernels import draw  # noqa: E402
 from kernels import sampling_log_probs as kernel_log_probs  # noqa: E402
 from model import KVCache, PromptCache, Qwen2_5_VL  # noqa: E402
-from sample import Interrupted, Sampler, SamplingParams, generate_plainly, load_sampler  # noqa: E402
+from sample import (END_OF_THOUGHT, Completion, Interrupted, Sampler, SamplingParams, completion,  # noqa: E402
+                    load_sampler, random_streams, uniform_numbers)
+from sample import forced_exit as exit_verdict  # noqa: E402
 
 torch.set_num_threads(1)  # tiny products: threads would only wait for one another
 IDS = tiny.special_ids()
@@ -109,6 +111,31 @@ def assert_same(one: list, other: list) -> None:
     for a, b in zip(sum(one, []), sum(other, []), strict=True):
         assert (a.ids, a.forced, a.text, a.finish_reason) == (b.ids, b.forced, b.text, b.finish_reason)
         torch.testing.assert_close(torch.tensor(a.log_probs), torch.tensor(b.log_probs), atol=1e-5, rtol=1e-6)
+
+
+@torch.inference_mode()
+def generate_plainly(model: Qwen2_5_VL, tokenizer: Tokenizer, prompts: list[Prompt],
+                     params: SamplingParams) -> list[list[Completion]]:
+    """What `Sampler.generate` gives, by definition: one sequence after the other, all of it run anew for each token."""
+    masked_ids, end_of_thought = tokenizer.never_sampled(model.config.vocab_size), tokenizer.encode(END_OF_THOUGHT)
+
+    def sample(prompt: Prompt, uniforms: Tensor) -> Completion:
+        ids, log_probs, forced, pending, ended = [], [], [], [], params.think_budget is None
+        while len(ids) < len(uniforms) and (not ids or ids[-1] not in tokenizer.stop_ids):
+            if not ended and len(ids) >= params.think_budget:
+                verdict = exit_verdict(tokenizer.decode(ids), len(ids) - params.think_budget)
+                ended, pending = verdict != "wait", list(end_of_thought) if verdict == "force" else []
+            hidden = model(torch.tensor([prompt.ids + ids]), pixel_values=prompt.patches,
+                           image_grid_thw=prompt.grids or None)[:, -1]
+            token, row = params.choose(model.logits(hidden), uniforms[len(ids):len(ids) + 1], masked_ids)
+            forced.append(bool(pending))
+            ids.append(pending.pop(0) if pending else int(token))
+            log_probs.append(float(row[0, ids[-1]]))
+        return completion(ids, log_probs, forced, tokenizer)
+
+    limits = [min(params.max_new_tokens, model.config.max_position_embeddings - len(p.ids)) for p in prompts]
+    return [[sample(prompt, uniform_numbers(stream, i, limit, params)) for i in range(params.n)]
+            for prompt, stream, limit in zip(prompts, random_streams(prompts), limits)]
 
 
 def scripted(tokenizer: Tokenizer, *lines: str | list[int], start: int = 10) -> tuple[Sampler, list[Prompt]]:
@@ -213,11 +240,11 @@ def test_slots_are_kept_for_the_next_rollout(sampler):
     engine = Sampler(sampler.model, sampler.tokenizer, max_batch=4)
     first = engine.generate(prompts(), SamplingParams(12, n=3))
     slots = engine.slots
-    assert slots.size == 4
+    assert slots.sizes[0] == 4
     assert_same(engine.generate(prompts()[:1], SamplingParams(12, n=3)), first[:1])
     assert engine.slots is slots
     engine.generate(prompts(), SamplingParams(20, n=3))  # longer: new ones
-    assert engine.slots is not slots and engine.slots.size == 4
+    assert engine.slots is not slots and engine.slots.sizes[0] == 4
     assert_same(engine.generate(prompts(), SamplingParams(12, n=3)), first)
 
 
