@@ -431,11 +431,11 @@ def gradient(trainer: grpo.Trainer, batch: grpo.Batch, size: int, monkeypatch) -
 
 def test_update_does_not_depend_on_micro_batches(options, rewarded, monkeypatch):
     trainer = grpo.Trainer(options(kl_coef=0.1, group_size=8))
+    batch, _, _ = trainer.rollout([0, 1], 0)
     trainer.model.double()
     trainer.reference.double()
     with torch.no_grad():
         trainer.reference.lm_head.weight.mul_(0.9)  # else the KL term is zero
-    batch, _, _ = trainer.rollout([0, 1], 0)
     batch.sampler_log_probs = batch.sampler_log_probs.double()
     assert batch.advantages.any()
     wanted, wanted_metrics = gradient(trainer, batch, 16, monkeypatch)
