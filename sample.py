@@ -446,6 +446,7 @@ def load_sampler(folder: str, device: str, dtype: str, **options) -> tuple[Sampl
 
 
 def main(argv: list[str]) -> None:
+    """Answers --prompt, or talks."""
     options = parse_options(SampleOptions, argv)
     if options.prompt is None and (options.json or options.image):
         raise InputError("--json and --image need a --prompt")

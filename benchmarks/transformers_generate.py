@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 @dataclass
 class Job:
+    """What is to be measured."""
     model: str                  # model folder
     prompts: list[list[int]]
     samples: int                # per prompt
@@ -54,6 +55,7 @@ def generate(model, job: Job, batch: int, cache: str) -> tuple[list[list[int]], 
 
 
 def main() -> None:
+    """Reads the job, and prints a line per batch size and cache."""
     transformers.utils.logging.set_verbosity_error()
     job = Job(**json.load(sys.stdin))
     torch.set_num_threads(job.threads)
