@@ -8,13 +8,13 @@ How it is fast, from top to bottom:
   one in the queue at once (continuous batching: Orca, Yu et al., OSDI 2022): nothing waits for the longest;
 * prompts are run packed end to end, without padding; the n samples of a prompt share one pass, whose keys and values
   are copied to their slots; an image passes the ViT once;
-* whatever a step needs lies on the device; Python sees a sequence when it begins, when it ends, and at its think budget;
+* all that a step needs lies on the device; Python sees a sequence when it begins, ends, and is at its think budget;
 * the KV cache is one contiguous block, allocated once and kept for later rollouts. A paged cache (vLLM, arXiv
   2309.06180) is left out on purpose: at 57,344 bytes a token for the 7B (2 x 28 layers x 4 heads x 128 x 2 bytes), 200
   slots of 4,600 tokens take 53 GB, and fit beside the 17 GB of weights on one 80 GB card.
 
-What it gives equals a plain loop without cache or batch (tests/test_sample.py: `generate_plainly`), for any number of slots
-and any order.
+What it gives equals a plain loop without cache or batch (tests/test_sample.py: `generate_plainly`), for any number of
+slots and any order.
 Shapes: B slots in use, T prompt tokens, V vocabulary rows, N the longest response allowed.
 """
 import json
@@ -70,7 +70,7 @@ class Completion:
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C while sampling. `results` holds what was finished: per prompt the list of its completions, some or none."""
+    """Ctrl-C while sampling. `results` holds what was finished: of each prompt its completions, some or none."""
 
     def __init__(self, results: list[list[Completion]]):
         super().__init__()
@@ -168,8 +168,8 @@ class PrefilledPrompt:
 
 class Sampler:
     """Samples completions for a list of prompts, text and images mixed, in `max_batch` slots. Raises InputError where
-    the tokenizer has ids beyond the model's vocabulary. `frozen`: the model is only sampled from, and may be taken apart
-    (on a CPU its weights move to another layout)."""
+    the tokenizer has ids beyond the model's vocabulary. `frozen`: the model is only sampled from, and may be taken
+    apart (on a CPU its weights move to another layout)."""
 
     def __init__(self, model: Qwen2_5_VL, tokenizer: Tokenizer, *, max_batch: int = 256, frozen: bool = False):
         self.device, self.dtype = model.head_weight.device, model.head_weight.dtype
@@ -181,6 +181,7 @@ class Sampler:
         self.end_of_thought = tokenizer.encode(END_OF_THOUGHT)
         self.slots: Slots | None = None
         self.graphs: dict[tuple, torch.cuda.CUDAGraph | None] = {}
+        self.graph_pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams, *, progress: bool = False,
@@ -235,7 +236,7 @@ class Sampler:
                 for (keys, values), row, (_, following) in zip(cache.split(lengths), last, positions)]
 
     def pick(self, B: int, params: SamplingParams) -> None:
-        """The next token of the first B slots, from their hidden states. What a slot that is done writes, none reads."""
+        """The next token of the first B slots, from their hidden states. What a slot that is done writes is not read."""
         s, column = self.slots, self.slots.count[:B, None]
         uniforms = s.uniforms[:B].gather(1, column)[:, 0]
         ids, log_probs = params.choose(self.packed.logits(s.hidden[:B]), uniforms, self.masked_ids)
@@ -264,17 +265,17 @@ class Sampler:
             work(B, *args)
             return
         size, max_length, _ = self.slots.sizes
-        B = min(1 << (B - 1).bit_length(), size)
-        cache, longest = self.slots.cache, self.slots.cache.longest
+        B, cache, longest = min(1 << (B - 1).bit_length(), size), self.slots.cache, self.slots.cache.longest
         cache.longest = min(max(256, 1 << longest.bit_length()), max_length) - 1
-        key = (work.__name__, B, cache.longest, *((p.temperature, p.top_p, p.top_k, p.think_budget is None) for p in args))
+        sampling = [(p.temperature, p.top_p, p.top_k, p.think_budget is None) for p in args]
+        key = (B, *(sampling or [cache.longest]))
         if key not in self.graphs:
             self.graphs[key] = None
             work(B, *args)
         else:
             if self.graphs[key] is None:
                 self.graphs[key] = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self.graphs[key]):
+                with torch.cuda.graph(self.graphs[key], pool=self.graph_pool):  # they run one after the other
                     work(B, *args)
             self.graphs[key].replay()
         cache.longest = longest
@@ -294,7 +295,7 @@ class Rollout:
         self.live: list[Request] = []                                                          # by slot
         self.finished: dict[tuple[int, int], Completion] = {}
         self.step, self.tokens, self.started = 0, 0, time.perf_counter()
-        # The device is asked which sequences are done every so many steps only: an answer takes as long as a small step.
+        # The device is asked which sequences are done every so many steps: an answer takes as long as a small step.
         self.stride = 8 if sampler.device.type == "cuda" and on_token is None else 1
 
     def run(self) -> None:
@@ -397,7 +398,7 @@ class Rollout:
         return [[self.finished[i, s] for s in samples if (i, s) in self.finished] for i in range(len(self.prompts))]
 
 
-# --- The command --------------------------------------------------------------------------------------------------------
+# --- The command ------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class SampleOptions(SamplingParams):
