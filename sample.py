@@ -15,7 +15,7 @@ How it is fast, from top to bottom:
 
 What it gives equals a plain loop without cache or batch (tests/test_sample.py: `generate_plainly`), for any number of
 slots and any order.
-Shapes: B slots in use, T prompt tokens, V vocabulary rows, N the longest response allowed.
+Shapes: B slots in use, L layers, K key/value heads, D head dim, T prompt tokens, C width, V vocabulary rows.
 """
 import json
 import sys

@@ -1,7 +1,8 @@
 """The computations that take a reasoning model's time: attention, log-probs over a large vocabulary, linear maps with few
 rows, and drawing the next token.
 
-Each file holds the plain PyTorch reference first, then the fast paths, then one dispatcher of the same name.
+attention.py and logprob.py hold the plain PyTorch reference first, then the fast paths, then one dispatcher of the file's
+purpose; linear.py's reference is torch's own F.linear.
 """
 from kernels.attention import attention
 from kernels.linear import PackedLinear, can_pack, packed_twin
