@@ -2,6 +2,7 @@
 
     python sample.py --model micro/base                                              # chat; /image FILE, /reset, /quit
     python sample.py --model Qwen2.5-VL-7B-Instruct --image cat.png --prompt "What is this?" --temperature 0 --json
+    python sample.py --model QwQ-32B --data medqa.jsonl --n 8 --keep-correct --out sft.jsonl    # see distill.py
 
 How it is fast, from top to bottom:
 * a fixed number of slots decode together, a token each per step, and a slot whose sequence has ended goes to the next
@@ -32,6 +33,7 @@ from tqdm import tqdm
 
 from chat import chat
 from data import ImageConfig, InputError, Prompt, Tokenizer, load_image, make_prompt
+from distill import DistillOptions, distill
 from kernels import draw, is_greedy, sampling_log_probs
 from model import Config, KVCache, PromptCache, Qwen2_5_VL, rope_positions
 from training import MICRO_BASE, check_vocabulary, limit_threads, option, parse_options, pick_device, run_command
@@ -174,6 +176,7 @@ class Sampler:
     def __init__(self, model: Qwen2_5_VL, tokenizer: Tokenizer, *, max_batch: int = 256, frozen: bool = False):
         self.device, self.dtype = model.head_weight.device, model.head_weight.dtype
         self.model, self.tokenizer, self.max_batch = model, tokenizer, max_batch
+        self.context = model.config.max_position_embeddings
         self.packed = model.packed(release=frozen)  # what is run
         check_vocabulary(tokenizer, model.config)
         self.masked_ids = tokenizer.never_sampled(model.config.vocab_size).to(self.device)
@@ -185,27 +188,34 @@ class Sampler:
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams, *, progress: bool = False,
-                 on_token: Callable[[int, int, list[int]], None] | None = None) -> list[list[Completion]]:
+                 on_token: Callable[[int, int, list[int]], None] | None = None,
+                 on_prompt: Callable[[int, list[Completion]], None] | None = None,
+                 streams: Sequence[tuple[int, int]] | None = None) -> list[list[Completion]]:
         """params.n completions of each prompt, in order; `check` says which prompts are refused. Ctrl-C raises
         Interrupted, which has what was finished.
 
-        `on_token` is called after every token with the prompt's number, the sample's, and all ids so far.
+        `on_token` is called after every token with the prompt's number, the sample's, and all ids so far; `on_prompt`
+        with a prompt's number and its completions as soon as all of them are finished. `streams` names the prompts'
+        random streams, for a caller who must get the same samples again from some of the prompts alone.
         """
         for i, prompt in enumerate(prompts):
             self.check(prompt, f"prompt {i + 1}")
         with tqdm(total=len(prompts) * params.n, unit="seq", desc="sampling", disable=not progress, leave=False) as bar:
-            rollout = Rollout(self, prompts, params, bar, on_token)
+            rollout = Rollout(self, prompts, params, bar, on_token, on_prompt, streams)
             try:
                 rollout.run()
             except KeyboardInterrupt:
                 raise Interrupted(rollout.results()) from None
         return rollout.results()
 
+    def fits(self, prompt: Prompt) -> bool:
+        """Whether a prompt leaves room in the context."""
+        return len(prompt.ids) < self.context
+
     def check(self, prompt: Prompt, name: str) -> None:
         """Raises InputError for a prompt that leaves no room in the context, and images where the model takes none."""
-        context = self.model.config.max_position_embeddings
-        if len(prompt.ids) >= context:
-            raise InputError(f"{name}: its {len(prompt.ids)} tokens do not fit the context of {context}")
+        if not self.fits(prompt):
+            raise InputError(f"{name}: its {len(prompt.ids)} tokens do not fit the context of {self.context}")
         if prompt.grids and self.model.config.vision is None:
             raise InputError(f"{name}: this model has no vision tower: it takes no images")
 
@@ -285,15 +295,18 @@ class Rollout:
     """One call of `generate`: which sequence is where, and what comes next."""
 
     def __init__(self, sampler: Sampler, prompts: Sequence[Prompt], params: SamplingParams, bar: tqdm,
-                 on_token: Callable[[int, int, list[int]], None] | None):
-        self.sampler, self.prompts, self.params, self.bar, self.on_token = sampler, prompts, params, bar, on_token
-        context = sampler.model.config.max_position_embeddings
-        self.limits = [min(params.max_new_tokens, context - len(p.ids)) for p in prompts]
-        self.streams = random_streams(prompts)
+                 on_token: Callable[[int, int, list[int]], None] | None,
+                 on_prompt: Callable[[int, list[Completion]], None] | None,
+                 streams: Sequence[tuple[int, int]] | None):
+        self.sampler, self.prompts, self.params, self.bar = sampler, prompts, params, bar
+        self.on_token, self.on_prompt = on_token, on_prompt
+        self.limits = [min(params.max_new_tokens, sampler.context - len(p.ids)) for p in prompts]
+        self.streams = random_streams(prompts) if streams is None else streams
         self.waiting = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i].ids)))  # prompts to be run
         self.ready: deque[tuple[Request, PrefilledPrompt]] = deque()                           # run, and to be placed
         self.live: list[Request] = []                                                          # by slot
         self.finished: dict[tuple[int, int], Completion] = {}
+        self.unfinished = [params.n] * len(prompts)                                            # samples, by prompt
         self.step, self.tokens, self.started = 0, 0, time.perf_counter()
         # The device is asked which sequences are done every so many steps: an answer takes as long as a small step.
         self.stride = 8 if sampler.device.type == "cuda" and on_token is None else 1
@@ -374,10 +387,11 @@ class Rollout:
             return
         counts = s.count[done].tolist()
         rows = [x[done, :max(counts)].tolist() for x in (s.ids, s.log_probs, s.forced)]
-        done = done.tolist()
+        done, prompts = done.tolist(), []
         for slot, count, *row in zip(done, counts, *rows):
             ids, log_probs, forced = (x[:count] for x in row)
             request, self.tokens = self.live[slot], self.tokens + count
+            prompts.append(request.prompt)
             self.finished[request.prompt, request.sample] = completion(ids, log_probs, [i >= 0 for i in forced],
                                                                        self.sampler.tokenizer)
         kept, ended = B - len(done), set(done)
@@ -389,8 +403,16 @@ class Rollout:
         del self.live[kept:]
         s.done[kept:] = True
         self.find_longest()
+        self.report_prompts(prompts)
         self.bar.update(len(done))
         self.bar.set_postfix_str(f"{self.tokens / (time.perf_counter() - self.started):,.0f} tokens/s", refresh=False)
+
+    def report_prompts(self, ended: list[int]) -> None:
+        """Hands on the prompts whose last sample has ended; `ended` names a prompt for each sample."""
+        for i in ended:
+            self.unfinished[i] -= 1
+            if self.unfinished[i] == 0 and self.on_prompt is not None:
+                self.on_prompt(i, [self.finished[i, sample] for sample in range(self.params.n)])
 
     def results(self) -> list[list[Completion]]:
         """By prompt, in the order of the samples; what is not finished is left out."""
@@ -401,13 +423,14 @@ class Rollout:
 # --- The command ------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
-class SampleOptions(SamplingParams):
-    """Sample from a model folder; without --prompt, chat with it."""
+class SampleOptions(DistillOptions, SamplingParams):
+    """Sample from a model folder: answer --prompt, distil the answers to --data, or chat."""
     model: str = option(str(MICRO_BASE), "model folder")
     prompt: str | None = option(None, "the user's text; images stand before it")
     image: list[str] = option([], "image files")
     system: str | None = option(None, "system prompt (default: the template's)")
     json: bool = option(False, "print one JSON object")
+    max_batch: int = option(256, "sequences sampled at a time", low=1)
     device: str = option("auto", "auto, cpu or cuda")
     dtype: str = option("auto", "auto is the one on disk", choices=("auto", "float32", "bfloat16"))
 
@@ -447,15 +470,24 @@ def load_sampler(folder: str, device: str, dtype: str, **options) -> tuple[Sampl
 
 
 def main(argv: list[str]) -> None:
-    """Answers --prompt, or talks."""
+    """Answers --prompt, distils the answers to --data, or talks."""
     options = parse_options(SampleOptions, argv)
     if options.prompt is None and (options.json or options.image):
         raise InputError("--json and --image need a --prompt")
-    sampler, images = load_sampler(options.model, options.device, options.dtype)
-    if options.prompt is not None:
+    distilling = {options.data is not None, options.keep_correct, options.out is not None}
+    if distilling != {False} and (distilling != {True} or options.prompt is not None):
+        raise InputError("--data, --keep-correct and --out go together, without a --prompt")
+    sampler, images = load_sampler(options.model, options.device, options.dtype, max_batch=options.max_batch)
+    if options.data is not None:
+        distill(sampler, options)
+    elif options.prompt is not None:
         sample_once(sampler, options, images)
-        return
+    else:
+        talk(sampler, options, images)
 
+
+def talk(sampler: Sampler, options: SampleOptions, images: ImageConfig) -> None:
+    """A conversation in the terminal."""
     def answer(prompt: Prompt, show: Callable[[list[int]], None]) -> list[int]:
         return sampler.generate([prompt], replace(options, n=1), on_token=lambda i, sample, ids: show(ids))[0][0].ids
 

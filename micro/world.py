@@ -266,7 +266,7 @@ TEST_SUFFIXES = {"A": "", "L": "_other", "G": "_graph"}
 
 def make_data(seed: int) -> tuple[dict[str, list[dict]], dict[str, Image.Image]]:
     """The records of every shipped file, by its name without .jsonl, and the images by file name."""
-    files, images = {"sft": [], "rl": [], "test_transcription": []}, {}
+    files, images = {"sft": [], "rl": [], "med": [], "test_transcription": []}, {}
     rng = random.Random(f"sft {seed}")
     for i in range(SFT_COUNT):
         q = draw_question(rng, "A", SFT_DEPTHS[i % len(SFT_DEPTHS)], SFT_BUCKETS)
@@ -275,6 +275,10 @@ def make_data(seed: int) -> tuple[dict[str, list[dict]], dict[str, Image.Image]]
     for i in range(RL_COUNT):
         q = draw_question(rng, "A", RL_DEPTHS[i % len(RL_DEPTHS)], RL_BUCKETS)
         files["rl"].append(record("rl", i, q, text_prompt(q, rng), q.answer))
+    rng = random.Random(f"med {seed}")
+    for i in range(RL_COUNT):
+        q = draw_question(rng, "L", RL_DEPTHS[i % len(RL_DEPTHS)], RL_BUCKETS)
+        files["med"].append(record("med", i, q, text_prompt(q, rng), q.answer))
     rng = random.Random(f"tests {seed}")
     for domain, suffix in TEST_SUFFIXES.items():
         text, image = f"test_text{suffix}", f"test_image{suffix}"
