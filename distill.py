@@ -8,8 +8,8 @@ is right; of a question's kept responses the first `--max-per-question` differen
 questions do not outweigh hard ones. Questions are text: SFT sees no image.
 
 The teacher may be any folder that sample.py loads, Qwen2.5-VL or text-only. QwQ and its like write their thoughts,
-`</think>`, and an answer in prose with a \boxed{}; `as_written` brings that to the paper's form. Qwen's text models were
-trained with other system prompts than Qwen2.5-VL's default: --system has it.
+`</think>`, and an answer in prose with a \boxed{}; `as_written` brings that to the paper's form. Qwen's text models
+were trained with other system prompts than Qwen2.5-VL's default: --system sets it.
 
 sft.jsonl has our plain schema. Beside it, sft.samples.jsonl keeps every sample with its verdict, also for --resume.
 """
@@ -50,8 +50,8 @@ TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
 def as_written(response: str) -> str | None:
-    r"""A response in the form that SFT teaches, `<think>...</think> <answer>...</answer>`; None where it has no thoughts
-    or no answer.
+    r"""A response in the form that SFT teaches, `<think>...</think> <answer>...</answer>`; None where it has no
+    thoughts or no answer.
 
     What has that form stays as it is. Else the thoughts are what stands before the only `</think>` (a `<think>` before
     them may be missing: QwQ's chat template writes it into the prompt), and the answer is what the reward looks at:

@@ -3,24 +3,36 @@
     python evaluate.py --model runs/grpo/model                                   # the four micro test sets, greedy
     python evaluate.py --model DIR --data medqa.jsonl --prompt-style mcq --think-budget 3584 --max-new-tokens 4096
     python evaluate.py --model DIR --data gsm8k.jsonl --prompt-style math --runs 5 --temperature 0.3 --out gsm8k.jsonl
+    python evaluate.py ... --out gsm8k.jsonl --resume                            # the same again, after an interruption
+    python evaluate.py --text-solvable A.masked.jsonl B.masked.jsonl --on A.jsonl B.jsonl         # table 6
 
-Greedy decoding gives the headline figures. With several runs at a temperature: avg@k (the accuracy), maj@k (the answer
-given most often) and pass@k (right at least once). The sampler applies no repetition penalty; the hub's
-generation_config asks for 1.05, which published Qwen figures may have used.
+Greedy decoding gives the headline figures. With several runs at a temperature: avg@k (the accuracy), maj@k (is the
+answer given most often right? Of equally frequent ones the one that came first counts) and pass@k (right at least
+once). An answer that cannot be parsed is wrong. Questions whose prompt does not fit the context are not asked: no
+prompt is cut; they are counted as `dropped` and are in no other figure.
+
+The sampler applies no repetition penalty; the hub's generation_config asks for 1.05, which published Qwen figures may
+have used.
 """
 import json
+import sys
+import zlib
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from statistics import fmean, stdev
 
 from data import Example, ImageConfig, InputError, Prompt, format_prompt, load_image, make_prompt, read_examples
+from model import weight_files
+from records import RecordFile, json_lines, write_whole
 from rewards import accuracy_reward, extract_answer, is_equivalent
-from sample import Completion, Interrupted, Sampler, SamplingParams, load_sampler
+from sample import Completion, Sampler, SamplingParams, load_sampler
 from training import MICRO_BASE, MICRO_DATA, option, parse_options, run_command
 
 MICRO_TESTS = ("test_text", "test_image", "test_text_other", "test_image_other")
+IMAGE_BYTES = 4 << 30  # of preprocessed images that wait at a time: those of a whole benchmark would not fit
 
 
 @dataclass
@@ -36,12 +48,18 @@ class EvaluateOptions:
     limit: int | None = option(None, "only the first so many questions of each file", low=1)
     mask_images: bool = option(False, "ask image questions without their images (paper: table 6)")
     max_batch: int = option(256, "sequences sampled at a time", low=1)
-    seed: int = option(0, "of the random stream", low=0)
+    seed: int = option(0, "of the random streams", low=0)
     out: str | None = option(None, "JSONL file for every prompt, response, extracted answer and verdict")
+    resume: bool = option(False, "go on where --out was interrupted")
+    overwrite: bool = option(False, "replace what --out holds")
+    text_solvable: list[str] = option([], "two models' --out files with masked images: what is solved without them?")
+    on: list[str] = option([], "with --text-solvable, the same two models' --out files with images")
     json: bool = option(False, "print one JSON object per file")
     device: str = option("auto", "auto, cpu or cuda")
     dtype: str = option("auto", "auto is the one on disk", choices=("auto", "float32", "bfloat16"))
 
+
+# --- Asking -----------------------------------------------------------------------------------------------------------
 
 def example_prompt(sampler: Sampler, images: ImageConfig, example: Example, options: EvaluateOptions) -> Prompt:
     """The question with its images in the chosen prompt."""
@@ -49,30 +67,55 @@ def example_prompt(sampler: Sampler, images: ImageConfig, example: Example, opti
     return make_prompt(format_prompt(example, options.prompt_style), pictures, sampler.tokenizer, images)
 
 
-def evaluate(sampler: Sampler, images: ImageConfig, examples: list[Example], options: EvaluateOptions) -> list[dict]:
-    """One record per question and run, in order. After Ctrl-C raises Interrupted with those of the questions whose runs
-    are all there."""
-    prompts = [example_prompt(sampler, images, example, options) for example in examples]
+def portions(sampler: Sampler, images: ImageConfig, examples: list[Example],
+             options: EvaluateOptions) -> Iterator[tuple[list[Example], list[Prompt]]]:
+    """Questions with their prompts, as many at a time as their images' memory allows."""
+    part, prompts, size = [], [], 0
+    for example in examples:
+        prompt = example_prompt(sampler, images, example, options)
+        part.append(example)
+        prompts.append(prompt)
+        size += 0 if prompt.patches is None else prompt.patches.nbytes
+        if size >= IMAGE_BYTES:
+            yield part, prompts
+            part, prompts, size = [], [], 0
+    if part:
+        yield part, prompts
+
+
+def evaluate(sampler: Sampler, images: ImageConfig, examples: list[Example], options: EvaluateOptions, *,
+             known: dict[str, list[dict]] | None = None,
+             on_answer: Callable[[list[dict]], None] | None = None) -> list[dict]:
+    """One record per question and run, in order. Questions whose records are `known`, by id, are not asked; of the
+    others `on_answer` gets the records as soon as all runs are there. A question's samples are a function of its id and
+    the seed, so they do not depend on which others are asked."""
+    answered = dict(known or {})
     params = SamplingParams(options.max_new_tokens, options.temperature, n=options.runs, seed=options.seed,
                             think_budget=options.think_budget)
-    try:
-        groups = sampler.generate(prompts, params, progress=True)
-    except Interrupted as stopped:
-        whole = [(e, group) for e, group in zip(examples, stopped.results) if len(group) == options.runs]
-        raise Interrupted(records([e for e, _ in whole], [group for _, group in whole], options)) from None
-    return records(examples, groups, options)
+    for part, prompts in portions(sampler, images, [e for e in examples if e.id not in answered], options):
+        def finish(i: int, group: list[Completion]) -> None:
+            answered[part[i].id] = records(part[i], group, options)
+            if on_answer is not None:
+                on_answer(answered[part[i].id])
+
+        sampler.generate(prompts, params, progress=True, on_prompt=finish,
+                         streams=[(zlib.crc32(example.id.encode()), 0) for example in part])
+    return [record for example in examples for record in answered[example.id]]
 
 
-def records(examples: list[Example], groups: list[list[Completion]], options: EvaluateOptions) -> list[dict]:
-    """What was asked, answered, extracted, and the verdict."""
-    return [{"id": example.id, "run": run, "domain": example.domain, "meta": example.meta, "response": completion.text,
+def records(example: Example, group: list[Completion], options: EvaluateOptions) -> list[dict]:
+    """What was asked, answered, extracted, and the verdict, for each run."""
+    return [{"id": example.id, "run": run, "domain": example.domain, "meta": example.meta,
+             "masked": options.mask_images and bool(example.images), "response": completion.text,
              "prompt": format_prompt(example, options.prompt_style), "extracted": extract_answer(completion.text),
              "vote": vote(completion.text, example), "answer": example.answer,
              "correct": accuracy_reward(completion.text, example.answer, example.options) == 1.0,
              "finish_reason": completion.finish_reason, "forced": any(completion.forced), "tokens": len(completion.ids),
              "words": len(completion.text.split())}
-            for example, group in zip(examples, groups) for run, completion in enumerate(group)]
+            for run, completion in enumerate(group)]
 
+
+# --- Figures ----------------------------------------------------------------------------------------------------------
 
 def vote(response: str, example: Example) -> str | None:
     """What a response counts for in a majority: the option it names ("B: No" is a vote for B), else its answer."""
@@ -90,26 +133,150 @@ def majority(records: list[dict]) -> bool:
     return bool(voters) and voters[votes.index(max(votes))]["correct"]
 
 
+def standard_error(values: list[float]) -> float:
+    """Of the mean of values from independent questions."""
+    return stdev(values) / len(values)**0.5 if len(values) > 1 else 0.0
+
+
+def accuracy(questions: list[list[dict]]) -> dict:
+    """Of questions, each with the records of its runs: n, and each measure with the standard error of its mean over
+    questions (for the accuracy that of each question's mean over its runs)."""
+    runs, correct = len(questions[0]), [[record["correct"] for record in group] for group in questions]
+    measures = {"accuracy": list(map(fmean, correct))}
+    if runs > 1:
+        measures |= {f"avg@{runs}": measures["accuracy"], f"maj@{runs}": [float(majority(q)) for q in questions],
+                     f"pass@{runs}": [float(any(c)) for c in correct]}
+    figures = {"n": len(questions)}
+    for name, values in measures.items():
+        figures |= {name: fmean(values), "stderr" if name == "accuracy" else f"{name}_stderr": standard_error(values)}
+    return figures
+
+
 def summarise(records: list[dict]) -> dict:
-    """The figures of one file. `stderr` is that of the mean over questions of each question's mean over its runs."""
+    """The figures of one file."""
     questions: dict[str, list[dict]] = defaultdict(list)
     for record in records:
         questions[record["id"]].append(record)
-    scores = [fmean(r["correct"] for r in group) for group in questions.values()]
-    n, runs = len(scores), len(records) // len(scores)
-    domains: dict[str, list[float]] = defaultdict(list)
-    for group, score in zip(questions.values(), scores):
-        domains[str(group[0]["domain"])].append(score)
-    summary = {"n": n, "accuracy": fmean(scores), "stderr": stdev(scores) / n**0.5 if n > 1 else 0.0}
-    if runs > 1:
-        summary |= {f"avg@{runs}": summary["accuracy"], f"maj@{runs}": fmean(map(majority, questions.values())),
-                    f"pass@{runs}": fmean(any(r["correct"] for r in group) for group in questions.values())}
-    return summary | {"unparsed": fmean(r["extracted"] is None for r in records),
-                      "mean_words": fmean(r["words"] for r in records),
-                      "mean_tokens": fmean(r["tokens"] for r in records),
-                      "forced": fmean(r["forced"] for r in records),
-                      "by_domain": {d: {"n": len(s), "accuracy": fmean(s)} for d, s in sorted(domains.items())}}
+    domains: dict[str, list[list[dict]]] = defaultdict(list)
+    for group in questions.values():
+        domains[str(group[0]["domain"])].append(group)
+    return {**accuracy(list(questions.values())), "unparsed": fmean(r["extracted"] is None for r in records),
+            "mean_words": fmean(r["words"] for r in records), "mean_tokens": fmean(r["tokens"] for r in records),
+            "forced": fmean(r["forced"] for r in records),
+            "by_domain": {domain: accuracy(groups) for domain, groups in sorted(domains.items())}}
 
+
+def print_table(results: dict[str, dict]) -> None:
+    """One line per file, in percent, and below it one per domain if there are several."""
+    measures = [key for key in next(iter(results.values())) if key == "accuracy" or "@" in key and "_" not in key]
+
+    def line(name: str, s: dict) -> str:
+        cells = (f"{100 * s[m]:.1f} +- {100 * s['stderr' if m == 'accuracy' else f'{m}_stderr']:.1f}" for m in measures)
+        return f"{name:<28}{s['n']:>6}" + "".join(f"{cell:>14}" for cell in cells)
+
+    print(f"{'file':<28}{'n':>6}" + "".join(f"{m:>14}" for m in measures)
+          + f"{'unparsed':>10}{'forced':>8}{'words':>8}{'tokens':>8}{'dropped':>9}")
+    for path, s in results.items():
+        print(line(Path(path).stem, s) + f"{100 * s['unparsed']:>10.1f}{100 * s['forced']:>8.1f}{s['mean_words']:>8.1f}"
+              f"{s['mean_tokens']:>8.1f}{s['dropped']:>9}")
+        for domain, figures in s["by_domain"].items() if len(s["by_domain"]) > 1 else ():
+            print(line(f"  {domain}", figures))
+
+
+# --- Is the image needed? (paper: table 6) ---------------------------------------------------------------------------
+
+Answers = dict[tuple[str, str], list[dict]]  # a question, by its file's name and its id -> the records of its runs
+
+
+def read_answers(path: str, *, masked: bool) -> Answers:
+    """What an --out file holds of questions whose images were masked, or of the others."""
+    answers, number = defaultdict(list), 0
+    try:
+        for number, line in enumerate(Path(path).read_text().splitlines(), 1):
+            record = json.loads(line)
+            if record["masked"] is masked:
+                answers[Path(record["file"]).name, record["id"]].append({"correct": bool(record["correct"]),
+                                                                        "vote": record["vote"]})
+    except (ValueError, TypeError, KeyError):
+        raise InputError(f"{path}: line {number}: not a record of evaluate.py --out") from None
+    return answers
+
+
+def read_masked(path: str) -> Answers:
+    """The same of a file made for this: every image question asked several times with its image masked."""
+    answers = read_answers(path, masked=True)
+    if not answers:
+        raise InputError(f"{path}: no question was asked with its image masked: make it with --mask-images --runs 3 "
+                         "--temperature 0.3")
+    runs = {len(group) for group in answers.values()}
+    if len(runs) > 1:
+        raise InputError(f"{path}: not every question has {max(runs)} runs: finish it with --resume")
+    if runs == {1}:
+        raise InputError(f"{path}: each question was asked once: make it with --runs 3 --temperature 0.3")
+    return answers
+
+
+def check_same_questions(paths: list[str], answers: list[Answers]) -> None:
+    """Raises InputError where two files are of different questions."""
+    different = sorted(answers[0].keys() ^ answers[1].keys())
+    if different:
+        raise InputError(f"{paths[0]} and {paths[1]} are not of the same questions: only one has {different[0][1]} of "
+                         f"{different[0][0]}")
+
+
+def compare_without_images(options: EvaluateOptions) -> None:
+    """The ablation: questions that one of two models solves every time without the image are text-solvable; --on
+    compares the models on the rest. The rest's names go to --out."""
+    if len(options.text_solvable) != 2 or len(options.on) not in (0, 2):
+        raise InputError("--text-solvable takes two files, and so does --on")
+    if options.out and Path(options.out).exists() and not options.overwrite:
+        raise InputError(f"{options.out} is there: use --overwrite, or another --out")
+    masked = [read_masked(path) for path in options.text_solvable]
+    check_same_questions(options.text_solvable, masked)
+    solved = [{q for q, group in answers.items() if all(r["correct"] for r in group)} for answers in masked]
+    rest = [q for q in masked[0] if q not in solved[0] | solved[1]]
+    found = {"n": len(masked[0]), "runs": [len(next(iter(answers.values()))) for answers in masked],
+             "solved": list(map(len, solved)), "solved_by_either": len(masked[0]) - len(rest), "remaining": len(rest)}
+    found["all"], found["rest"] = ([], []) if not options.on else compare_models(options.on, masked[0], rest)
+    if options.out:
+        write_whole(Path(options.out), json_lines({"file": name, "id": i} for name, i in rest))
+    if options.json:
+        print(json.dumps(found | {"text_solvable": [{"file": name, "id": i} for name, i in solved[0] | solved[1]]}))
+    else:
+        print_ablation(options, found)
+
+
+def compare_models(paths: list[str], questions: Iterable[tuple], rest: list[tuple]) -> tuple[list[dict], list[dict]]:
+    """Both models' figures on all the questions, and on the rest: of the first, of the second, and of the difference,
+    whose standard error takes into account that both were asked the same."""
+    answers = [read_answers(path, masked=False) for path in paths]
+    for path, found in zip(paths, answers):
+        lacking = [q for q in questions if q not in found]
+        if lacking:
+            raise InputError(f"{path}: {lacking[0][1]} of {lacking[0][0]} was not asked with its image")
+
+    def figures(chosen: Iterable[tuple]) -> list[dict]:
+        first, second = ([fmean(r["correct"] for r in found[q]) for q in chosen] for found in answers)
+        gains = [after - before for before, after in zip(first, second)]
+        both = [accuracy([found[q] for q in chosen]) for found in answers]
+        return [*both, {"n": len(gains), "accuracy": fmean(gains), "stderr": standard_error(gains)}]
+
+    return figures(questions), figures(rest) if rest else []
+
+
+def print_ablation(options: EvaluateOptions, found: dict) -> None:
+    """How many questions are text-solvable, and the models on the others."""
+    print(f"{found['n']} image questions, asked without their images:")
+    for path, runs, solved in zip(options.text_solvable, found["runs"], found["solved"]):
+        print(f"  solved {runs} times of {runs} by {path:<40}{solved:>6}")
+    print(f"  by either{found['solved_by_either']:>6}, which leaves{found['remaining']:>6}")
+    if found["rest"]:
+        print(f"\n{'accuracy in %':<44}{'all':>16}{'the rest':>16}")
+        for name, *parts in zip([*options.on, "difference"], found["all"], found["rest"]):
+            print(f"{name:<44}" + "".join(f"{100 * p['accuracy']:>9.1f} +- {100 * p['stderr']:.1f}" for p in parts))
+
+
+# --- The command ------------------------------------------------------------------------------------------------------
 
 def load_examples(path: str, limit: int | None) -> list[Example]:
     """The file's questions, each with a name of its own."""
@@ -119,55 +286,72 @@ def load_examples(path: str, limit: int | None) -> list[Example]:
     return examples
 
 
-def print_table(results: dict[str, dict]) -> None:
-    """One line per file, in percent."""
-    columns = [key for key in next(iter(results.values())) if "@" in key]
-    print(f"{'file':<24}{'n':>6}{'accuracy':>16}" + "".join(f"{c:>9}" for c in columns)
-          + f"{'unparsed':>10}{'forced':>8}{'words':>8}{'tokens':>8}")
-    for path, s in results.items():
-        accuracy = f"{100 * s['accuracy']:.1f} +- {100 * s['stderr']:.1f}"
-        print(f"{Path(path).stem:<24}{s['n']:>6}{accuracy:>16}" + "".join(f"{100 * s[c]:>9.1f}" for c in columns)
-              + f"{100 * s['unparsed']:>10.1f}{100 * s['forced']:>8.1f}{s['mean_words']:>8.1f}{s['mean_tokens']:>8.1f}")
-
-
-def main(argv: list[str]) -> None:
-    """Checks everything that can be checked, then evaluates file by file; after Ctrl-C what was answered counts."""
-    options = parse_options(EvaluateOptions, argv)
+def check_options(options: EvaluateOptions) -> None:
+    """Raises InputError for options that do not go together."""
+    if options.on:
+        raise InputError("--on goes with --text-solvable")
     if options.runs > 1 and options.temperature == 0:
         raise InputError("--runs above 1 needs a --temperature above 0: greedy runs are all the same")
     if len(set(options.data)) < len(options.data):
         raise InputError("--data names a file twice")
     if options.out and Path(options.out).resolve() in [Path(path).resolve() for path in options.data]:
         raise InputError(f"--out {options.out} is one of the question files")
+    if options.resume and not options.out:
+        raise InputError("--resume needs the --out to go on with")
+
+
+def fitting(sampler: Sampler, images: ImageConfig, path: str, examples: list[Example],
+            options: EvaluateOptions) -> list[Example]:
+    """The questions whose prompts fit the context. Whatever is wrong with one of the others' is said here."""
+    kept = []
+    for example in examples:
+        try:
+            prompt = example_prompt(sampler, images, example, options)
+            if sampler.fits(prompt):
+                sampler.check(prompt, "prompt")
+                kept.append(example)
+        except InputError as error:
+            raise InputError(f"{path}: question {example.id}: {error}") from None
+    if not kept:
+        raise InputError(f"{path}: no question fits the context of {sampler.context} tokens")
+    if len(kept) < len(examples):
+        print(f"{path}: {len(examples) - len(kept)} of {len(examples)} questions dropped: they do not fit the context "
+              f"of {sampler.context} tokens", file=sys.stderr)
+    return kept
+
+
+def main(argv: list[str]) -> None:
+    """Checks everything that can be checked, then evaluates file by file; after Ctrl-C what was answered counts."""
+    options = parse_options(EvaluateOptions, argv)
+    if options.text_solvable:
+        compare_without_images(options)
+        return
+    check_options(options)
     files = {path: load_examples(path, options.limit) for path in options.data}
     sampler, images = load_sampler(options.model, options.device, options.dtype, max_batch=options.max_batch)
-    for path, examples in files.items():  # whatever is wrong with the last file is said before the first is sampled
-        for example in examples:
-            try:
-                sampler.check(example_prompt(sampler, images, example, options), "prompt")
-            except InputError as error:
-                raise InputError(f"{path}: question {example.id}: {error}") from None
-    out = open(options.out, "w") if options.out else None
+    asked = {path: fitting(sampler, images, path, examples, options) for path, examples in files.items()}
+    file = RecordFile(options.out, asdict(options), [*options.data, *weight_files(Path(options.model))],
+                      keys=("file", "id"), size=options.runs)
     results, interrupted = {}, False
-    for path, examples in files.items():
+    for path, examples in asked.items():
+        known = {example.id: file.groups[path, example.id] for example in examples if (path, example.id) in file.groups}
         try:
-            answered = evaluate(sampler, images, examples, options)
-        except Interrupted as stopped:
-            answered = stopped.results
+            evaluate(sampler, images, examples, options, known=known,
+                     on_answer=lambda group: file.append([{"file": path, **record} for record in group]))
+        except KeyboardInterrupt:
             interrupted = True
+        answered = [r for example in examples for r in file.groups.get((path, example.id), [])]
         if answered:
-            results[path] = summarise(answered)
-        if out:
-            out.writelines(json.dumps({"file": path, **record}) + "\n" for record in answered)
-            out.flush()
-        if options.json and answered:
-            print(json.dumps({"file": path, **results[path]}), flush=True)
+            results[path] = {**summarise(answered), "dropped": len(files[path]) - len(examples)}
+            if options.json:
+                print(json.dumps({"file": path, **results[path]}), flush=True)
         if interrupted:
             break
     if results and not options.json:
         print_table(results)
     if interrupted:
         raise KeyboardInterrupt
+    file.finish([(path, example.id) for path, examples in asked.items() for example in examples])
 
 
 if __name__ == "__main__":

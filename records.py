@@ -52,13 +52,18 @@ class RecordFile:
 
     Records come in groups of `size` (a question's runs), equal in the fields `keys`, and a group is appended as soon as
     it is there. So whatever stops the command (Ctrl-C, kill -9, a full disk), all but the last group is whole; --resume
-    drops a group that is not. `groups` has what is there, by the key fields' values.
+    drops a group that is not. `groups` has what is there, by the key fields' values; without a path, nothing else has.
     """
     FREE = ("resume", "overwrite", "out", "json", "device", "max_batch")  # options that may differ when it goes on
 
-    def __init__(self, path: str | Path, options: dict, inputs: Iterable[str | Path], *, keys: tuple[str, ...], size: int):
-        self.path, self.config_path, self.keys, self.size = Path(path), Path(f"{path}.config.json"), keys, size
+    def __init__(self, path: str | Path | None, options: dict, inputs: Iterable[str | Path], *,
+                 keys: tuple[str, ...], size: int):
+        self.keys, self.size = keys, size
         self.groups: dict[tuple, list[dict]] = {}
+        self.path = None if path is None else Path(path)
+        if path is None:
+            return
+        self.config_path = Path(f"{path}.config.json")
         config = {"options": options, "crc32": {str(name): checksum(name) for name in inputs},
                   "commit": git_commit(), "python": sys.version.split()[0], "torch": torch.__version__}
         if options["resume"]:
@@ -98,10 +103,11 @@ class RecordFile:
     def append(self, group: list[dict]) -> None:
         """A question's records."""
         self.groups[tuple(group[0][key] for key in self.keys)] = group
-        content = memoryview(json_lines(group))
+        content = memoryview(json_lines(group) if self.path else b"")
         while content:  # a disk that fills up takes a part
             content = content[self.file.write(content):]
 
     def finish(self, order: Iterable[tuple]) -> None:
         """Writes the file again, its groups in order."""
-        write_whole(self.path, json_lines(record for key in order for record in self.groups[key]))
+        if self.path is not None:
+            write_whole(self.path, json_lines(record for key in order for record in self.groups[key]))

@@ -1,13 +1,20 @@
 """Evaluation: figures of hand-made records, what is asked of the model, and whole runs of the command."""
 
 import json
+import os
+import re
+import resource
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 import evaluate  # noqa: E402
 import tiny  # noqa: E402
 from data import Example, InputError  # noqa: E402
@@ -42,7 +49,10 @@ def test_greedy_figures_by_hand():
     found = summarise(records(*[([("1", True)], "maths")] * 3, ([(None, False)], "medicine")))
     assert (found["n"], found["accuracy"], found["unparsed"], found["forced"]) == (4, 0.75, 0.25, 1.0)
     assert found["stderr"] == pytest.approx(0.25) and found["mean_words"] == 10.0 and found["mean_tokens"] == 20.0
-    assert found["by_domain"] == {"maths": {"n": 3, "accuracy": 1.0}, "medicine": {"n": 1, "accuracy": 0.0}}
+    assert found["by_domain"] == {
+        "maths": {"n": 3, "accuracy": 1.0, "stderr": 0.0},
+        "medicine": {"n": 1, "accuracy": 0.0, "stderr": 0.0},
+    }
     assert not any("@" in key for key in found)
 
 
@@ -60,7 +70,12 @@ def test_figures_of_several_runs_by_hand():
     # over questions, not over answers: 2/3, 1/3, 1/3, 0 deviate by 1/3, 0, 0, -1/3; variance 2/27, over 4 questions
     assert found["stderr"] == pytest.approx((2 / 27 / 4) ** 0.5)
     assert found["mean_words"] == 20.0 and found["forced"] == pytest.approx(1 / 3)
-    assert found["by_domain"] == {"None": {"n": 4, "accuracy": pytest.approx(1 / 3)}}
+    assert found["avg@3_stderr"] == found["stderr"]
+    # 2 of 4 and 3 of 4 right: sqrt(p (1 - p) / (n - 1))
+    assert found["maj@3_stderr"] == pytest.approx((0.5 * 0.5 / 3) ** 0.5)
+    assert found["pass@3_stderr"] == pytest.approx((0.75 * 0.25 / 3) ** 0.5)
+    measures = {k: v for k, v in found.items() if k in ("n", "accuracy", "stderr") or "@" in k}
+    assert found["by_domain"] == {"None": measures}  # of one domain they are those of all
 
 
 def test_one_question_has_no_spread():
@@ -147,6 +162,21 @@ def prompts(monkeypatch) -> list:
     return seen
 
 
+def script(monkeypatch, answers: list[list[str]]) -> None:
+    """Has the model answer so: a list per question, of its runs' answers."""
+    original = Sampler.generate
+
+    def scripted(self, prompts, params, *, on_prompt, **rest):
+        def finish(i, group):
+            for completion, answer in zip(group, answers[i], strict=True):
+                completion.text = f"<think>I think</think><answer>{answer}</answer>"
+            on_prompt(i, group)
+
+        return original(self, prompts, params, on_prompt=finish, **rest)
+
+    monkeypatch.setattr(Sampler, "generate", scripted)
+
+
 def run(folder: Path, questions: Path, *arguments: str) -> None:
     evaluate.main(
         ["--model", str(folder), "--data", str(questions), "--max-new-tokens", "4", "--device", "cpu", *arguments]
@@ -177,6 +207,7 @@ def test_json_and_records(folder, questions, tmp_path, capsys):
             "run",
             "domain",
             "meta",
+            "masked",
             "response",
             "prompt",
             "extracted",
@@ -220,15 +251,7 @@ def test_greedy_runs_repeat_and_sampled_ones_differ(folder, questions, tmp_path,
 
 def test_right_answers_are_counted(folder, questions, monkeypatch, capsys):
     """The model's part is played by a script: two answers of three are right, one with an option's text."""
-    original = Sampler.generate
-
-    def scripted(self, prompts, params, **rest):
-        groups = original(self, prompts, params, **rest)
-        for group, answer in zip(groups, ("2.0", "A: red", "5")):
-            group[0].text = f"<think>I think</think><answer>{answer}</answer>"
-        return groups
-
-    monkeypatch.setattr(Sampler, "generate", scripted)
+    script(monkeypatch, [["2.0"], ["A: red"], ["5"]])
     run(folder, questions, "--json")
     summary = json.loads(capsys.readouterr().out)
     assert (
@@ -236,7 +259,7 @@ def test_right_answers_are_counted(folder, questions, monkeypatch, capsys):
         and summary["unparsed"] == 0.0
         and summary["stderr"] == pytest.approx(1 / 3)
     )
-    assert summary["by_domain"] == {"art": {"n": 1, "accuracy": 1.0}, "maths": {"n": 2, "accuracy": 0.5}}
+    assert {d: (v["n"], v["accuracy"]) for d, v in summary["by_domain"].items()} == {"art": (1, 1.0), "maths": (2, 0.5)}
 
 
 def test_images_reach_the_model_unless_masked(folder, questions, prompts):
@@ -300,7 +323,7 @@ def test_table_has_a_line_per_file(folder, questions, tmp_path, capsys):
             "0.3",
         ]
     )
-    head, first, second = capsys.readouterr().out.splitlines()
+    head, first, art, maths, second = capsys.readouterr().out.splitlines()
     assert head.split() == [
         "file",
         "n",
@@ -312,7 +335,9 @@ def test_table_has_a_line_per_file(folder, questions, tmp_path, capsys):
         "forced",
         "words",
         "tokens",
+        "dropped",
     ]
+    assert art.split()[:2] == ["art", "1"] and maths.split()[:2] == ["maths", "2"]  # of several domains, each one
     assert first.split()[:5] == ["questions", "3", "0.0", "+-", "0.0"] and second.split()[:2] == ["other", "2"]
 
 
@@ -376,3 +401,267 @@ def test_default_files_are_the_four_settings():
 def test_missing_file_is_one_line(folder, tmp_path):
     with pytest.raises(InputError, match="missing.jsonl: cannot be read"):
         run(folder, tmp_path / "missing.jsonl")
+
+
+# --- What does not fit, and what does not fit at a time ---
+
+
+def test_prompts_over_the_context_are_dropped_and_counted(folder, tmp_path, capsys, prompts):
+    path, out = tmp_path / "q.jsonl", tmp_path / "out.jsonl"
+    lines = [{"id": str(i), "question": "why? " * (200 if i == 1 else 1), "answer": "1"} for i in range(3)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run(folder, path, "--json", "--out", str(out))
+    captured = capsys.readouterr()
+    summary = json.loads(captured.out)
+    assert (summary["n"], summary["dropped"]) == (2, 1)
+    assert "q.jsonl: 1 of 3 questions dropped: they do not fit the context of 512 tokens\n" in captured.err
+    assert [json.loads(line)["id"] for line in out.read_text().splitlines()] == ["0", "2"]
+    assert len(prompts[0][1]) == 2
+    run(folder, path, "--limit", "1", "--json")
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["dropped"] == 0 and "dropped" not in captured.err
+
+
+def test_images_wait_in_portions(folder, questions, tmp_path, prompts, monkeypatch):
+    """Another portion gives the same records, and no more images at a time."""
+    records = [json.loads(line) for line in questions.read_text().splitlines()]
+    more = [{**r, "id": f"{r['id']}{i}"} for i in range(3) for r in records]
+    questions.write_text("".join(json.dumps(r) + "\n" for r in more))
+    for name, size in (("whole", evaluate.IMAGE_BYTES), ("parts", 1)):
+        monkeypatch.setattr(evaluate, "IMAGE_BYTES", size)
+        run(folder, questions, "--runs", "2", "--temperature", "1", "--out", str(tmp_path / name))
+    assert [len(asked) for _, asked, _ in prompts] == [9, 2, 3, 3, 1]
+    assert (tmp_path / "whole").read_text() == (tmp_path / "parts").read_text()
+
+
+# --- Interruptions ---
+
+LONG = ["--runs", "2", "--temperature", "1", "--max-new-tokens", "40", "--max-batch", "2", "--device", "cpu"]
+
+
+@pytest.fixture
+def files(tmp_path) -> list[Path]:
+    """Two files of questions, some of them equal but for their id."""
+    paths = [tmp_path / "one.jsonl", tmp_path / "two.jsonl"]
+    for path in paths:
+        lines = [{"id": f"q{i}", "question": f"What is {i % 5}?", "answer": "1"} for i in range(12)]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return paths
+
+
+def command(folder: Path, files: list[Path], out: Path, *arguments: str) -> list[str]:
+    return ["--model", str(folder), "--data", *map(str, files), "--out", str(out), *LONG, *arguments]
+
+
+def summaries(text: str) -> list[dict]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.fixture
+def whole(folder, files, tmp_path, capsys) -> tuple[str, list[dict]]:
+    """What an uninterrupted run writes and prints."""
+    out = tmp_path / "whole.jsonl"
+    evaluate.main(command(folder, files, out, "--json"))
+    return out.read_text(), summaries(capsys.readouterr().out)
+
+
+def start(arguments: list[str], **options) -> subprocess.Popen:
+    """The command as a process."""
+    return subprocess.Popen([sys.executable, ROOT / "evaluate.py", *arguments], stdout=subprocess.DEVNULL,
+                            stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, **options)
+
+
+def test_kill_9_then_resume_gives_what_an_uninterrupted_run_gives(folder, files, tmp_path, whole, prompts, capsys):
+    out, asked = tmp_path / "killed.jsonl", []
+    process = start(command(folder, files, out))
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and (not out.exists() or out.read_bytes().count(b"\n") < 28):  # in the second file
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    lines = out.read_text().splitlines()
+    assert 28 <= len(lines) < 48, "killed too late"
+    evaluate.main(command(folder, files, out, "--json", "--resume"))
+    asked = sum(len(p) for _, p, _ in prompts[2:])  # behind those of `whole`
+    assert asked <= 24 - len(lines) // 2
+    assert out.read_text() == whole[0] and summaries(capsys.readouterr().out) == whole[1]
+
+
+def test_a_full_disk_is_one_line_and_resume_goes_on(folder, files, tmp_path, whole, capsys):
+    """The file may grow to half of what it needs."""
+    out, half = tmp_path / "full.jsonl", len(whole[0]) // 2
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (half, half))
+
+    process = start(command(folder, files, out), preexec_fn=limit)
+    error = process.communicate(timeout=120)[1]
+    assert process.returncode == 2
+    assert [line for line in re.split(r"[\r\n]+", error) if "sampling" not in line and line.strip()] == [
+        "evaluate.py: error: [Errno 27] File too large"]
+    assert 0 < len(out.read_text()) <= half
+    evaluate.main(command(folder, files, out, "--json", "--resume"))
+    assert out.read_text() == whole[0] and summaries(capsys.readouterr().out) == whole[1]
+
+
+def test_ctrl_c_then_resume(folder, files, tmp_path, whole, capsys, monkeypatch):
+    out, forward, steps = tmp_path / "stopped.jsonl", Sampler.forward, []
+
+    def interrupted(self, B):
+        steps.append(B)
+        if len(steps) == 200:
+            raise KeyboardInterrupt
+        forward(self, B)
+
+    monkeypatch.setattr(Sampler, "forward", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.main(command(folder, files, out, "--json"))
+    monkeypatch.undo()
+    (partial,) = summaries(capsys.readouterr().out)
+    assert 0 < partial["n"] < 12 and len(out.read_text().splitlines()) == 2 * partial["n"]
+    evaluate.main(command(folder, files, out, "--json", "--resume"))
+    assert out.read_text() == whole[0] and summaries(capsys.readouterr().out) == whole[1]
+
+
+@pytest.mark.parametrize("damage", [
+    lambda lines: lines[:30] + [lines[30][:20]],  # half a record
+    lambda lines: lines[:29],  # one of two runs
+    lambda lines: lines[4:10] + lines[:4],  # in the order in which they were finished
+    lambda lines: [],
+    lambda lines: lines,  # everything is there
+])
+def test_resume_takes_whole_questions_only(folder, files, tmp_path, whole, prompts, damage):
+    out = tmp_path / "whole.jsonl"
+    kept = damage(whole[0].splitlines(keepends=True))
+    out.write_text("".join(kept))
+    del prompts[:]
+    evaluate.main(command(folder, files, out, "--resume"))
+    assert out.read_text() == whole[0]
+    assert sum(len(asked) for _, asked, _ in prompts) == 24 - sum(line.endswith("\n") for line in kept) // 2
+
+
+def test_resume_is_refused_where_anything_differs(folder, files, tmp_path, whole):
+    out, arguments = tmp_path / "whole.jsonl", command(folder, files, tmp_path / "whole.jsonl", "--resume")
+    evaluate.main([*arguments, "--max-batch", "7", "--json"])  # changes nothing
+    with pytest.raises(InputError, match="whole.jsonl: cannot resume with other options: --seed was 0; --limit") as e:
+        evaluate.main([*arguments, "--seed", "1", "--limit", "5"])
+    assert "\n" not in str(e.value)
+    files[1].write_text(files[1].read_text().replace('"answer": "1"', '"answer": "2"'))
+    with pytest.raises(InputError, match="cannot resume: .*two.jsonl changed since"):
+        evaluate.main(arguments)
+    with pytest.raises(InputError, match="nothing to resume"):
+        evaluate.main(command(folder, files, tmp_path / "other.jsonl", "--resume"))
+    with pytest.raises(InputError, match="--resume needs the --out"):
+        evaluate.main(["--model", str(folder), "--resume"])
+    assert out.read_text() == whole[0] and not (tmp_path / "other.jsonl").exists()
+
+
+def test_resume_is_refused_with_another_model(files, tmp_path):
+    folder = tiny.make_folder(tmp_path / "model", "text")
+    arguments = command(folder, files, tmp_path / "out.jsonl", "--limit", "1")
+    evaluate.main(arguments)
+    tiny.make_folder(folder, "text_tied")
+    with pytest.raises(InputError, match="cannot resume: .*model.safetensors changed since"):
+        evaluate.main([*arguments, "--resume"])
+
+
+def test_results_are_not_replaced_unless_told_to(folder, questions, tmp_path):
+    out = tmp_path / "out.jsonl"
+    run(folder, questions, "--out", str(out))
+    before = out.read_text()
+    with pytest.raises(InputError, match="out.jsonl holds results: use --resume, --overwrite, or another --out"):
+        run(folder, questions, "--out", str(out))
+    assert out.read_text() == before
+    run(folder, questions, "--out", str(out), "--limit", "1", "--overwrite")
+    assert len(out.read_text().splitlines()) == 1
+    for name, content in (("notes.txt", "mine"), ("folder", None)):
+        (tmp_path / name).write_text(content) if content else (tmp_path / name).mkdir()
+        with pytest.raises(InputError, match="no such command has written it"):
+            run(folder, questions, "--out", str(tmp_path / name), "--overwrite")
+    assert (tmp_path / "notes.txt").read_text() == "mine" and not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_foreign_line_is_named(folder, questions, tmp_path):
+    out = tmp_path / "out.jsonl"
+    run(folder, questions, "--out", str(out))
+    out.write_text(out.read_text().replace('"id"', '"ID"', 2).replace('"ID"', '"id"', 1))
+    with pytest.raises(InputError, match="out.jsonl: line 2: not a record of this command"):
+        run(folder, questions, "--out", str(out), "--resume")
+
+
+# --- Without images ---
+
+
+def masked_file(path: Path, questions: dict[str, list[bool]], *, masked: bool = True, file: str = "pictures.jsonl") -> str:
+    """An --out file as evaluate.py writes it, of the fields that the ablation reads."""
+    path.write_text("".join(json.dumps({"file": f"some/where/{file}", "id": i, "masked": masked, "correct": c, "vote": None})
+                            + "\n" for i, runs in questions.items() for c in runs))
+    return str(path)
+
+
+def test_text_solvable_by_hand(tmp_path, capsys):
+    """q1 is solved every time by A, q2 by B, q3 by both; q4 and q5 remain."""
+    yes, no = [True] * 3, [True, True, False]
+    a = masked_file(tmp_path / "a", {"q1": yes, "q2": no, "q3": yes, "q4": no, "q5": no})
+    b = masked_file(tmp_path / "b", {"q5": no, "q1": no, "q2": yes, "q3": yes, "q4": no})
+    right = {"q1": [True], "q2": [True], "q3": [True], "q4": [True], "q5": [False]}
+    on = [masked_file(tmp_path / "c", {**right, "q4": [False]}, masked=False), masked_file(tmp_path / "d", right, masked=False)]
+    ids = tmp_path / "rest.jsonl"
+    evaluate.main(["--text-solvable", a, b, "--on", *on, "--out", str(ids), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert (found["n"], found["runs"], found["solved"], found["solved_by_either"], found["remaining"]) == (5, [3, 3], [2, 2], 3, 2)
+    assert sorted(q["id"] for q in found["text_solvable"]) == ["q1", "q2", "q3"]
+    assert [[part["accuracy"] for part in found[name]] for name in ("all", "rest")] == [
+        pytest.approx([0.6, 0.8, 0.2]), pytest.approx([0.0, 0.5, 0.5])]
+    assert [part["n"] for part in found["rest"]] == [2, 2, 2]
+    assert found["all"][2]["stderr"] == pytest.approx((0.2 * 0.8 / 4) ** 0.5)  # of the paired differences 0, 0, 0, 1, 0
+    assert [json.loads(line) for line in ids.read_text().splitlines()] == [
+        {"file": "pictures.jsonl", "id": i} for i in ("q4", "q5")]
+    evaluate.main(["--text-solvable", a, b])  # works by itself
+    assert re.search(r"by either +3, which leaves +2", capsys.readouterr().out)
+    evaluate.main(["--text-solvable", a, b, "--on", *on])
+    assert re.search(r"difference +20.0 \+- 20.0 +50.0 \+- 50.0", capsys.readouterr().out)
+    with pytest.raises(InputError, match="rest.jsonl is there"):
+        evaluate.main(["--text-solvable", a, b, "--out", str(ids)])
+
+
+def test_text_solvable_refuses_other_files(tmp_path):
+    three = {"q1": [True] * 3, "q2": [False] * 3}
+    good = masked_file(tmp_path / "good", three)
+    once = masked_file(tmp_path / "once", {"q1": [True], "q2": [True]})
+    some = masked_file(tmp_path / "some", {"q1": [True] * 3, "q2": [False] * 2})
+    less = masked_file(tmp_path / "less", {"q1": [True] * 3})
+    shown = masked_file(tmp_path / "shown", three, masked=False)
+    other = masked_file(tmp_path / "other", three, file="else.jsonl")
+    (tmp_path / "noise").write_text('{"id": 3}\n')
+    for arguments, message in (
+        ([good], "takes two files"), ([good, good, good], "takes two files"), ([good, good, "--on", good], "takes two files"),
+        ([good, once], "once: each question was asked once: make it with --runs 3"),
+        ([good, some], "some: not every question has 3 runs: finish it with --resume"),
+        ([good, less], "good and .*less are not of the same questions: only one has q2 of pictures.jsonl"),
+        ([good, other], "not of the same questions"),
+        ([shown, good], "shown: no question was asked with its image masked: make it with --mask-images"),
+        ([good, str(tmp_path / "noise")], "noise: line 1: not a record of evaluate.py --out"),
+        ([good, good, "--on", good, shown], "good: q1 of pictures.jsonl was not asked with its image"),
+    ):
+        with pytest.raises(InputError, match=message):
+            evaluate.main(["--text-solvable", *arguments])
+    with pytest.raises(InputError, match="--on goes with --text-solvable"):
+        evaluate.main(["--on", good, good])
+
+
+def test_text_solvable_end_to_end(folder, questions, tmp_path, monkeypatch, capsys):
+    """The image question is solved without its image by one model; so nothing is left to compare."""
+    out = {name: str(tmp_path / name) for name in ("a", "b", "c", "d")}
+    for name, answer in (("a", "A"), ("b", "B")):
+        with monkeypatch.context() as patch:
+            script(patch, [["0"] * 3, [answer] * 3, ["0"] * 3])
+            run(folder, questions, "--mask-images", "--runs", "3", "--temperature", "1", "--out", out[name])
+    for name in ("c", "d"):
+        run(folder, questions, "--out", out[name])
+    capsys.readouterr()
+    evaluate.main(["--text-solvable", out["a"], out["b"], "--on", out["c"], out["d"], "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert (found["n"], found["solved"], found["remaining"], found["rest"]) == (1, [1, 0], 0, [])
+    assert found["text_solvable"] == [{"file": "questions.jsonl", "id": "b"}]
+    evaluate.main(["--text-solvable", out["a"], out["b"], "--on", out["c"], out["d"]])
