@@ -428,7 +428,7 @@ def _opencompass(row: dict, where: str) -> dict:
     rest = {key: cell for key, cell in row.items() if key not in (*LETTERS, "choices", "hint", "image", "image_path")}
     options = {letter: row[letter] for letter in LETTERS if letter in row} or _options(row, "choices", where)
     images = row.get("image", row.get("image_path", ""))
-    images = [part.strip(" '\"") for part in images[1:-1].split(",")] if images.startswith("[") else [images]
+    images = re.split(r"['\"], ['\"]", images[2:-2]) if images.startswith(("['", '["')) else [images]
     if "image" in row:
         images = [f"data:image;base64,{image}" for image in images]
     question = _get(row, "question", str, where)
