@@ -1,15 +1,13 @@
-"""What goes into the model: tokenizer, chat template, image preprocessing, the paper's prompts, dataset readers.
+"""What goes into the model: tokenizer, chat template, image preprocessing, the paper's prompts, training sequences.
 
 Shapes: P patches of 14 x 14 pixels, B batch, T tokens. Every complaint about what a user gave us is an `InputError`.
 """
 import base64
 import io
-import json
 import math
 import random
-import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,22 +15,7 @@ import tokenizers
 import torch
 from PIL import Image, UnidentifiedImageError
 
-
-class InputError(ValueError):
-    """Something that the user gave us is wrong. The message is one line that names the file, the line and the field."""
-
-
-def read_json(path: str | Path) -> dict:
-    """The object in a JSON file; InputError names the file and what is wrong."""
-    try:
-        raw = json.loads(Path(path).read_bytes())
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: malformed JSON ({error})") from None
-    if not isinstance(raw, dict):
-        raise InputError(f"{path}: not a JSON object")
-    return raw
+from readers import Example, InputError, read_examples, read_json  # from here on, also for who imports data
 
 
 class Tokenizer:
@@ -280,7 +263,7 @@ def make_prompt(text: str, images: Sequence[Image.Image], tokenizer: Tokenizer, 
     return chat_prompt(messages, images, tokenizer, image_config)
 
 
-# Examples and the paper's prompts
+# The paper's prompts
 
 TRAIN_PROMPT = (
     "You will solve a problem/request. You should provide your thoughts within <think> </think> tags before providing "
@@ -297,19 +280,6 @@ MATH_PROMPT = (
     "depending on the question </answer> (For example, if the question is \n'Is the earth flat?\n A: Yes \nB: No', you "
     "should answer with <think> your reasoning </think> <answer>B: No</answer>. If the question is 'What is 1+1?', you "
     "should answer with <think> your reasoning </think> <answer>2 </answer>).\n\nHere is the question: ")
-
-
-@dataclass
-class Example:
-    """One question. With options, `answer` is one of their letters."""
-    id: str
-    question: str
-    answer: str
-    options: dict[str, str] | None = None  # letter -> text
-    images: list[str | Path] = field(default_factory=list)  # paths and data URIs, for load_image
-    response: str | None = None  # a whole worked response, for SFT
-    domain: str | None = None
-    meta: dict = field(default_factory=dict)  # all other fields of the record
 
 
 def _option_lines(example: Example) -> str:
@@ -334,133 +304,6 @@ def format_prompt(example: Example, style: str) -> str:
     if style not in ("train", "direct"):
         raise InputError(f"prompt style must be train, mcq, math or direct, not {style!r}")
     return (TRAIN_PROMPT if style == "train" else "") + question_text(example)
-
-
-# Datasets
-
-def read_examples(path: str | Path) -> Iterator[Example]:
-    """The examples of a JSONL file (streamed) or of one JSON array; each record's schema is known by its fields.
-
-    Plain: id?, question, answer, options?, image? (relative to the file), response?, domain?. GSM8K: question, answer
-    with ####. MedQA: question, options, answer_idx. OpenThoughts: conversations. Orz: [{from, value}, {ground_truth}].
-    """
-    path, count = Path(path), 0
-    if path.suffix == ".parquet":
-        raise InputError(f"{path}: Parquet is not read; convert it where pandas and pyarrow are installed: pandas."
-                         f"read_parquet({path.name!r}).to_json({path.stem + '.jsonl'!r}, orient='records', lines=True)")
-    try:
-        for count, (where, record) in enumerate(_records(path), 1):
-            yield _example(_plain(record, where), where, f"{path.stem}-{count}", path.parent)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    if not count:
-        raise InputError(f"{path}: no examples in the file")
-
-
-def _records(path: Path) -> Iterator[tuple[str, object]]:
-    """Every record, after the place that complaints name."""
-    with path.open("rb") as file:
-        if file.read(256).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):  # one array, or Orz records as lines
-            try:
-                array = json.loads(path.read_bytes())
-                if isinstance(array[0] if array else None, dict) and "from" in array[0]:
-                    array = [array]  # one line of the latter
-                yield from ((f"{path}: item {item}", record) for item, record in enumerate(array, 1))
-                return
-            except (ValueError, RecursionError) as error:
-                if getattr(error, "msg", "") != "Extra data":  # which says that the first line is well-formed
-                    raise InputError(f"{path}: malformed JSON ({error})") from None
-        file.seek(0)
-        for number, line in enumerate(file, 1):
-            try:
-                record = json.loads(line) if line.strip() else None
-            except (ValueError, RecursionError) as error:
-                reason = f"{error.msg}, column {error.colno}" if hasattr(error, "colno") else error
-                raise InputError(f"{path}: line {number}: malformed JSON ({reason})") from None
-            if line.strip():
-                yield f"{path}: line {number}", record
-
-
-def _get(record: object, key: str, kind: type, where: str, default: object = ...) -> object:
-    """record[key], checked; with a default it may be missing, null or empty. Numbers pass for text."""
-    value = record.get(key) if isinstance(record, dict) else None
-    if value in (None, "", [], {}):
-        if default is ...:
-            raise InputError(f"{where}: field '{key}' is missing or empty")
-        return default
-    if kind is str and type(value) in (int, float):
-        value = str(value)
-    if not isinstance(value, kind):
-        names = {str: "text", dict: "an object", list: "an array"}
-        raise InputError(f"{where}: field '{key}' must be {names[kind]}, not {json.dumps(value)[:40]}")
-    if kind is str and re.search("[\ud800-\udfff]", value):  # JSON can hold half a surrogate pair
-        raise InputError(f"{where}: field '{key}' is not valid Unicode")
-    return value
-
-
-PLAIN_FIELDS = ("id", "question", "answer", "options", "image", "response", "domain")
-OPEN_THOUGHTS = re.compile(r"<\|begin_of_thought\|>(.*)<\|end_of_thought\|>\s*"
-                           r"<\|begin_of_solution\|>(.*)<\|end_of_solution\|>", re.DOTALL)
-
-
-def _plain(record: object, where: str) -> dict:
-    """A record of a published schema as one of our own."""
-    if isinstance(record, list) and len(record) == 2:  # Orz
-        truth = _get(record[1], "ground_truth", dict, where)
-        answer = _get(truth, "value", str, f"{where}: field 'ground_truth'")
-        rest = {key: value for key, value in truth.items() if key != "value"}
-        return rest | {"question": _get(record[0], "value", str, where), "answer": answer}
-    if not isinstance(record, dict):
-        raise InputError(f"{where}: a record must be an object or [{{from, value}}, {{ground_truth}}]")
-    if "conversations" in record:
-        return _open_thoughts(record, where)
-    if "answer_idx" in record:  # MedQA, whose `answer` is the text of the right option
-        _get(record, "options", dict, where)
-        return record | {"answer": _get(record, "answer_idx", str, where)}
-    if not {"question", "answer"} & record.keys():
-        raise InputError(f"{where}: unknown schema (fields: {', '.join(record) or 'none'})")
-    answer = record.get("answer")
-    if isinstance(answer, str) and "####" in answer and not record.get("options"):  # GSM8K: the solution, then a number
-        solution, _, answer = answer.rpartition("####")
-        return record | {"answer": answer.strip().replace(",", ""), "solution": solution.strip()}
-    return record
-
-
-def _open_thoughts(record: dict, where: str) -> dict:
-    """The released tags become the paper's. The system prompt, which asks for the former, goes to meta."""
-    turns, where = _get(record, "conversations", list, where), f"{where}: field 'conversations'"
-    if [turn.get("from") if isinstance(turn, dict) else None for turn in turns] != ["user", "assistant"]:
-        raise InputError(f"{where} must be a user's and an assistant's turn")
-    value = _get(turns[1], "value", str, where)
-    match = OPEN_THOUGHTS.fullmatch(value.strip())
-    thought, solution = (part.strip() for part in match.groups()) if match else ("", "")
-    if not thought or not solution or len(re.findall(r"<\|(?:begin|end)_of_(?:thought|solution)\|>", value)) != 4:
-        raise InputError(f"{where}: the response is not <|begin_of_thought|> ... <|end_of_solution|>, each tag once")
-    # The line break and the space keep `</think>` three tokens of its own: the very ids that a forced exit appends.
-    response = f"<think>\n{thought}\n</think> <answer>{solution}</answer>"
-    rest = {key: value for key, value in record.items() if key != "conversations"}
-    return rest | {"question": _get(turns[0], "value", str, where), "answer": solution, "response": response}
-
-
-def _example(record: dict, where: str, default_id: str, folder: Path) -> Example:
-    options = _get(record, "options", dict, where, None)
-    if options and not all(re.fullmatch("[A-P]", letter) for letter in options):
-        raise InputError(f"{where}: field 'options' must have letters from A to P as keys, not {', '.join(options)[:40]}")
-    options = options and {letter: _get(options, letter, str, f"{where}: field 'options'") for letter in options}
-    answer = _get(record, "answer", str, where)
-    if options and answer not in options:
-        answer = next((letter for letter, text in options.items() if text == answer), None)
-        if answer is None:
-            raise InputError(f"{where}: field 'answer' is none of the options")
-    images = record.get("image") or []
-    images = images if isinstance(images, list) else [images]
-    if not all(isinstance(image, str) and image for image in images):
-        raise InputError(f"{where}: field 'image' must be a path, a data URI or an array of them")
-    return Example(
-        _get(record, "id", str, where, default_id), _get(record, "question", str, where), answer, options,
-        [image if image.startswith("data:") else folder / image for image in images],
-        _get(record, "response", str, where, None), _get(record, "domain", str, where, None),
-        {key: value for key, value in record.items() if key not in PLAIN_FIELDS})
 
 
 # SFT
