@@ -543,7 +543,7 @@ def test_resume_takes_whole_questions_only(folder, files, tmp_path, whole, promp
 def test_resume_is_refused_where_anything_differs(folder, files, tmp_path, whole):
     out, arguments = tmp_path / "whole.jsonl", command(folder, files, tmp_path / "whole.jsonl", "--resume")
     evaluate.main([*arguments, "--max-batch", "7", "--json"])  # changes nothing
-    with pytest.raises(InputError, match="whole.jsonl: cannot resume with other options: --seed was 0; --limit") as e:
+    with pytest.raises(InputError, match="whole.jsonl: cannot resume with other options: --limit was None; --seed was 0") as e:
         evaluate.main([*arguments, "--seed", "1", "--limit", "5"])
     assert "\n" not in str(e.value)
     files[1].write_text(files[1].read_text().replace('"answer": "1"', '"answer": "2"'))
