@@ -1,13 +1,20 @@
 # make reproduce [SEED=1]   base -> SFT -> GRPO -> evaluation on the micro world, on a CPU; prints the table
+# make med [SEED=1]         X-Reasoner-Med: on from there, on a second domain's text; prints the table before and after
 # make test                 all tests
 # make gpu                  what needs a GPU: the tests of it, and the benches
 # Both set up .venv on first use; PYTHON=python3.12 picks another interpreter for it.
 PYTHON ?= python3
 SEED ?= 0
 
-.PHONY: reproduce test gpu
+.PHONY: reproduce med test gpu
 
 reproduce: .venv/installed
+	.venv/bin/python micro/reproduce.py --seed $(SEED)
+
+med: .venv/installed runs/reproduce/grpo/model
+	.venv/bin/python micro/med.py --seed $(SEED)
+
+runs/reproduce/grpo/model: | .venv/installed
 	.venv/bin/python micro/reproduce.py --seed $(SEED)
 
 test: .venv/installed

@@ -26,6 +26,7 @@ from statistics import fmean, stdev
 
 from data import Example, ImageConfig, InputError, Prompt, format_prompt, load_image, make_prompt, read_examples
 from model import weight_files
+from readers import report_bad
 from records import RecordFile, json_lines, write_whole
 from rewards import accuracy_reward, extract_answer, is_equivalent
 from sample import Completion, Sampler, SamplingParams, load_sampler
@@ -46,6 +47,7 @@ class EvaluateOptions:
     max_new_tokens: int = option(256, "response length limit", low=1)
     think_budget: int | None = option(None, "tokens after which </think> is appended if it has not come", low=0)
     limit: int | None = option(None, "only the first so many questions of each file", low=1)
+    skip_bad_lines: bool = option(False, "leave bad records out, and say how many")
     mask_images: bool = option(False, "ask image questions without their images (paper: table 6)")
     max_batch: int = option(256, "sequences sampled at a time", low=1)
     seed: int = option(0, "of the random streams", low=0)
@@ -109,13 +111,18 @@ def records(example: Example, group: list[Completion], options: EvaluateOptions)
              "masked": options.mask_images and bool(example.images), "response": completion.text,
              "prompt": format_prompt(example, options.prompt_style), "extracted": extract_answer(completion.text),
              "vote": vote(completion.text, example), "answer": example.answer,
-             "correct": accuracy_reward(completion.text, example.answer, example.options) == 1.0,
+             "correct": is_right(completion.text, example),
              "finish_reason": completion.finish_reason, "forced": any(completion.forced), "tokens": len(completion.ids),
              "words": len(completion.text.split())}
             for run, completion in enumerate(group)]
 
 
 # --- Figures ----------------------------------------------------------------------------------------------------------
+
+def is_right(response: str, example: Example) -> bool:
+    """Does a response give one of the question's right answers?"""
+    return accuracy_reward(response, example.truths, example.options, precision=example.precision) == 1.0
+
 
 def vote(response: str, example: Example) -> str | None:
     """What a response counts for in a majority: the option it names ("B: No" is a vote for B), else its answer."""
@@ -278,9 +285,11 @@ def print_ablation(options: EvaluateOptions, found: dict) -> None:
 
 # --- The command ------------------------------------------------------------------------------------------------------
 
-def load_examples(path: str, limit: int | None) -> list[Example]:
+def load_examples(path: str, limit: int | None, *, skip_bad_lines: bool = False) -> list[Example]:
     """The file's questions, each with a name of its own."""
-    examples = list(islice(read_examples(path), limit))
+    bad: list[str] | None = [] if skip_bad_lines else None
+    examples = list(islice(read_examples(path, bad), limit))
+    report_bad(path, bad or [])
     if len({example.id for example in examples}) < len(examples):
         raise InputError(f"{path}: field 'id' is not unique")
     return examples
@@ -327,7 +336,7 @@ def main(argv: list[str]) -> None:
         compare_without_images(options)
         return
     check_options(options)
-    files = {path: load_examples(path, options.limit) for path in options.data}
+    files = {path: load_examples(path, options.limit, skip_bad_lines=options.skip_bad_lines) for path in options.data}
     sampler, images = load_sampler(options.model, options.device, options.dtype, max_batch=options.max_batch)
     asked = {path: fitting(sampler, images, path, examples, options) for path, examples in files.items()}
     file = RecordFile(options.out, asdict(options), [*options.data, *weight_files(Path(options.model))],

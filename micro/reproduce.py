@@ -116,18 +116,18 @@ def print_table(table: Table) -> None:
         print(f"{name:<26}" + "".join(f"{cells.get(column, '-'):>22}" for column in COLUMNS))
     print("accuracy in % +- standard error (response length in tokens); greedy decoding\n\nby depth k, in %")
     for column in COLUMNS:
-        depths = list(table["base"][column]["by_depth"])
+        depths = list(next(iter(table.values()))[column]["by_depth"])
         print(f"{column:<28}" + "".join(f"{f'k={k}':>8}" for k in depths))
         for name, row in table.items():
             if column in row:
                 print(f"  {name:<26}" + "".join(f"{100 * row[column]['by_depth'][k]:>8.1f}" for k in depths))
 
 
-def print_claims(figures: dict[str, float]) -> None:
+def print_claims(figures: dict[str, float], bounds: dict[str, float] = BOUNDS) -> None:
     """The figures, and whether those with a bound are within it."""
     print("\nin percentage points")
     for name, value in figures.items():
-        bound = BOUNDS.get(name)
+        bound = bounds.get(name)
         verdict = "holds" if bound is not None and value >= bound else "DOES NOT HOLD"
         print(f"  {name:<40}{value:>8.1f}" + ("" if bound is None else f"   claimed: at least {bound}; {verdict}"))
 

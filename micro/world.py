@@ -259,7 +259,7 @@ def record(name: str, i: int, question: Question | Walk, prompt: str, answer: st
 
 
 SFT_DEPTHS = (2, 3, 4) * 25 + (5, 6)  # deep questions are rare: enough for RL to find them, and for it to have to
-RL_DEPTHS, TEST_DEPTHS = range(2, 7), range(2, 7)
+RL_DEPTHS, TEST_DEPTHS, GRAPH_DEPTHS = range(2, 7), range(2, 7), range(2, MAX_HOPS + 1)
 SFT_COUNT, RL_COUNT, TEST_COUNT = 2560, 1600, 500  # 40 batches of 64; 100 rollouts of 16; all depths equally often
 TEST_SUFFIXES = {"A": "", "L": "_other", "G": "_graph"}
 
@@ -277,7 +277,7 @@ def make_data(seed: int) -> tuple[dict[str, list[dict]], dict[str, Image.Image]]
         files["rl"].append(record("rl", i, q, text_prompt(q, rng), q.answer))
     rng = random.Random(f"med {seed}")
     for i in range(RL_COUNT):
-        q = draw_question(rng, "L", RL_DEPTHS[i % len(RL_DEPTHS)], RL_BUCKETS)
+        q = draw_question(rng, "G", GRAPH_DEPTHS[i % len(GRAPH_DEPTHS)], RL_BUCKETS)
         files["med"].append(record("med", i, q, text_prompt(q, rng), q.answer))
     rng = random.Random(f"tests {seed}")
     for domain, suffix in TEST_SUFFIXES.items():
