@@ -9,17 +9,17 @@ group into advantages, and raise the probability of the tokens of better-than-av
 Shapes: B questions, G responses per question (a group), N = B * G responses, T tokens (prompt and response, padded).
 """
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import (Example, ImageConfig, InputError, Prompt, Tokenizer, epoch_order, format_prompt, make_prompt,
-                  read_examples)
+from data import (Example, ImageConfig, InputError, Prompt, Tokenizer, convert_examples, epoch_order, format_prompt,
+                  make_prompt, report_bad)
 from kernels import token_log_probs
-from model import Qwen2_5_VL
+from model import Config, Qwen2_5_VL
 from rewards import accuracy_reward, extract_answer
 from sample import Completion, Sampler, SamplingParams
 from training import (MICRO_DATA, Run, TrainOptions, autocast, load_for_training, make_optimizer, option,
@@ -28,7 +28,7 @@ from training import (MICRO_DATA, Run, TrainOptions, autocast, load_for_training
 # The paper leaves open what its batch of 128 counts (here: questions, as in verl, which it used), the upper clip bound
 # (here: DAPO's 0.28) and whether the KL term stayed (here: on, at the appendix's 1e-2; --kl-coef 0 drops it).
 PAPER = {"epochs": 3, "questions_per_step": 128, "max_new_tokens": 4096, "learning_rate": 3e-6, "weight_decay": 1e-2,
-         "micro_batch_size": 1, "max_steps": None, "kl_coef": 1e-2, "save_every": 20}
+         "micro_batch_size": 1, "max_steps": None, "kl_coef": 1e-2, "save_every": 20, "max_prompt_tokens": 2048}
 RECIPES = {"micro": {}, "paper": {"prompt_style": "train", **PAPER}, "med": {"prompt_style": "mcq", **PAPER}}
 
 
@@ -44,6 +44,7 @@ class GRPOOptions(TrainOptions):
     warmup_ratio: float = option(0.1, "share of the steps in which the learning rate rises linearly", low=0.0, high=1.0)
     rollout_batch: int = option(256, "responses sampled at a time; changes memory, not the samples", low=1)
     questions_per_step: int = option(16, "questions per rollout (B)", low=1)
+    max_prompt_tokens: int | None = option(None, "longer questions are dropped (by default what fills the context)", low=1)
     group_size: int = option(8, "responses per question (G)", low=2)
     max_new_tokens: int = option(160, "response length limit", low=1)
     temperature: float = option(1.0, "of the policy, in sampling and in the loss alike", low=1e-3)
@@ -177,26 +178,25 @@ class Trainer:
     def __init__(self, options: GRPOOptions):
         self.options = options
         self.tokenizer = Tokenizer.from_pretrained(options.model)
-        self.examples, self.prompts = load_questions(options, self.tokenizer)
+        self.examples = load_questions(options, self.tokenizer)
         self.model = load_for_training(options)
         self.optimizer = make_optimizer(self.model, options)
         self.reference = load_for_training(options).requires_grad_(False) if options.kl_coef > 0 else None
         self.sampler = Sampler(self.model, self.tokenizer, max_batch=options.rollout_batch)
         self.masked_ids = self.sampler.masked_ids
-        for example, prompt in zip(self.examples, self.prompts):
-            self.sampler.check(prompt, f"{options.data}: question {example.id}")
 
     def rollout(self, chosen: list[int], step: int) -> tuple[Batch, list[dict], dict]:
         """Samples, rewards and weighs the responses to the chosen questions. Returns the batch, samples.jsonl's
         records and metrics."""
         o, started = self.options, time.perf_counter()
-        examples, prompts = [self.examples[i] for i in chosen], [self.prompts[i] for i in chosen]
+        examples = [self.examples[i] for i in chosen]
+        prompts = [question_prompt(example, o, self.tokenizer) for example in examples]
         params = SamplingParams(o.max_new_tokens, o.temperature, n=o.group_size, seed=o.seed * 1_000_003 + step)
         with autocast(self.model, o):
             groups = self.sampler.generate(prompts, params)
         seconds = time.perf_counter() - started
-        rewards = torch.tensor([[accuracy_reward(c.text, example.answer, example.options) for c in group]
-                                for example, group in zip(examples, groups)])                                   # [B, G]
+        rewards = torch.tensor([[accuracy_reward(c.text, example.truths, example.options, precision=example.precision)
+                                 for c in group] for example, group in zip(examples, groups)])                  # [B, G]
         advantages = group_advantages(rewards, normalize_std=o.normalize_std)
         records = [{"step": step + 1, "id": example.id, "question": example.question, "response": c.text,
                     "extracted": extract_answer(c.text), "answer": example.answer, "reward": reward,
@@ -270,14 +270,31 @@ def rollout_metrics(groups: list[list[Completion]], rewards: Tensor, advantages:
             "rollout_seconds": seconds, "rollout_tokens_per_second": lengths.sum().item() / seconds}
 
 
-def load_questions(options: GRPOOptions, tokenizer: Tokenizer) -> tuple[list[Example], list[Prompt]]:
-    """Questions and their tokenised prompts, text only."""
-    examples = list(read_examples(options.data))
-    for example in examples:
+def question_prompt(example: Example, options: GRPOOptions, tokenizer: Tokenizer) -> Prompt:
+    return make_prompt(format_prompt(example, options.prompt_style), [], tokenizer, ImageConfig())
+
+
+def load_questions(options: GRPOOptions, tokenizer: Tokenizer) -> list[Example]:
+    """The questions, text only, without what training does not need. Those whose prompt is too long, or leaves no room
+    in the context, are dropped and counted."""
+    limit = Config.from_pretrained(options.model).max_position_embeddings - 1
+    limit = min(limit, options.max_prompt_tokens or limit)
+
+    def fitting(example: Example) -> Example | None:
         if example.images:
-            raise InputError(f"{options.data}: question {example.id} has an image: training is on text only")
-    prompts = [make_prompt(format_prompt(e, options.prompt_style), [], tokenizer, ImageConfig()) for e in examples]
-    return examples, prompts
+            raise InputError(f"question {example.id} has an image: training is on text only")
+        fits = len(question_prompt(example, options, tokenizer).ids) <= limit
+        return replace(example, response=None, meta={}) if fits else None
+
+    bad = [] if options.skip_bad_lines else None
+    examples = list(tqdm(convert_examples(options.data, fitting, bad), desc="reading", unit=" examples", delay=5))
+    report_bad(options.data, bad)
+    kept = [example for example in examples if example is not None]
+    if not kept:
+        raise InputError(f"{options.data}: no question fits {limit} tokens")
+    if len(kept) < len(examples):
+        print(f"{len(examples) - len(kept)} of {len(examples)} questions dropped: the prompt is over {limit} tokens")
+    return kept
 
 
 def train(options: GRPOOptions) -> None:

@@ -50,6 +50,11 @@ class Config:
         return self.hidden_size // self.num_attention_heads
 
     @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "Config":
+        path = Path(folder) / "config.json"
+        return cls.from_dict(read_json(path), str(path))
+
+    @classmethod
     def from_dict(cls, raw: dict, name: str = "config.json") -> "Config":
         """Reads the hub's flat config, a re-saved nested one (`text_config`), and both spellings of the rotary fields.
 
@@ -404,7 +409,7 @@ class Qwen2_5_VL(nn.Module):
     def from_pretrained(cls, folder: str | Path, *, device="cpu",
                         dtype: torch.dtype | None = torch.float32) -> "Qwen2_5_VL":
         """Loads a model folder, strictly; dtype None keeps the one on disk. Raises InputError listing what is wrong."""
-        config = Config.from_dict(read_json(Path(folder) / "config.json"), str(Path(folder) / "config.json"))
+        config = Config.from_pretrained(folder)
         with torch.device("meta"):
             model = cls(config)
         dtype = dtype or getattr(torch, config.torch_dtype)

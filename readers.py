@@ -18,9 +18,10 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 LETTERS = "ABCDEFGHIJKLMNOP"  # of options
+T = TypeVar("T")
 
 
 class InputError(ValueError):
@@ -81,7 +82,25 @@ def read_examples(path: str | Path, bad: list[str] | None = None) -> Iterator[Ex
                          else f"{path}: no examples in the file")
 
 
-def report_bad(path: str | Path, bad: list[str]) -> None:
+def convert_examples(path: str | Path, convert: Callable[[Example], T], bad: list[str] | None = None) -> Iterator[T]:
+    """convert(example) of each example of a file. A complaint of convert's, which need name no file, is one about the
+    record: it is raised or, with a list as `bad`, collected."""
+    converted = 0
+    for example in read_examples(path, bad):
+        try:
+            value = convert(example)
+        except InputError as error:
+            if bad is None:
+                raise InputError(f"{path}: {error}") from None
+            bad.append(f"{path}: {error}")
+        else:
+            converted += 1
+            yield value
+    if not converted:
+        raise InputError(f"{path}: none of the records is good; {bad[-1]}")
+
+
+def report_bad(path: str | Path, bad: list[str] | None) -> None:
     """Says on stderr how many records were left out, and what is wrong with the first few."""
     if bad:
         shown = [*bad[:3], *["..."] * (len(bad) > 3)]
@@ -186,13 +205,22 @@ def _get(record: object, key: str, kind: type, where: str, default: object = ...
             raise InputError(f"{where}: field '{key}' is missing or empty")
         return default
     if kind is str and (type(value) is int or type(value) is float and math.isfinite(value)):
-        value = str(value)
+        value = str(value)  # whole numbers have 4,300 digits at most: Python's limit in JSON, and ours in `_literal`
     if not isinstance(value, kind):
         names = {str: "text", dict: "an object", list: "an array"}
         raise InputError(f"{where}: field '{key}' must be {names[kind]}, not {reprlib.repr(value)}")
-    if kind is str and re.search("[\ud800-\udfff]", value):  # JSON can hold half a surrogate pair
+    if kind is str and not _is_unicode(value):
         raise InputError(f"{where}: field '{key}' is not valid Unicode")
     return value
+
+
+def _is_unicode(text: str) -> bool:
+    """JSON can hold half a surrogate pair, which can be neither tokenised nor printed."""
+    try:
+        text.encode()
+        return True
+    except UnicodeEncodeError:
+        return False
 
 
 def _is_json(value: object, depth: int = 0) -> bool:
@@ -205,20 +233,22 @@ def _is_json(value: object, depth: int = 0) -> bool:
 
 
 def _names(fields: Iterable) -> str:
-    """On one line, not too long."""
-    return " ".join(", ".join(map(str, fields)).split())[:60] or "none"
+    """On one line, not too long, and fit to be printed."""
+    line = " ".join(", ".join(map(str, fields)).split())[:60]
+    return "".join(c if c.isprintable() else "?" for c in line) or "none"
 
 
 def _literal(text: str, where: str) -> list:
-    """MMMU's options are the text of a Python list."""
+    """MMMU's options are the text of a Python list, of texts and numbers."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of LaTeX's backslashes
             value = ast.literal_eval(text[:100_000])
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         value = None
-    if not isinstance(value, list):
-        raise InputError(f"{where} must be a list, not {reprlib.repr(text)}")
+    if not isinstance(value, list) or not all(type(part) in (str, float) or type(part) is int and
+                                              part.bit_length() < 10_000 for part in value):  # 0xff... has no limit
+        raise InputError(f"{where} must be a list of texts, not {reprlib.repr(text)}")
     return value
 
 
@@ -314,16 +344,14 @@ def _open_thoughts(record: dict, where: str) -> dict:
     if [turn.get("from") if isinstance(turn, dict) else None for turn in turns] != ["user", "assistant"]:
         raise InputError(f"{where} must be a user's and an assistant's turn")
     value = _get(turns[1], "value", str, where)
-    match = OPEN_THOUGHTS.fullmatch(value.strip())
-    if not match or len(OPEN_THOUGHTS_TAG.findall(value)) != 4:
+    before, *parts = re.split(r"<\|((?:begin|end)_of_(?:thought|solution))\|>", value)  # text, then tag, text, ...
+    if parts[::2] != OPEN_THOUGHTS_TAGS or any(text.strip() for text in (before, *parts[3::4])):
         raise InputError(f"{where}: the response is not <|begin_of_thought|> ... <|end_of_solution|>, each tag once")
     rest = {key: value for key, value in record.items() if key != "conversations"}
-    return rest | {"question": _get(turns[0], "value", str, where), **_worked(*match.groups(), where)}
+    return rest | {"question": _get(turns[0], "value", str, where), **_worked(parts[1], parts[5], where)}
 
 
-OPEN_THOUGHTS_TAG = re.compile(r"<\|(?:begin|end)_of_(?:thought|solution)\|>")
-OPEN_THOUGHTS = re.compile(r"<\|begin_of_thought\|>(.*)<\|end_of_thought\|>\s*"
-                           r"<\|begin_of_solution\|>(.*)<\|end_of_solution\|>", re.DOTALL)
+OPEN_THOUGHTS_TAGS = ["begin_of_thought", "end_of_thought", "begin_of_solution", "end_of_solution"]
 
 
 def _open_thoughts_metadata(record: dict, where: str) -> dict:

@@ -8,20 +8,22 @@
 The vision tower is frozen and no image is seen.
 """
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import InputError, Tokenizer, collate, encode_example, epoch_order, read_examples
+from data import (Example, InputError, Row, Tokenizer, collate, collate_packed, convert_examples, encode_example,
+                  epoch_order, make_row, pack, report_bad)
 from kernels import token_log_probs
 from model import Qwen2_5_VL
 from training import (MICRO_DATA, Run, TrainOptions, autocast, check_vocabulary, load_for_training, make_optimizer,
                       option, optimizer_step, parse_options, run_command)
 
 PAPER = {"epochs": 4, "max_steps": None, "batch_size": 128, "max_length": 4096, "learning_rate": 1e-5, "lr_decay": 0.8,
-         "micro_batch_size": 1, "save_every": 100}
+         "micro_batch_size": 1, "pack_tokens": 4096, "save_every": 100}
 RECIPES = {"micro": {}, "paper": {"prompt_style": "train", **PAPER}, "med": {"prompt_style": "mcq", **PAPER}}
 
 
@@ -35,49 +37,65 @@ class SFTOptions(TrainOptions):
     lr_decay: float = option(1.0, "factor on the learning rate after each epoch", low=0.0, high=1.0)
     batch_size: int = option(64, "sequences per optimiser step", low=1)
     max_length: int = option(1024, "longer sequences are cut to so many tokens", low=2)
+    pack_tokens: int = option(0, "sequences share a forward pass of up to so many tokens, in place of --micro-batch-size "
+                                 "padded ones, and do not see one another; changes not the gradient. 0: off", low=0)
     max_steps: int | None = option(80, "stop after so many optimiser steps", low=1)
     answer_only: bool = option(False, "train on question -> answer with no thinking")
 
 
-def sft_loss(model: Qwen2_5_VL, input_ids: Tensor, loss_mask: Tensor) -> Tensor:
+def sft_loss(model: Qwen2_5_VL, input_ids: Tensor, loss_mask: Tensor, position_ids: Tensor | None = None,
+             cu_seqlens: Tensor | None = None) -> Tensor:
     """Sum (not mean) of -log p over the tokens of input_ids [B, T] that loss_mask marks, each given those before it.
 
-    The caller divides by the loss tokens of the whole optimiser batch, so that the gradient does not depend on how the
+    position_ids and cu_seqlens: of a packed row (`collate_packed`). The caller divides by the loss tokens of the whole optimiser batch, so that the gradient does not depend on how the
     batch is split (the mean of micro-batch means would weigh a token by its neighbours' number: TRL#3231).
     """
-    hidden = model(input_ids)[:, :-1][loss_mask[:, 1:]]                                    # [N, C]: only what is scored
+    hidden = model(input_ids, position_ids=position_ids, cu_seqlens=cu_seqlens)
+    hidden = hidden[:, :-1][loss_mask[:, 1:]]                                              # [N, C]: only what is scored
     log_probs, _ = token_log_probs(hidden, model.head_weight, input_ids[:, 1:][loss_mask[:, 1:]])
     return -log_probs.sum()
 
 
-def load_rows(options: SFTOptions, tokenizer: Tokenizer) -> list[tuple[list[int], list[bool]]]:
-    """All examples as (ids, loss mask); those whose prompt alone fills max_length are dropped and counted."""
-    rows = []
-    for example in read_examples(options.data):
-        try:
-            rows.append(encode_example(example, tokenizer, style=options.prompt_style, max_length=options.max_length,
-                                       answer_only=options.answer_only))
-        except InputError as error:  # which knows no file
-            raise InputError(f"{options.data}: {error}") from None
-    kept = [row for row in rows if any(row[1][1:])]
-    if not kept:
+def load_rows(options: SFTOptions, tokenizer: Tokenizer) -> list[Row]:
+    """All examples as tokens, read one by one: of the text nothing is kept. Those whose prompt alone fills max_length
+    are dropped and counted."""
+    def encode(example: Example) -> Row:
+        return make_row(*encode_example(example, tokenizer, style=options.prompt_style, max_length=options.max_length,
+                                        answer_only=options.answer_only))
+
+    bad = [] if options.skip_bad_lines else None
+    rows, dropped = [], 0
+    for row in tqdm(convert_examples(options.data, encode, bad), desc="reading", unit=" examples", delay=5):
+        if row[1][1:].any():
+            rows.append(row)
+        else:
+            dropped += 1
+    report_bad(options.data, bad)
+    if not rows:
         raise InputError(f"{options.data}: no example fits --max-length {options.max_length}")
-    if len(kept) < len(rows):
-        print(f"{len(rows) - len(kept)} of {len(rows)} examples dropped: the prompt fills {options.max_length} tokens")
-    return kept
+    if dropped:
+        print(f"{dropped} of {len(rows) + dropped} examples dropped: the prompt fills {options.max_length} tokens")
+    return rows
 
 
-def train_step(model: Qwen2_5_VL, optimizer: torch.optim.Optimizer, rows: list, learning_rate: float,
-               options: SFTOptions) -> dict:
-    """One optimiser step on a batch of rows, in micro-batches of like length."""
-    num_tokens = sum(sum(mask[1:]) for _, mask in rows)
+def micro_batches(rows: list[Row], options: SFTOptions) -> Iterator[tuple[Tensor, ...]]:
+    """What sft_loss takes, one forward pass after the other: packed rows, or padded ones of like length."""
+    if options.pack_tokens:
+        yield from map(collate_packed, pack(rows, options.pack_tokens))
+        return
     rows = sorted(rows, key=lambda row: len(row[0]))
-    total = 0.0
     for start in range(0, len(rows), options.micro_batch_size):
-        part = rows[start:start + options.micro_batch_size]
-        input_ids, loss_mask = (t.to(model.head_weight.device) for t in collate(part))
+        yield collate(rows[start:start + options.micro_batch_size])
+
+
+def train_step(model: Qwen2_5_VL, optimizer: torch.optim.Optimizer, rows: list[Row], learning_rate: float,
+               options: SFTOptions) -> dict:
+    """One optimiser step on a batch of rows, in as many forward passes as it takes."""
+    num_tokens = sum(int(mask[1:].sum()) for _, mask in rows)
+    total = 0.0
+    for inputs in micro_batches(rows, options):
         with autocast(model, options):
-            loss = sft_loss(model, input_ids, loss_mask) / num_tokens
+            loss = sft_loss(model, *(t.to(model.head_weight.device) for t in inputs)) / num_tokens
         loss.backward()
         total += loss.item()
     grad_norm = optimizer_step(model, optimizer, learning_rate, options.max_grad_norm)
@@ -86,6 +104,8 @@ def train_step(model: Qwen2_5_VL, optimizer: torch.optim.Optimizer, rows: list, 
 
 def train(options: SFTOptions) -> None:
     """The whole run: from the options to the run folder."""
+    if 0 < options.pack_tokens < options.max_length:
+        raise InputError(f"--pack-tokens {options.pack_tokens} is less than --max-length {options.max_length}")
     tokenizer = Tokenizer.from_pretrained(options.model)
     rows = load_rows(options, tokenizer)
     model = load_for_training(options)

@@ -120,6 +120,7 @@ class TrainOptions:
     out: str = option("", "run folder")
     resume: bool = option(False, "go on from the run folder's checkpoint")
     overwrite: bool = option(False, "replace a run that the folder holds")
+    skip_bad_lines: bool = option(False, "leave bad records out of the data, say how many they are, and go on")
     prompt_style: str = option("direct", "how a question is asked", choices=("direct", "train", "mcq", "math"))
     epochs: int = option(1, "passes over the data", low=1)
     max_steps: int | None = option(None, "stop after so many optimiser steps", low=1)

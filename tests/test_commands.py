@@ -328,7 +328,7 @@ def assert_same_run(one: Path, other: Path) -> None:
 @pytest.mark.parametrize("command", ["sft", "grpo"])
 def test_resume_equals_an_uninterrupted_run_bit_for_bit(run, shop, monkeypatch, command):
     # Rewards that differ within a group, so that an untrained model has something to learn.
-    monkeypatch.setattr(grpo, "accuracy_reward", lambda response, truth, options=None: float(len(response) % 2))
+    monkeypatch.setattr(grpo, "accuracy_reward", lambda response, *_, **__: float(len(response) % 2))
     data, extra = (sft_data(shop), SFT_RUN) if command == "sft" else (rl_data(shop), [*GRPO_RUN, "--updates-per-rollout", "2"])
     argv = [command, "--model", shop.model(), "--data", data, *extra, "--save-every", "2", "--out"]
     whole, cut = shop.path / "whole", shop.path / "cut"
@@ -491,8 +491,9 @@ WRONG = {
         "questions.jsonl", "q2", "takes no images"),
     # context
     "prompt over the context": (lambda s: ask(s.model(), "--system", "a" * 600), "prompt", "512"),
-    "question over the context, grpo": (lambda s: reinforce(s, s.data(question(1), question(2, question="?" * 600))),
-                                        "questions.jsonl", "q2", "512"),
+    "questions over the context, grpo": (lambda s: reinforce(s, s.data(question(2, question="?" * 600))),
+                                         "questions.jsonl", "no question fits 511 tokens"),
+    "pack of less than a sequence": (lambda s: tune(s, None, "--pack-tokens", "100"), "--pack-tokens", "100", "--max-length"),
     "question over the context, evaluate": (
         lambda s: ["evaluate", "--model", s.model(), "--data", rl_data(s),
                    s.data(question(2, question="?" * 600), name="second.jsonl")],

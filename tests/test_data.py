@@ -441,7 +441,7 @@ def test_examples_that_sft_cannot_use(tokenizer):
 
 
 def test_collate():
-    ids, mask = data.collate([([5, 6, 7], [False, True, True]), ([8], [False])], pad_id=9)
+    ids, mask = data.collate([data.make_row([5, 6, 7], [False, True, True]), data.make_row([8], [False])], pad_id=9)
     assert ids.tolist() == [[5, 6, 7], [8, 9, 9]] and ids.dtype == torch.long
     assert mask.tolist() == [[False, True, True], [False, False, False]] and mask.dtype == torch.bool
 

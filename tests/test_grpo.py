@@ -326,7 +326,7 @@ def options(folder, data, tmp_path):
 @pytest.fixture
 def rewarded(monkeypatch):
     """About half of the responses are right."""
-    monkeypatch.setattr(grpo, "accuracy_reward", lambda response, truth, options=None: sum(map(ord, response)) % 2.0)
+    monkeypatch.setattr(grpo, "accuracy_reward", lambda response, *_, **__: sum(map(ord, response)) % 2.0)
 
 
 def metrics(o: grpo.GRPOOptions, name: str = "metrics.jsonl") -> list[dict]:
@@ -607,7 +607,7 @@ def test_samples_record_what_was_extracted(options, monkeypatch):
 
 def test_reward_rises(options, monkeypatch):
     """Responses with an "e" in them are right: from one in six at the start to nearly all."""
-    monkeypatch.setattr(grpo, "accuracy_reward", lambda response, truth, options=None: float("e" in response))
+    monkeypatch.setattr(grpo, "accuracy_reward", lambda response, *_, **__: float("e" in response))
     o = options(epochs=100, max_steps=20, questions_per_step=5, group_size=8, max_new_tokens=8, learning_rate=3e-3)
     grpo.train(o)
     rewards = [m["reward"] for m in metrics(o)]

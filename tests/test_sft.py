@@ -120,7 +120,7 @@ def test_loss_is_the_sum_of_each_token_given_those_before(options, folder, data)
     model = load_for_training(options())
     by_hand = 0.0
     for ids, mask in rows:  # one row at a time, no padding, plain log-softmax
-        log_probs = model.logits(model(torch.tensor([ids])))[0].log_softmax(-1)
+        log_probs = model.logits(model(ids[None].long()))[0].log_softmax(-1)
         by_hand -= sum(log_probs[t - 1, ids[t]].item() for t in range(1, len(ids)) if mask[t])
     assert sft.sft_loss(model, *collate(rows)).item() == pytest.approx(by_hand, rel=1e-5)
 
@@ -174,7 +174,7 @@ def test_learning_rate_falls_after_each_epoch_and_epochs_see_every_row(options, 
         range(1, 10)
     )
     assert [len(rows) for rows in seen] == [2, 2, 1] * 3  # the last batch of an epoch is smaller, not filled up
-    epochs = [[ids for rows in seen[i : i + 3] for ids, _ in rows] for i in (0, 3, 6)]
+    epochs = [[ids.tolist() for rows in seen[i : i + 3] for ids, _ in rows] for i in (0, 3, 6)]
     assert all(len(set(map(tuple, epoch))) == 5 for epoch in epochs) and epochs[0] != epochs[1]
     assert {"loss", "grad_norm", "tokens", "tokens_per_second", "seconds"} <= found[0].keys()
 
@@ -184,7 +184,7 @@ def test_over_long_examples_are_cut_and_not_given_an_end(options, folder, capsys
     whole = sft.load_rows(options(), tokenizer)
     longest = max(len(ids) for ids, _ in whole)
     cut = sft.load_rows(options(max_length=longest - 10), tokenizer)
-    (ids, mask), (full_ids, full_mask) = cut[-1], whole[-1]
+    (ids, mask), (full_ids, full_mask) = ([t.tolist() for t in row] for row in (cut[-1], whole[-1]))
     assert len(cut) == 5 and len(ids) == longest - 10 == len(full_ids) - 10
     assert ids == full_ids[:-10] and mask == full_mask[:-10] and mask[-1] and ids[-1] != tokenizer.im_end
     assert "dropped" not in capsys.readouterr().out
@@ -192,7 +192,7 @@ def test_over_long_examples_are_cut_and_not_given_an_end(options, folder, capsys
 
 def test_examples_whose_prompt_fills_the_length_are_dropped_and_counted(options, folder, capsys):
     tokenizer = Tokenizer.from_pretrained(folder)
-    prompts = [mask.index(True) for _, mask in sft.load_rows(options(), tokenizer)]
+    prompts = [mask.tolist().index(True) for _, mask in sft.load_rows(options(), tokenizer)]
     kept = sft.load_rows(
         options(max_length=prompts[2]), tokenizer
     )  # the third prompt just fills it, later ones are longer
