@@ -22,7 +22,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from data import Example, ImageConfig, InputError, Prompt, format_prompt, make_prompt, read_examples
+from data import (Example, ImageConfig, InputError, Prompt, convert_examples, format_prompt, make_prompt,
+                  report_bad)
 from model import weight_files
 from records import RecordFile, check_unused, json_lines, write_whole
 from rewards import accuracy_reward, extract_answer
@@ -41,6 +42,7 @@ class DistillOptions:
     prompt_style: str = option("direct", "how a question is asked", choices=("mcq", "math", "train", "direct"))
     prefill: str = option("", "what every response to a question begins with; QwQ wants $'<think>\\n'")
     limit: int | None = option(None, "only the first so many questions", low=1)
+    skip_bad_lines: bool = option(False, "leave bad records out, and say how many")
     resume: bool = option(False, "go on where --out was interrupted")
     overwrite: bool = option(False, "replace what --out holds")
 
@@ -80,7 +82,7 @@ def judge(example: Example, number: int, completion: "Completion", prefill: str)
         reason = "unfinished"
     elif response is None:
         reason = "malformed"
-    elif accuracy_reward(response, example.answer, example.options) != 1.0:
+    elif accuracy_reward(response, example.truths, example.options, precision=example.precision) != 1.0:
         reason = "wrong"
     return {"id": example.id, "sample": number, "domain": example.domain, "text": prefill + completion.text,
             "extracted": extract_answer(prefill + completion.text), "answer": example.answer,
@@ -123,27 +125,26 @@ def print_accepted(examples: list[Example], groups: dict[tuple, list[dict]], opt
 
 def load_questions(sampler: "Sampler", options: "SampleOptions") -> tuple[list[Example], list[Prompt]]:
     """Questions and prompts; those that do not fit the context are dropped and counted."""
-    examples, prompts = [], []
-    for example in islice(read_examples(options.data), options.limit):
-        where = f"{options.data}: question {example.id}"
+    def ask(example: Example) -> tuple[Example, Prompt]:
         if example.images:
-            raise InputError(f"{where} has an image: SFT is on text only")
-        try:
-            text = format_prompt(example, options.prompt_style)
-        except InputError as error:
-            raise InputError(f"{options.data}: {error}") from None
-        prompt = make_prompt(text, [], sampler.tokenizer, ImageConfig(), system=options.system)
+            raise InputError(f"question {example.id} has an image: SFT is on text only")
+        prompt = make_prompt(format_prompt(example, options.prompt_style), [], sampler.tokenizer, ImageConfig(),
+                             system=options.system)
         prompt.ids += sampler.tokenizer.encode(options.prefill)
-        examples.append(example)
-        prompts.append(prompt)
-    if len({example.id for example in examples}) < len(examples):
+        return example, prompt
+
+    bad = [] if options.skip_bad_lines else None
+    asked = list(islice(convert_examples(options.data, ask, bad), options.limit))
+    report_bad(options.data, bad)
+    if len({example.id for example, _ in asked}) < len(asked):
         raise InputError(f"{options.data}: field 'id' is not unique")
-    fitting = [i for i, prompt in enumerate(prompts) if sampler.fits(prompt)]
+    fitting = [(example, prompt) for example, prompt in asked if sampler.fits(prompt)]
     if not fitting:
         raise InputError(f"{options.data}: no question fits the context of {sampler.context} tokens")
-    if len(fitting) < len(prompts):
-        print(f"{len(prompts) - len(fitting)} of {len(prompts)} questions dropped: they do not fit the context")
-    return [examples[i] for i in fitting], [prompts[i] for i in fitting]
+    if len(fitting) < len(asked):
+        print(f"{len(asked) - len(fitting)} of {len(asked)} questions dropped: they do not fit the context of "
+              f"{sampler.context} tokens")
+    return [example for example, _ in fitting], [prompt for _, prompt in fitting]
 
 
 def distill(sampler: "Sampler", options: "SampleOptions") -> None:

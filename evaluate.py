@@ -9,7 +9,8 @@
 Greedy decoding gives the headline figures. With several runs at a temperature: avg@k (the accuracy), maj@k (is the
 answer given most often right? Of equally frequent ones the one that came first counts) and pass@k (right at least
 once). An answer that cannot be parsed is wrong. Questions whose prompt does not fit the context are not asked: no
-prompt is cut; they are counted as `dropped` and are in no other figure.
+prompt is cut; they are counted as `dropped` and are in no other figure, and nor are records that --skip-bad-lines left
+out (`bad`).
 
 The sampler applies no repetition penalty; the hub's generation_config asks for 1.05, which published Qwen figures may
 have used.
@@ -24,9 +25,9 @@ from itertools import islice
 from pathlib import Path
 from statistics import fmean, stdev
 
-from data import Example, ImageConfig, InputError, Prompt, format_prompt, load_image, make_prompt, read_examples
+from data import (Example, ImageConfig, InputError, Prompt, format_prompt, load_image, make_prompt, read_examples,
+                  report_bad)
 from model import weight_files
-from readers import report_bad
 from records import RecordFile, json_lines, write_whole
 from rewards import accuracy_reward, extract_answer, is_equivalent
 from sample import Completion, Sampler, SamplingParams, load_sampler
@@ -285,11 +286,9 @@ def print_ablation(options: EvaluateOptions, found: dict) -> None:
 
 # --- The command ------------------------------------------------------------------------------------------------------
 
-def load_examples(path: str, limit: int | None, *, skip_bad_lines: bool = False) -> list[Example]:
-    """The file's questions, each with a name of its own."""
-    bad: list[str] | None = [] if skip_bad_lines else None
+def load_examples(path: str, limit: int | None, bad: list[str] | None = None) -> list[Example]:
+    """The file's questions, each with a name of its own. Complaints go to `bad` if it is given."""
     examples = list(islice(read_examples(path, bad), limit))
-    report_bad(path, bad or [])
     if len({example.id for example in examples}) < len(examples):
         raise InputError(f"{path}: field 'id' is not unique")
     return examples
@@ -309,24 +308,30 @@ def check_options(options: EvaluateOptions) -> None:
         raise InputError("--resume needs the --out to go on with")
 
 
-def fitting(sampler: Sampler, images: ImageConfig, path: str, examples: list[Example],
-            options: EvaluateOptions) -> list[Example]:
-    """The questions whose prompts fit the context. Whatever is wrong with one of the others' is said here."""
-    kept = []
+def fitting(sampler: Sampler, images: ImageConfig, path: str, examples: list[Example], options: EvaluateOptions,
+            bad: list[str] | None = None) -> tuple[list[Example], int]:
+    """The questions whose prompts fit the context, and the number of those that do not. Whatever else is wrong with a
+    question is said here, or goes to `bad` if it is given."""
+    kept, dropped = [], 0
     for example in examples:
         try:
             prompt = example_prompt(sampler, images, example, options)
             if sampler.fits(prompt):
                 sampler.check(prompt, "prompt")
                 kept.append(example)
+            else:
+                dropped += 1
         except InputError as error:
-            raise InputError(f"{path}: question {example.id}: {error}") from None
+            complaint = f"{path}: question {example.id}: {error}"
+            if bad is None:
+                raise InputError(complaint) from None
+            bad.append(complaint)
     if not kept:
-        raise InputError(f"{path}: no question fits the context of {sampler.context} tokens")
-    if len(kept) < len(examples):
-        print(f"{path}: {len(examples) - len(kept)} of {len(examples)} questions dropped: they do not fit the context "
-              f"of {sampler.context} tokens", file=sys.stderr)
-    return kept
+        raise InputError(f"{path}: no question fits the context of {sampler.context} tokens" if dropped else bad[-1])
+    if dropped:
+        print(f"{path}: {dropped} of {len(examples)} questions dropped: they do not fit the context of "
+              f"{sampler.context} tokens", file=sys.stderr)
+    return kept, dropped
 
 
 def main(argv: list[str]) -> None:
@@ -336,13 +341,16 @@ def main(argv: list[str]) -> None:
         compare_without_images(options)
         return
     check_options(options)
-    files = {path: load_examples(path, options.limit, skip_bad_lines=options.skip_bad_lines) for path in options.data}
+    bad: dict[str, list[str] | None] = {path: [] if options.skip_bad_lines else None for path in options.data}
+    files = {path: load_examples(path, options.limit, bad[path]) for path in options.data}
     sampler, images = load_sampler(options.model, options.device, options.dtype, max_batch=options.max_batch)
-    asked = {path: fitting(sampler, images, path, examples, options) for path, examples in files.items()}
+    asked = {path: fitting(sampler, images, path, files[path], options, bad[path]) for path in files}
+    for path in files:
+        report_bad(path, bad[path])
     file = RecordFile(options.out, asdict(options), [*options.data, *weight_files(Path(options.model))],
                       keys=("file", "id"), size=options.runs)
     results, interrupted = {}, False
-    for path, examples in asked.items():
+    for path, (examples, dropped) in asked.items():
         known = {example.id: file.groups[path, example.id] for example in examples if (path, example.id) in file.groups}
         try:
             evaluate(sampler, images, examples, options, known=known,
@@ -351,7 +359,7 @@ def main(argv: list[str]) -> None:
             interrupted = True
         answered = [r for example in examples for r in file.groups.get((path, example.id), [])]
         if answered:
-            results[path] = {**summarise(answered), "dropped": len(files[path]) - len(examples)}
+            results[path] = {**summarise(answered), "dropped": dropped, "bad": len(bad[path] or [])}
             if options.json:
                 print(json.dumps({"file": path, **results[path]}), flush=True)
         if interrupted:
@@ -360,7 +368,7 @@ def main(argv: list[str]) -> None:
         print_table(results)
     if interrupted:
         raise KeyboardInterrupt
-    file.finish([(path, example.id) for path, examples in asked.items() for example in examples])
+    file.finish([(path, example.id) for path, (examples, _) in asked.items() for example in examples])
 
 
 if __name__ == "__main__":

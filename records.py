@@ -54,7 +54,8 @@ class RecordFile:
     it is there. So whatever stops the command (Ctrl-C, kill -9, a full disk), all but the last group is whole; --resume
     drops a group that is not. `groups` has what is there, by the key fields' values; without a path, nothing else has.
     """
-    FREE = ("resume", "overwrite", "out", "json", "device", "max_batch")  # options that may differ when it goes on
+    FREE = ("resume", "overwrite", "out", "json", "device", "max_batch",  # options that may differ when it goes on
+            "max_per_question")
 
     def __init__(self, path: str | Path | None, options: dict, inputs: Iterable[str | Path], *,
                  keys: tuple[str, ...], size: int):
