@@ -4,7 +4,8 @@
     python evaluate.py --model DIR --data medqa.jsonl --prompt-style mcq --think-budget 3584 --max-new-tokens 4096
     python evaluate.py --model DIR --data gsm8k.jsonl --prompt-style math --runs 5 --temperature 0.3 --out gsm8k.jsonl
     python evaluate.py ... --out gsm8k.jsonl --resume                            # the same again, after an interruption
-    python evaluate.py --text-solvable A.masked.jsonl B.masked.jsonl --on A.jsonl B.jsonl         # table 6
+    python evaluate.py --model DIR --data mmmu.tsv --mask-images --runs 3 --temperature 0.3 --out A.masked.jsonl
+    python evaluate.py --text-solvable A.masked.jsonl B.masked.jsonl [--on A.jsonl B.jsonl]      # table 6, two models
 
 Greedy decoding gives the headline figures. With several runs at a temperature: avg@k (the accuracy), maj@k (is the
 answer given most often right? Of equally frequent ones the one that came first counts) and pass@k (right at least
@@ -196,92 +197,92 @@ def print_table(results: dict[str, dict]) -> None:
 Answers = dict[tuple[str, str], list[dict]]  # a question, by its file's name and its id -> the records of its runs
 
 
-def read_answers(path: str, *, masked: bool) -> Answers:
-    """What an --out file holds of questions whose images were masked, or of the others."""
-    answers, number = defaultdict(list), 0
+def read_answers(path: str) -> dict[bool, Answers]:
+    """What an --out file holds of questions whose images were masked (True), and of the others (False)."""
+    answers, number = {True: defaultdict(list), False: defaultdict(list)}, 0
     try:
         for number, line in enumerate(Path(path).read_text().splitlines(), 1):
             record = json.loads(line)
-            if record["masked"] is masked:
-                answers[Path(record["file"]).name, record["id"]].append({"correct": bool(record["correct"]),
-                                                                        "vote": record["vote"]})
+            answers[bool(record["masked"])][Path(record["file"]).name, record["id"]].append(
+                {"correct": bool(record["correct"]), "vote": record["vote"]})
     except (ValueError, TypeError, KeyError):
         raise InputError(f"{path}: line {number}: not a record of evaluate.py --out") from None
     return answers
 
 
-def read_masked(path: str) -> Answers:
-    """The same of a file made for this: every image question asked several times with its image masked."""
-    answers = read_answers(path, masked=True)
-    if not answers:
+def check_masked(path: str, answers: Answers) -> None:
+    """Raises InputError unless every image question was asked several times with its image masked."""
+    runs = {len(group) for group in answers.values()}
+    if not runs:
         raise InputError(f"{path}: no question was asked with its image masked: make it with --mask-images --runs 3 "
                          "--temperature 0.3")
-    runs = {len(group) for group in answers.values()}
     if len(runs) > 1:
         raise InputError(f"{path}: not every question has {max(runs)} runs: finish it with --resume")
     if runs == {1}:
         raise InputError(f"{path}: each question was asked once: make it with --runs 3 --temperature 0.3")
-    return answers
-
-
-def check_same_questions(paths: list[str], answers: list[Answers]) -> None:
-    """Raises InputError where two files are of different questions."""
-    different = sorted(answers[0].keys() ^ answers[1].keys())
-    if different:
-        raise InputError(f"{paths[0]} and {paths[1]} are not of the same questions: only one has {different[0][1]} of "
-                         f"{different[0][0]}")
 
 
 def compare_without_images(options: EvaluateOptions) -> None:
-    """The ablation: questions that one of two models solves every time without the image are text-solvable; --on
-    compares the models on the rest. The rest's names go to --out."""
+    """The ablation: questions that one of two models solves every time without the image are text-solvable. Says how
+    many they are; --out gets the names of the rest. With the answers to the shown images, from --on or, where they are
+    there, from the same two files, compares the models on the rest."""
     if len(options.text_solvable) != 2 or len(options.on) not in (0, 2):
         raise InputError("--text-solvable takes two files, and so does --on")
     if options.out and Path(options.out).exists() and not options.overwrite:
         raise InputError(f"{options.out} is there: use --overwrite, or another --out")
-    masked = [read_masked(path) for path in options.text_solvable]
-    check_same_questions(options.text_solvable, masked)
-    solved = [{q for q, group in answers.items() if all(r["correct"] for r in group)} for answers in masked]
-    rest = [q for q in masked[0] if q not in solved[0] | solved[1]]
-    found = {"n": len(masked[0]), "runs": [len(next(iter(answers.values()))) for answers in masked],
-             "solved": list(map(len, solved)), "solved_by_either": len(masked[0]) - len(rest), "remaining": len(rest)}
-    found["all"], found["rest"] = ([], []) if not options.on else compare_models(options.on, masked[0], rest)
+    answers = [read_answers(path) for path in options.text_solvable]
+    masked = [found[True] for found in answers]
+    for path, found in zip(options.text_solvable, masked):
+        check_masked(path, found)
+    different = sorted(masked[0].keys() ^ masked[1].keys())
+    if different:
+        raise InputError(f"{' and '.join(options.text_solvable)} are not of the same questions: only one has "
+                         f"{different[0][1]} of {different[0][0]}")
+    solved = [{q for q, group in found.items() if all(r["correct"] for r in group)} for found in masked]
+    by_either = solved[0] | solved[1]
+    rest = [q for q in masked[0] if q not in by_either]
+    found = {"n": len(masked[0]), "runs": [len(next(iter(part.values()))) for part in masked],
+             "masked": [accuracy(list(part.values())) for part in masked], "solved": list(map(len, solved)),
+             "solved_by_either": len(by_either), "remaining": len(rest), "all": [], "rest": []}
+    shown_paths = options.on or (options.text_solvable if all(part[False] for part in answers) else [])
+    if shown_paths:
+        shown = [read_answers(path)[False] for path in shown_paths]
+        found["all"] = compare_models(shown_paths, shown, masked[0])
+        found["rest"] = compare_models(shown_paths, shown, rest) if rest else []
     if options.out:
         write_whole(Path(options.out), json_lines({"file": name, "id": i} for name, i in rest))
     if options.json:
-        print(json.dumps(found | {"text_solvable": [{"file": name, "id": i} for name, i in solved[0] | solved[1]]}))
+        print(json.dumps(found | {"text_solvable": [{"file": name, "id": i} for name, i in sorted(by_either)]}))
     else:
-        print_ablation(options, found)
+        print_ablation(options.text_solvable, shown_paths, found)
 
 
-def compare_models(paths: list[str], questions: Iterable[tuple], rest: list[tuple]) -> tuple[list[dict], list[dict]]:
-    """Both models' figures on all the questions, and on the rest: of the first, of the second, and of the difference,
-    whose standard error takes into account that both were asked the same."""
-    answers = [read_answers(path, masked=False) for path in paths]
-    for path, found in zip(paths, answers):
+def compare_models(paths: list[str], shown: list[Answers], questions: Iterable[tuple]) -> list[dict]:
+    """Figures of the first model, of the second, and of the difference, whose standard error takes into account that
+    both were asked the same."""
+    for path, found in zip(paths, shown):
         lacking = [q for q in questions if q not in found]
         if lacking:
             raise InputError(f"{path}: {lacking[0][1]} of {lacking[0][0]} was not asked with its image")
-
-    def figures(chosen: Iterable[tuple]) -> list[dict]:
-        first, second = ([fmean(r["correct"] for r in found[q]) for q in chosen] for found in answers)
-        gains = [after - before for before, after in zip(first, second)]
-        both = [accuracy([found[q] for q in chosen]) for found in answers]
-        return [*both, {"n": len(gains), "accuracy": fmean(gains), "stderr": standard_error(gains)}]
-
-    return figures(questions), figures(rest) if rest else []
+    first, second = ([fmean(r["correct"] for r in found[q]) for q in questions] for found in shown)
+    gains = [after - before for before, after in zip(first, second)]
+    return [*(accuracy([found[q] for q in questions]) for found in shown),
+            {"n": len(gains), "accuracy": fmean(gains), "stderr": standard_error(gains)}]
 
 
-def print_ablation(options: EvaluateOptions, found: dict) -> None:
+def print_ablation(masked_paths: list[str], shown_paths: list[str], found: dict) -> None:
     """How many questions are text-solvable, and the models on the others."""
-    print(f"{found['n']} image questions, asked without their images:")
-    for path, runs, solved in zip(options.text_solvable, found["runs"], found["solved"]):
-        print(f"  solved {runs} times of {runs} by {path:<40}{solved:>6}")
-    print(f"  by either{found['solved_by_either']:>6}, which leaves{found['remaining']:>6}")
-    if found["rest"]:
-        print(f"\n{'accuracy in %':<44}{'all':>16}{'the rest':>16}")
-        for name, *parts in zip([*options.on, "difference"], found["all"], found["rest"]):
-            print(f"{name:<44}" + "".join(f"{100 * p['accuracy']:>9.1f} +- {100 * p['stderr']:.1f}" for p in parts))
+    def percent(part: dict) -> str:
+        return f"{100 * part['accuracy']:>10.1f} +- {100 * part['stderr']:.1f}"
+
+    print(f"{found['n']} image questions, asked without their images:\n\n{'':<44}{'accuracy':>16}{'always right':>16}")
+    for path, runs, part, solved in zip(masked_paths, found["runs"], found["masked"], found["solved"]):
+        print(f"{path:<44}{percent(part):>16}{f'{solved} ({runs} of {runs})':>16}")
+    print(f"always right by one of the two, or both: {found['solved_by_either']}; that leaves {found['remaining']}")
+    if shown_paths:
+        print(f"\nwith their images, in %{'':<21}{'all':>16}{'the rest':>16}")
+        for i, name in enumerate([*shown_paths, "difference"]):
+            print(f"{name:<44}" + "".join(f"{percent(part[i]):>16}" for part in (found["all"], found["rest"]) if part))
 
 
 # --- The command ------------------------------------------------------------------------------------------------------

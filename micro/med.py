@@ -52,10 +52,9 @@ def train(model: Path, out: Path, seed: int) -> dict[str, Path]:
         overwrite=True)
     run("sample.py", model=out / "teacher/model", data=questions, n=4, temperature=1, max_new_tokens=160, seed=seed,
         keep_correct=True, out=out / "distilled.jsonl", overwrite=True)
-    run("sft.py", model=model, data=out / "distilled.jsonl", out=out / "sft", max_steps=20, learning_rate=5e-5,
+    run("sft.py", model=model, data=out / "distilled.jsonl", out=out / "sft", max_steps=20, learning_rate=1e-4,
         seed=seed, overwrite=True)
-    run("grpo.py", model=out / "sft/model", data=questions, out=out / "grpo", max_steps=50, learning_rate=1e-5,
-        seed=seed, overwrite=True)
+    run("grpo.py", model=out / "sft/model", data=questions, out=out / "grpo", max_steps=50, seed=seed, overwrite=True)
     return {BEFORE: model, "+ Med SFT": out / "sft/model", AFTER: out / "grpo/model",
             "the teacher": out / "teacher/model"}
 

@@ -618,8 +618,17 @@ def test_text_solvable_by_hand(tmp_path, capsys):
     assert [json.loads(line) for line in ids.read_text().splitlines()] == [
         {"file": "pictures.jsonl", "id": i} for i in ("q4", "q5")]
     evaluate.main(["--text-solvable", a, b])  # works by itself
-    assert re.search(r"by either +3, which leaves +2", capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    # A is right in 3 + 2 + 3 + 2 + 2 of 15 answers, question by question 1, 2/3, 1, 2/3, 2/3: deviations 0.2, -0.4/3
+    assert re.search(r"/a +80.0 \+- 8.2 +2 \(3 of 3\)", printed) and re.search(r"/b +80.0 \+- 8.2 +2 \(3 of 3\)", printed)
+    assert "always right by one of the two, or both: 3; that leaves 2" in printed and "with their images" not in printed
     evaluate.main(["--text-solvable", a, b, "--on", *on])
+    assert re.search(r"difference +20.0 \+- 20.0 +50.0 \+- 50.0", capsys.readouterr().out)
+    # one file per model, with the answers to the masked and to the shown images
+    for one, other in zip((a, b), on):
+        with Path(one).open("a") as file:
+            file.write(Path(other).read_text())
+    evaluate.main(["--text-solvable", a, b])
     assert re.search(r"difference +20.0 \+- 20.0 +50.0 \+- 50.0", capsys.readouterr().out)
     with pytest.raises(InputError, match="rest.jsonl is there"):
         evaluate.main(["--text-solvable", a, b, "--out", str(ids)])
