@@ -206,10 +206,10 @@ def test_another_seed_gives_other_questions():
     assert {record["form"] for record in other} != {record["form"] for record in records("test_text")}
 
 
-@pytest.mark.parametrize("name", ["sft", "rl", "test_text", "test_text_other", "test_text_graph"])
+@pytest.mark.parametrize("name", ["sft", "rl", "med", "test_text", "test_text_other", "test_text_graph"])
 def test_text_files(name):
     for record, example in zip(records(name), read_examples(DATA / f"{name}.jsonl"), strict=True):
-        form, graph = record["form"], "graph" in name
+        form, graph = record["form"], "graph" in name or name == "med"
         assert form_of(record["question"]) == form and (walk if graph else solve)(form) == record["answer"]
         assert record["depth"] == (int(form[1]) if graph else len(form) // 2) == example.meta["depth"]
         assert record["domain"] == ("G" if graph else "L" if "other" in name else "A") and "image" not in record
@@ -241,7 +241,7 @@ def test_sizes_and_depths():
 def test_no_test_question_in_training():
     tests = {record["form"] for name in (*TESTS, "test_transcription") for record in records(name)}
     assert all(world.bucket(form) in world.TEST_BUCKETS for form in tests)
-    for name in ("sft", "rl"):
+    for name in ("sft", "rl", "med"):
         forms = {record["form"] for record in records(name)}
         assert not forms & tests and not any(world.bucket(form) in world.TEST_BUCKETS for form in forms)
     assert not {r["form"] for r in records("sft")} & {r["form"] for r in records("rl")}

@@ -7,8 +7,9 @@ import sys
 import pytest
 import torch
 
-from data import Tokenizer
-from micro import pretrain, reproduce, study, why, world
+import evaluate
+from data import InputError, Tokenizer
+from micro import med, pretrain, reproduce, study, why, world
 from model import Qwen2_5_VL
 from sample import Sampler
 from training import MICRO_BASE
@@ -192,3 +193,44 @@ def test_why_writes_what_it_prints(tmp_path, monkeypatch, capsys):
     assert list(found) == ["base", "SFT", "SFT + GRPO"] and found["base"] == found["SFT"]
     assert all(0 <= value <= 1 for value in found["base"]["image"].values()) and len(found["base"]["noise"]) == 2
     assert "operations of the thought" in capsys.readouterr().out
+
+
+# The second domain
+
+def test_the_teacher_learns_from_other_questions_than_it_is_asked(tmp_path):
+    med.write_lessons(tmp_path / "a", 0)
+    med.write_lessons(tmp_path / "b", 1)
+    lessons = [json.loads(line) for line in (tmp_path / "a").read_text().splitlines()]
+    asked = [json.loads(line) for name in ("med", "test_text_graph") for line in
+             (reproduce.MICRO_DATA / f"{name}.jsonl").read_text().splitlines()]
+    assert len(lessons) == med.TEACHER_COUNT and (tmp_path / "a").read_text() != (tmp_path / "b").read_text()
+    assert not {r["form"] for r in lessons} & {r["form"] for r in asked} and {r["domain"] for r in asked} == {"G"}
+    assert all(r["response"].endswith(f"<answer>{r['answer']}</answer>") for r in lessons)
+
+
+def test_med_changes_are_over_all_depths():
+    before = {column: {"accuracy": value} for column, value in zip(med.SETTINGS.values(), (1.0, 0.9, 0.2, 0.3))}
+    after = {column: {"accuracy": value} for column, value in zip(med.SETTINGS.values(), (0.99, 0.8, 1.0, 0.6))}
+    figures = med.claims({med.BEFORE: before, "+ Med SFT": before, med.AFTER: after})
+    assert figures == pytest.approx({"change on general text": -1, "change on general images": -10,
+                                     "change on med text": 80, "change on med images": 30})
+
+
+def test_med_runs_end_to_end(tmp_path, monkeypatch, capfd):
+    """The very commands on a few questions; the untrained base stands for the X-Reasoner."""
+    small = {"sft.py": {"max_steps": 1, "batch_size": 8}, "sample.py": {"n": 1, "limit": 12},
+             "grpo.py": {"max_steps": 1, "questions_per_step": 2}}
+    monkeypatch.setattr(med, "run", lambda script, **options: reproduce.run(script, **options | small[script]))
+    monkeypatch.setattr(reproduce, "load_examples", lambda path, limit: evaluate.load_examples(path, 4))
+    threads = torch.get_num_threads()
+    med.main(["--model", str(MICRO_BASE), "--out", str(tmp_path / "med")])
+    torch.set_num_threads(threads)
+    printed, table = capfd.readouterr().out, json.loads((tmp_path / "med" / "table.json").read_text())
+    assert list(table) == [med.BEFORE, "+ Med SFT", med.AFTER, "the teacher"]
+    assert all(list(row) == list(reproduce.COLUMNS) for row in table.values())
+    assert printed.count("$ python ") == 4 and printed.count("claimed: at least") == len(med.BOUNDS) == 4
+    questions = {r["id"]: r for r in map(json.loads, (reproduce.MICRO_DATA / "med.jsonl").read_text().splitlines())}
+    distilled = [json.loads(line) for line in (tmp_path / "med" / "distilled.jsonl").read_text().splitlines()]
+    assert distilled and all(questions[r["id"].rpartition("-")[0]]["answer"] == r["answer"] for r in distilled)
+    with pytest.raises(InputError, match="none: no such folder"):
+        med.main(["--model", str(tmp_path / "none")])
