@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from tokenizers import AddedToken, Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -674,3 +675,86 @@ def test_text_solvable_end_to_end(folder, questions, tmp_path, monkeypatch, caps
     assert (found["n"], found["solved"], found["remaining"], found["rest"]) == (1, [1, 0], 0, [])
     assert found["text_solvable"] == [{"file": "questions.jsonl", "id": "b"}]
     evaluate.main(["--text-solvable", out["a"], out["b"], "--on", out["c"], out["d"]])
+
+
+# --- Files as published, and a model that knows nothing ---
+
+
+@pytest.fixture(scope="module")
+def guesser(tmp_path_factory) -> Path:
+    """Random weights, but a vocabulary in which whole answers are single tokens: so many of its responses have one."""
+    folder = tiny.make_folder(tmp_path_factory.mktemp("guesser"), "text")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_tokens([AddedToken(f"<answer>{answer}</answer>") for answer in (*"ABCD", *"(A) (B) (C) (D)".split(),
+                                                                                  "18", "72", "204", "1/2")])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2048}))
+    return folder
+
+
+def published(path: Path, name: str, n: int) -> Path:
+    """n questions in the schema of MedQA (jind11), GSM8K (openai), or of ORZ's AIME 2024."""
+    path = path / f"{name}.jsonl"
+    if name == "aime":
+        path.write_text(json.dumps([{"prompt": [{"from": "user", "value": f"How many primes are below {i}?"}],
+                                     "final_answer": str(1000 + i)} for i in range(n)]))
+        return path
+    records = ([{"question": f"Patient {i} coughs. What is it?", "answer": f"Disease {i % 4}",
+                 "options": {letter: f"Disease {j}" for j, letter in enumerate("ABCD")}, "meta_info": f"step{i % 2 + 1}",
+                 "answer_idx": "ABCD"[i % 4], "metamap_phrases": ["cough"]} for i in range(n)] if name == "medqa" else
+               [{"question": f"{i} and {i}?", "answer": f"{i} + {i} = <<{i}+{i}={2 * i}>>{2 * i}\n#### 1,{2 * i:03}"}
+                for i in range(n)])
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@pytest.mark.parametrize("runs", [["--temperature", "1"], ["--runs", "5", "--temperature", "0.7"]])
+def test_random_weights_are_at_chance_on_multiple_choice(guesser, tmp_path, capsys, runs):
+    """What it answers has nothing to do with what is right, and an answer that cannot be parsed gets no random guess:
+    the accuracy is what the frequencies of its letters and of the right ones make it, within four standard errors."""
+    n, out = 400, tmp_path / "out.jsonl"
+    run(guesser, published(tmp_path, "medqa", n), "--prompt-style", "mcq", "--max-new-tokens", "24", "--out", str(out),
+        "--json", *runs)
+    found, records = json.loads(capsys.readouterr().out), [json.loads(line) for line in out.read_text().splitlines()]
+    assert found["n"] == n and found["dropped"] == found["bad"] == 0
+    share = {letter: sum(r["vote"] == letter for r in records) / len(records) for letter in "ABCD"}
+    assert sum(share.values()) > 0.2 and min(share.values()) > 0.01  # many answers, of every letter
+    assert abs(found["accuracy"] - sum(share.values()) / 4) < 4 * found["stderr"]  # each letter is right for a quarter
+    assert found["accuracy"] <= 1 - found["unparsed"] and found["unparsed"] > 0.1
+    assert {r["meta"]["meta_info"] for r in records} == {"step1", "step2"}
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "aime"])
+def test_random_weights_know_no_number(guesser, tmp_path, capsys, name):
+    """Many answers, none of them right."""
+    run(guesser, published(tmp_path, name, 60), "--prompt-style", "math", "--max-new-tokens", "24", "--temperature", "1",
+        "--json")
+    found = json.loads(capsys.readouterr().out)
+    assert found["n"] == 60 and found["accuracy"] == 0.0 and found["stderr"] == 0.0 and found["unparsed"] < 0.8
+
+
+def test_bad_lines_are_left_out_and_counted(folder, tmp_path, capsys):
+    path = published(tmp_path, "gsm8k", 3)
+    with path.open("a") as file:
+        file.write('{"question": "no answer?"}\nnot json\n{"question": "an image?", "answer": "1", "image": "none.png"}\n')
+    with pytest.raises(InputError, match="gsm8k.jsonl: line 4: field 'answer' is missing"):
+        run(folder, path)
+    run(folder, path, "--skip-bad-lines", "--json")
+    captured = capsys.readouterr()
+    assert "gsm8k.jsonl: 3 bad records left out\n" in captured.err and "line 5: malformed JSON" in captured.err
+    assert "question gsm8k-6: " in captured.err and "none.png" in captured.err
+    assert {k: v for k, v in json.loads(captured.out).items() if k in ("n", "bad", "dropped")} == {
+        "n": 3, "bad": 3, "dropped": 0}
+    path.write_text("not json\n")
+    with pytest.raises(InputError, match="line 1: malformed JSON"):
+        run(folder, path, "--skip-bad-lines")
+
+
+def test_every_right_answer_and_the_precision_count(folder, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "q.jsonl"
+    path.write_text("".join(json.dumps({"id": i, "question": "?", "answer": "2.3", "accepted": ["seven"], "precision": 1})
+                            + "\n" for i in "abcd"))
+    script(monkeypatch, [["2.31"], ["seven"], ["2.4"], ["2.3"]])
+    run(folder, path, "--json")
+    assert json.loads(capsys.readouterr().out)["accuracy"] == 0.75
