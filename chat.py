@@ -1,13 +1,14 @@
-"""The conversation of `python sample.py`, with whatever answers a prompt."""
+"""The conversation of `python sample.py`."""
 import sys
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from data import ImageConfig, InputError, Prompt, Tokenizer, chat_prompt, load_image
+from data import ImageConfig, InputError, Prompt, chat_prompt, load_image
 
-Answer = Callable[[Prompt, Callable[[list[int]], None]], list[int]]  # calls back with the ids so far after each token
+if TYPE_CHECKING:  # sample.py imports this file
+    from sample import Sampler, SamplingParams
 
 
-def chat(answer: Answer, tokenizer: Tokenizer, image_config: ImageConfig, system: str | None) -> None:
+def chat(sampler: "Sampler", params: "SamplingParams", image_config: ImageConfig, system: str | None) -> None:
     """A conversation in the terminal: the answer appears as it is sampled. `/image FILE` puts an image before the next
     message, `/reset` forgets everything, `/quit` or Ctrl-D ends."""
     print("/image FILE adds an image to your next message, /reset starts again, /quit ends.", file=sys.stderr)
@@ -32,24 +33,24 @@ def chat(answer: Answer, tokenizer: Tokenizer, image_config: ImageConfig, system
                 opening = [{"role": "system", "content": system}] if system is not None else []
                 content = [{"type": "image"}] * len(pending) + [{"type": "text", "text": line}]
                 turn = {"role": "user", "content": content}
-                prompt = chat_prompt([*opening, *messages, turn], images + pending, tokenizer, image_config)
-                messages += [turn, {"role": "assistant", "content": stream(answer, prompt, tokenizer)}]
+                prompt = chat_prompt([*opening, *messages, turn], images + pending, sampler.tokenizer, image_config)
+                messages += [turn, {"role": "assistant", "content": stream(sampler, params, prompt)}]
                 images, pending = images + pending, []
         except InputError as error:  # a bad file or a full context: say so, and go on
             print(f"error: {error}", file=sys.stderr)
 
 
-def stream(answer: Answer, prompt: Prompt, tokenizer: Tokenizer) -> str:
+def stream(sampler: "Sampler", params: "SamplingParams", prompt: Prompt) -> str:
     """One answer, printed as far as its text is certain (a character may take several tokens)."""
     shown = 0
 
-    def show(ids: list[int]) -> None:
+    def show(_prompt: int, _sample: int, ids: list[int]) -> None:
         nonlocal shown
-        text = tokenizer.decode(ids)
+        text = sampler.tokenizer.decode(ids)
         if not text.endswith("\ufffd"):
             print(text[shown:], end="", flush=True)
             shown = len(text)
 
-    text = tokenizer.decode(answer(prompt, show))
-    print(text[shown:], flush=True)
-    return text
+    [[completion]] = sampler.generate([prompt], params, on_token=show)
+    print(completion.text[shown:], flush=True)
+    return completion.text

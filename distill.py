@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from data import (Example, ImageConfig, InputError, Prompt, convert_examples, format_prompt, make_prompt,
                   report_bad)
 from model import weight_files
-from records import RecordFile, check_unused, json_lines, write_whole
+from records import RecordFile, check_unused, json_lines, when_all_are_there, write_whole
 from rewards import accuracy_reward, extract_answer
 from training import option
 
@@ -123,6 +123,15 @@ def print_accepted(examples: list[Example], groups: dict[tuple, list[dict]], opt
               f"{share['malformed']:>10.1f}%{share['unfinished']:>11.1f}%{written:>9}")
 
 
+def check_options(options: "SampleOptions") -> None:
+    """Raises InputError for options that do not go together."""
+    given = {options.data is not None, options.keep_correct, options.out is not None}
+    if given != {False} and (given != {True} or options.prompt is not None):
+        raise InputError("--data, --keep-correct and --out go together, without a --prompt")
+    if given == {False} and (options.resume or options.overwrite):
+        raise InputError("--resume and --overwrite go with --data, --keep-correct and --out")
+
+
 def load_questions(sampler: "Sampler", options: "SampleOptions") -> tuple[list[Example], list[Prompt]]:
     """Questions and prompts; those that do not fit the context are dropped and counted."""
     def ask(example: Example) -> tuple[Example, Prompt]:
@@ -164,7 +173,8 @@ def distill(sampler: "Sampler", options: "SampleOptions") -> None:
 
     interrupted = False
     try:
-        sampler.generate([prompts[i] for i in left], options, progress=True, on_prompt=keep,
+        sampler.generate([prompts[i] for i in left], options, progress=True,
+                         on_completion=when_all_are_there(options.n, keep),
                          streams=[(zlib.crc32(examples[i].id.encode()), 0) for i in left])
     except KeyboardInterrupt:
         interrupted = True

@@ -29,7 +29,7 @@ from statistics import fmean, stdev
 from data import (Example, ImageConfig, InputError, Prompt, format_prompt, load_image, make_prompt, read_examples,
                   report_bad)
 from model import weight_files
-from records import RecordFile, json_lines, write_whole
+from records import RecordFile, json_lines, when_all_are_there, write_whole
 from rewards import accuracy_reward, extract_answer, is_equivalent
 from sample import Completion, Sampler, SamplingParams, load_sampler
 from training import MICRO_BASE, MICRO_DATA, option, parse_options, run_command
@@ -102,7 +102,7 @@ def evaluate(sampler: Sampler, images: ImageConfig, examples: list[Example], opt
             if on_answer is not None:
                 on_answer(answered[part[i].id])
 
-        sampler.generate(prompts, params, progress=True, on_prompt=finish,
+        sampler.generate(prompts, params, progress=True, on_completion=when_all_are_there(options.runs, finish),
                          streams=[(zlib.crc32(example.id.encode()), 0) for example in part])
     return [record for example in examples for record in answered[example.id]]
 

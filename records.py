@@ -4,7 +4,7 @@ import os
 import sys
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -45,6 +45,18 @@ def check_unused(path: Path, config_path: Path, overwrite: bool) -> None:
         raise InputError(f"{path} is there, and no such command has written it: use another --out")
     if not overwrite:
         raise InputError(f"{path} holds results: use --resume, --overwrite, or another --out")
+
+
+def when_all_are_there(n: int, on_prompt: Callable[[int, list], None]) -> Callable[[int, int, object], None]:
+    """An `on_completion` for the sampler that hands on a prompt's n completions, in order, once it has them all."""
+    finished = defaultdict(dict)
+
+    def on_completion(prompt: int, sample: int, completion: object) -> None:
+        finished[prompt][sample] = completion
+        if len(finished[prompt]) == n:
+            on_prompt(prompt, [finished[prompt][i] for i in range(n)])
+
+    return on_completion
 
 
 class RecordFile:

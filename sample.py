@@ -19,7 +19,6 @@ slots and any order.
 Shapes: B slots in use, L layers, K key/value heads, D head dim, T prompt tokens, C width, V vocabulary rows.
 """
 import json
-import sys
 import time
 import zlib
 from collections import Counter, deque
@@ -33,7 +32,7 @@ from tqdm import tqdm
 
 from chat import chat
 from data import ImageConfig, InputError, Prompt, Tokenizer, load_image, make_prompt
-from distill import DistillOptions, distill
+from distill import DistillOptions, check_options, distill
 from kernels import draw, is_greedy, sampling_log_probs
 from model import Config, KVCache, PromptCache, Qwen2_5_VL, rope_positions
 from training import MICRO_BASE, check_vocabulary, limit_threads, option, parse_options, pick_device, run_command
@@ -69,14 +68,6 @@ class Completion:
     forced: list[bool] = field(default_factory=list)        # ids that the think budget wrote: no actions of the model
     text: str = ""                                          # without control tokens
     finish_reason: str = ""                                 # stop, length, or forced (stopped, after a forced exit)
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C while sampling. `results` holds what was finished: of each prompt its completions, some or none."""
-
-    def __init__(self, results: list[list[Completion]]):
-        super().__init__()
-        self.results = results
 
 
 # --- A sequence -------------------------------------------------------------------------------------------------------
@@ -189,24 +180,20 @@ class Sampler:
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams, *, progress: bool = False,
                  on_token: Callable[[int, int, list[int]], None] | None = None,
-                 on_prompt: Callable[[int, list[Completion]], None] | None = None,
+                 on_completion: Callable[[int, int, Completion], None] | None = None,
                  streams: Sequence[tuple[int, int]] | None = None) -> list[list[Completion]]:
-        """params.n completions of each prompt, in order; `check` says which prompts are refused. Ctrl-C raises
-        Interrupted, which has what was finished.
+        """params.n completions of each prompt, in order; `check` says which prompts are refused.
 
-        `on_token` is called after every token with the prompt's number, the sample's, and all ids so far; `on_prompt`
-        with a prompt's number and its completions as soon as all of them are finished. `streams` names the prompts'
-        random streams, for a caller who must get the same samples again from some of the prompts alone.
+        `on_token` is called after every token with the prompt's number, the sample's, and all ids so far;
+        `on_completion` with the numbers and the completion as soon as it is finished, so that Ctrl-C loses no others.
+        `streams` names the prompts' random streams, for who must get the same samples again from some prompts alone.
         """
         for i, prompt in enumerate(prompts):
             self.check(prompt, f"prompt {i + 1}")
         with tqdm(total=len(prompts) * params.n, unit="seq", desc="sampling", disable=not progress, leave=False) as bar:
-            rollout = Rollout(self, prompts, params, bar, on_token, on_prompt, streams)
-            try:
-                rollout.run()
-            except KeyboardInterrupt:
-                raise Interrupted(rollout.results()) from None
-        return rollout.results()
+            rollout = Rollout(self, prompts, params, bar, on_token, on_completion, streams)
+            rollout.run()
+        return [[rollout.finished[i, sample] for sample in range(params.n)] for i in range(len(prompts))]
 
     def fits(self, prompt: Prompt) -> bool:
         """Whether a prompt leaves room in the context."""
@@ -246,7 +233,7 @@ class Sampler:
                 for (keys, values), row, (_, following) in zip(cache.split(lengths), last, positions)]
 
     def pick(self, B: int, params: SamplingParams) -> None:
-        """The next token of the first B slots, from their hidden states. What a slot that is done writes is not read."""
+        """The next token of the first B slots, from their hidden states. What slots that are done write is not read."""
         s, column = self.slots, self.slots.count[:B, None]
         uniforms = s.uniforms[:B].gather(1, column)[:, 0]
         ids, log_probs = params.choose(self.packed.logits(s.hidden[:B]), uniforms, self.masked_ids)
@@ -296,17 +283,16 @@ class Rollout:
 
     def __init__(self, sampler: Sampler, prompts: Sequence[Prompt], params: SamplingParams, bar: tqdm,
                  on_token: Callable[[int, int, list[int]], None] | None,
-                 on_prompt: Callable[[int, list[Completion]], None] | None,
+                 on_completion: Callable[[int, int, Completion], None] | None,
                  streams: Sequence[tuple[int, int]] | None):
         self.sampler, self.prompts, self.params, self.bar = sampler, prompts, params, bar
-        self.on_token, self.on_prompt = on_token, on_prompt
+        self.on_token, self.on_completion = on_token, on_completion
         self.limits = [min(params.max_new_tokens, sampler.context - len(p.ids)) for p in prompts]
         self.streams = random_streams(prompts) if streams is None else streams
         self.waiting = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i].ids)))  # prompts to be run
         self.ready: deque[tuple[Request, PrefilledPrompt]] = deque()                           # run, and to be placed
         self.live: list[Request] = []                                                          # by slot
         self.finished: dict[tuple[int, int], Completion] = {}
-        self.unfinished = [params.n] * len(prompts)                                            # samples, by prompt
         self.step, self.tokens, self.started = 0, 0, time.perf_counter()
         # The device is asked which sequences are done every so many steps: an answer takes as long as a small step.
         self.stride = 8 if sampler.device.type == "cuda" and on_token is None else 1
@@ -387,13 +373,14 @@ class Rollout:
             return
         counts = s.count[done].tolist()
         rows = [x[done, :max(counts)].tolist() for x in (s.ids, s.log_probs, s.forced)]
-        done, prompts = done.tolist(), []
+        done = done.tolist()
         for slot, count, *row in zip(done, counts, *rows):
             ids, log_probs, forced = (x[:count] for x in row)
             request, self.tokens = self.live[slot], self.tokens + count
-            prompts.append(request.prompt)
-            self.finished[request.prompt, request.sample] = completion(ids, log_probs, [i >= 0 for i in forced],
-                                                                       self.sampler.tokenizer)
+            finished = completion(ids, log_probs, [i >= 0 for i in forced], self.sampler.tokenizer)
+            self.finished[request.prompt, request.sample] = finished
+            if self.on_completion is not None:
+                self.on_completion(request.prompt, request.sample, finished)
         kept, ended = B - len(done), set(done)
         holes, last = [b for b in done if b < kept], [b for b in range(kept, B) if b not in ended]
         if holes:
@@ -403,21 +390,8 @@ class Rollout:
         del self.live[kept:]
         s.done[kept:] = True
         self.find_longest()
-        self.report_prompts(prompts)
         self.bar.update(len(done))
         self.bar.set_postfix_str(f"{self.tokens / (time.perf_counter() - self.started):,.0f} tokens/s", refresh=False)
-
-    def report_prompts(self, ended: list[int]) -> None:
-        """Hands on the prompts whose last sample has ended; `ended` names a prompt for each sample."""
-        for i in ended:
-            self.unfinished[i] -= 1
-            if self.unfinished[i] == 0 and self.on_prompt is not None:
-                self.on_prompt(i, [self.finished[i, sample] for sample in range(self.params.n)])
-
-    def results(self) -> list[list[Completion]]:
-        """By prompt, in the order of the samples; what is not finished is left out."""
-        samples = range(self.params.n)
-        return [[self.finished[i, s] for s in samples if (i, s) in self.finished] for i in range(len(self.prompts))]
 
 
 # --- The command ------------------------------------------------------------------------------------------------------
@@ -439,14 +413,16 @@ def sample_once(sampler: Sampler, options: SampleOptions, images: ImageConfig) -
     """Answers --prompt, as text or as the JSON object of the README; after Ctrl-C with the completions there are."""
     pictures = [load_image(path) for path in options.image]
     prompt = make_prompt(options.prompt, pictures, sampler.tokenizer, images, system=options.system)
+    finished: dict[int, Completion] = {}
     started, interrupted = time.perf_counter(), False
     try:
-        [completions] = sampler.generate([prompt], options, progress=not options.json)
-    except Interrupted as stopped:
-        [completions], interrupted = stopped.results, True
-        if not completions:
+        sampler.generate([prompt], options, progress=not options.json,
+                         on_completion=lambda i, sample, completion: finished.update({sample: completion}))
+    except KeyboardInterrupt:
+        if not finished:
             raise
-    seconds = time.perf_counter() - started
+        interrupted = True
+    seconds, completions = time.perf_counter() - started, [finished[sample] for sample in sorted(finished)]
     tokens = sum(len(c.ids) for c in completions)
     print("\n---\n".join(c.text for c in completions) if not options.json else json.dumps({
         "prompt_ids": prompt.ids,
@@ -474,24 +450,14 @@ def main(argv: list[str]) -> None:
     options = parse_options(SampleOptions, argv)
     if options.prompt is None and (options.json or options.image):
         raise InputError("--json and --image need a --prompt")
-    distilling = {options.data is not None, options.keep_correct, options.out is not None}
-    if distilling != {False} and (distilling != {True} or options.prompt is not None):
-        raise InputError("--data, --keep-correct and --out go together, without a --prompt")
+    check_options(options)
     sampler, images = load_sampler(options.model, options.device, options.dtype, max_batch=options.max_batch)
     if options.data is not None:
         distill(sampler, options)
     elif options.prompt is not None:
         sample_once(sampler, options, images)
     else:
-        talk(sampler, options, images)
-
-
-def talk(sampler: Sampler, options: SampleOptions, images: ImageConfig) -> None:
-    """A conversation in the terminal."""
-    def answer(prompt: Prompt, show: Callable[[list[int]], None]) -> list[int]:
-        return sampler.generate([prompt], replace(options, n=1), on_token=lambda i, sample, ids: show(ids))[0][0].ids
-
-    chat(answer, sampler.tokenizer, images, options.system)
+        chat(sampler, replace(options, n=1), images, options.system)
 
 
 if __name__ == "__main__":

@@ -91,8 +91,9 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture
 def questions(tmp_path) -> Path:
     path = tmp_path / "questions.jsonl"
-    path.write_text("".join(json.dumps({"id": i, "question": f"{i}: 2+2?", "answer": "4", "domain": d, "level": 3}) + "\n"
-                            for i, d in (("a", "sums"), ("b", "sums"), ("c", "words"))))
+    records = [{"id": i, "question": f"{i}: 2+2?", "answer": "4", "domain": domain, "level": 3}
+               for i, domain in (("a", "sums"), ("b", "sums"), ("c", "words"))]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
 
 
@@ -100,14 +101,13 @@ def script(monkeypatch, answers: dict[str, list[str]]) -> None:
     """Has the model answer so: by the question's first letter the texts of its samples. All stop by themselves."""
     original = Sampler.generate
 
-    def scripted(self, prompts, params, *, on_prompt, **rest):
-        def finish(i, group):
-            question = re.search(r"([a-d]): 2\+2|why", self.tokenizer.decode(prompts[i].ids))[1]
-            for completion, text in zip(group, answers[question], strict=True):
-                completion.text, completion.finish_reason = text, "stop"
-            on_prompt(i, group)
+    def scripted(self, prompts, params, *, on_completion, **rest):
+        def finish(i, sample, completion):
+            question = re.search(r"([a-d]): 2\+2", self.tokenizer.decode(prompts[i].ids))[1]
+            completion.text, completion.finish_reason = answers[question][sample], "stop"
+            on_completion(i, sample, completion)
 
-        return original(self, prompts, params, on_prompt=finish, **rest)
+        return original(self, prompts, params, on_completion=finish, **rest)
 
     monkeypatch.setattr(Sampler, "generate", scripted)
 
@@ -123,7 +123,8 @@ def lines(path: Path) -> list[dict]:
 
 def test_accept_rates_by_domain_and_what_is_written(folder, questions, tmp_path, monkeypatch, capsys):
     other = RIGHT.replace("sum", "other")
-    script(monkeypatch, {"a": [RIGHT, RIGHT, WRONG, other], "b": [WRONG, BARE, WRONG, WRONG], "c": [BARE, RIGHT, RIGHT, RIGHT]})
+    script(monkeypatch, {"a": [RIGHT, RIGHT, WRONG, other], "b": [WRONG, BARE, WRONG, WRONG],
+                         "c": [BARE, RIGHT, RIGHT, RIGHT]})
     out = tmp_path / "sft.jsonl"
     sample.main(command(folder, questions, out, "--n", "4", "--max-per-question", "2"))
     table = [line.split() for line in capsys.readouterr().out.splitlines()]
@@ -154,7 +155,8 @@ def test_prefill_and_system_prompt_reach_the_teacher(folder, questions, tmp_path
     out = tmp_path / "sft.jsonl"
     sample.main(command(folder, questions, out, "--prefill", "<think>\n", "--system", "Think hard.", "--prompt-style",
                         "train"))
-    assert asked[0].startswith("system\nThink hard.\nuser\nYou will solve") and asked[0].endswith("assistant\n<think>\n")
+    assert asked[0].startswith("system\nThink hard.\nuser\nYou will solve")
+    assert asked[0].endswith("assistant\n<think>\n")
     assert [r["response"] for r in lines(out)] == ["<think>\nsum\n</think> <answer>4</answer>"] * 3
     assert lines(tmp_path / "sft.samples.jsonl")[0]["text"] == "<think>\nsum\n</think>\n\n\\boxed{4}"
 
@@ -204,8 +206,7 @@ def teacher(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("teacher")
     config = json.loads((MICRO_BASE / "config.json").read_text())
     config |= {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
-    for key in ("vision_config", "rope_scaling", *(k for k in list(config) if k.startswith(("vision_", "image_", "video_")))):
-        config.pop(key, None)
+    config = {k: v for k, v in config.items() if not k.startswith(("vision_", "image_", "video_", "rope_scaling"))}
     (folder / "config.json").write_text(json.dumps(config))
     weights = load_file(MICRO_BASE / "model.safetensors")
     save_file({k: v for k, v in weights.items() if not k.startswith("visual.")}, folder / "model.safetensors",

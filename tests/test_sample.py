@@ -17,7 +17,7 @@ from data import InputError, Prompt, Tokenizer  # noqa: E402
 from kernels import draw  # noqa: E402
 from kernels import sampling_log_probs as kernel_log_probs  # noqa: E402
 from model import KVCache, PromptCache, Qwen2_5_VL  # noqa: E402
-from sample import (END_OF_THOUGHT, Completion, Interrupted, Sampler, SamplingParams, completion,  # noqa: E402
+from sample import (END_OF_THOUGHT, Completion, Sampler, SamplingParams, completion,  # noqa: E402
                     load_sampler, random_streams, uniform_numbers)
 from sample import forced_exit as exit_verdict  # noqa: E402
 
@@ -255,10 +255,11 @@ def test_ctrl_c_keeps_what_is_finished_and_leaves_a_sampler_that_works(tokenizer
     def interrupt():
         raise KeyboardInterrupt
 
-    with pytest.raises(Interrupted) as caught:
-        engine.generate(batch, SamplingParams(40, 0.0))
-    [[done], rest] = caught.value.results
-    assert done.text == "ab" and rest == []
+    finished = []
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(batch, SamplingParams(40, 0.0), on_completion=lambda *done: finished.append(done))
+    [(prompt, sample, done)] = finished
+    assert (prompt, sample, done.text) == (0, 0, "ab")
     engine.forward = forward
     assert [c.text for [c] in engine.generate(batch, SamplingParams(40, 0.0))] == ["ab", "x" * 40]
 
@@ -527,17 +528,12 @@ class Writes(io.StringIO):
         return super().write(text)
 
 
-def answerer(engine: Sampler):
-    params = SamplingParams(40, 0.0)
-    return lambda prompt, show: engine.generate([prompt], params, on_token=lambda i, s, ids: show(ids))[0][0].ids
-
-
 @pytest.mark.parametrize("text", ["caf\u00e9 \u20ac5 \U0001F600!", "\u4f60\u597d"])
 def test_streaming_never_prints_half_a_character(tokenizer, monkeypatch, text):
     engine, [prompt] = scripted(tokenizer, [*tokenizer.encode(text), IDS["im_end"]])
     out = Writes()
     monkeypatch.setattr(sys, "stdout", out)
-    assert stream(answerer(engine), prompt, tokenizer) == text
+    assert stream(engine, SamplingParams(40, 0.0), prompt) == text
     assert out.getvalue() == text + "\n"
     assert "\ufffd" not in out.getvalue() and len([p for p in out.pieces if p.strip()]) >= len(text.replace(" ", "")) - 1
 
@@ -546,7 +542,7 @@ def test_streaming_shows_a_broken_character_only_at_the_end(tokenizer, monkeypat
     engine, [prompt] = scripted(tokenizer, [*tokenizer.encode("a\u20ac")[:-1], IDS["im_end"]])
     out = Writes()
     monkeypatch.setattr(sys, "stdout", out)
-    assert stream(answerer(engine), prompt, tokenizer) == "a\ufffd"
+    assert stream(engine, SamplingParams(40, 0.0), prompt) == "a\ufffd"
     assert out.getvalue() == "a\ufffd\n"
 
 
