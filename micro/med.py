@@ -10,7 +10,7 @@ world.py writes out, of other questions than those of med.jsonl and of the tests
 are sampled and judged as QwQ's were.
 
 Runs the very commands that a user would (they are printed), evaluates before and after greedily on text and images of
-all three domains, prints the table and what it says of the claims, and writes it to table.json.
+all three domains, prints the tables and what they say of the claims, and writes the figures to table.json.
 """
 import argparse
 import json
@@ -65,6 +65,15 @@ def claims(table: Table) -> dict[str, float]:
             for setting, column in SETTINGS.items()}
 
 
+def print_settings(table: Table) -> None:
+    """The four settings alone: general and medical, text and images."""
+    print(f"\n{'':<26}" + "".join(f"{setting:>20}" for setting in SETTINGS))
+    for name, row in table.items():
+        cells = (f"{100 * row[c]['accuracy']:.1f} +- {100 * row[c]['stderr']:.1f}" for c in SETTINGS.values())
+        print(f"{name:<26}" + "".join(f"{cell:>20}" for cell in cells))
+    print("accuracy in % +- standard error; greedy decoding; general is A, med is G\n\nall domains, and by depth:")
+
+
 def main(argv: list[str]) -> None:
     """Trains, evaluates and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -77,8 +86,8 @@ def main(argv: list[str]) -> None:
     started, out = time.perf_counter(), arguments.out
     models = train(arguments.model, out, arguments.seed)
     table = {name: measure(folder) for name, folder in models.items()}
+    print_settings(table)
     print_table(table)
-    print(f"general: A, med: G (k > 2 is what {BEFORE} was never taught there)")
     print_claims(claims(table), BOUNDS)
     (out / "table.json").write_text(json.dumps(table, indent=1) + "\n")
     print(f"\n{out / 'table.json'} written; {(time.perf_counter() - started) / 60:.1f} minutes, seed {arguments.seed}")

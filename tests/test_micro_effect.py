@@ -3,11 +3,16 @@ import json
 import random
 import re
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import evaluate
+import grpo
+import sample
+import sft
 from data import InputError, Tokenizer
 from micro import med, pretrain, reproduce, study, why, world
 from model import Qwen2_5_VL
@@ -220,7 +225,10 @@ def test_med_runs_end_to_end(tmp_path, monkeypatch, capfd):
     """The very commands on a few questions; the untrained base stands for the X-Reasoner."""
     small = {"sft.py": {"max_steps": 1, "batch_size": 8}, "sample.py": {"n": 1, "limit": 12},
              "grpo.py": {"max_steps": 1, "questions_per_step": 2}}
+    mains = {"sft.py": sft.main, "sample.py": sample.main, "grpo.py": grpo.main}
     monkeypatch.setattr(med, "run", lambda script, **options: reproduce.run(script, **options | small[script]))
+    monkeypatch.setattr(reproduce, "subprocess", SimpleNamespace(  # in this process: four starts take the longest
+        run=lambda words, check: mains[Path(words[1]).name](words[2:])))
     monkeypatch.setattr(reproduce, "load_examples", lambda path, limit: evaluate.load_examples(path, 4))
     threads = torch.get_num_threads()
     med.main(["--model", str(MICRO_BASE), "--out", str(tmp_path / "med")])
@@ -228,6 +236,7 @@ def test_med_runs_end_to_end(tmp_path, monkeypatch, capfd):
     printed, table = capfd.readouterr().out, json.loads((tmp_path / "med" / "table.json").read_text())
     assert list(table) == [med.BEFORE, "+ Med SFT", med.AFTER, "the teacher"]
     assert all(list(row) == list(reproduce.COLUMNS) for row in table.values())
+    assert re.search("general text +general images +med text +med images\n" + f"{med.BEFORE} +[0-9.]+ ", printed)
     assert printed.count("$ python ") == 4 and printed.count("claimed: at least") == len(med.BOUNDS) == 4
     questions = {r["id"]: r for r in map(json.loads, (reproduce.MICRO_DATA / "med.jsonl").read_text().splitlines())}
     distilled = [json.loads(line) for line in (tmp_path / "med" / "distilled.jsonl").read_text().splitlines()]
