@@ -446,6 +446,38 @@ def test_collate():
     assert mask.tolist() == [[False, True, True], [False, False, False]] and mask.dtype == torch.bool
 
 
+def rows_of(*lengths: int) -> list[data.Row]:
+    return [data.make_row(range(100 * length, 101 * length), [True] * length) for length in lengths]
+
+
+def test_collate_packed():
+    ids, mask, positions, borders = data.collate_packed(
+        [data.make_row([5, 6, 7], [True, False, True]), data.make_row([8], [True]), data.make_row([9, 4], [False, True])])
+    assert ids.tolist() == [[5, 6, 7, 8, 9, 4]] and ids.dtype == torch.long
+    assert mask.tolist() == [[False, False, True, False, False, True]]  # never a first token
+    assert positions.tolist() == [[[0, 1, 2, 0, 0, 1]]] * 3
+    assert borders.tolist() == [0, 3, 4, 6]
+
+
+def test_pack_by_hand():
+    packs = data.pack(rows_of(3, 5, 2, 6, 4), 10)
+    assert [[len(ids) for ids, _ in rows] for rows in packs] == [[6, 4], [5, 3, 2]]
+    assert data.pack([], 10) == [] and len(data.pack(rows_of(10, 10), 10)) == 2
+
+
+def test_pack_loses_nothing_and_fills_well():
+    chance = random.Random(0)
+    for _ in range(30):
+        lengths = [chance.randrange(1, chance.choice([10, 100])) for _ in range(chance.randrange(1, 200))]
+        rows = rows_of(*lengths)
+        packs = data.pack(rows, 100)
+        assert sorted(id(row) for rows in packs for row in rows) == sorted(map(id, rows))
+        sums = [sum(len(ids) for ids, _ in rows) for rows in packs]
+        assert max(sums) <= 100
+        assert len(packs) <= 11 / 9 * -(-sum(lengths) // 100) + 1
+        assert all(a is b for one, two in zip(packs, data.pack(rows, 100)) for a, b in zip(one, two))
+
+
 def test_epoch_order():
     orders = {(seed, epoch): data.epoch_order(50, seed, epoch) for seed in range(3) for epoch in range(3)}
     assert all(sorted(order) == list(range(50)) for order in orders.values())
