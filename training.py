@@ -30,9 +30,9 @@ MICRO_DATA = ROOT / "micro" / "data"
 
 # --- Options ----------------------------------------------------------------------------------------------------------
 
-def option(default, text: str, *, low=None, high=None, choices=None):
-    """A field of an options dataclass: its default, its help, and what it may be."""
-    metadata = {"help": text, "low": low, "high": high, "choices": choices}
+def option(default, text: str, *, low=None, high=None, choices=None, positional=False):
+    """A field of an options dataclass: its default, its help, what it may be, and whether it goes without its name."""
+    metadata = {"help": text, "low": low, "high": high, "choices": choices, "positional": positional}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -62,7 +62,10 @@ def parse_options(cls: type, argv: list[str], recipes: dict[str, dict] | None = 
             extra |= {"nargs": "+", "metavar": "VALUE"}
         else:
             extra |= {"type": kind, "choices": choices, "metavar": None if choices else kind.__name__.upper()}
-        parser.add_argument("--" + f.name.replace("_", "-"), **extra)
+        if f.metadata["positional"]:
+            parser.add_argument(f.name, **extra | {"help": f.metadata["help"], "metavar": f.name.upper()})
+        else:
+            parser.add_argument("--" + f.name.replace("_", "-"), **extra)
     typed = vars(parser.parse_args(argv))
     options = cls(**{**(recipes[typed.pop("recipe")] if recipes else {}), **typed})
     for f in fields(cls):
