@@ -5,6 +5,7 @@ import io
 import json
 import random
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -391,6 +392,36 @@ def test_bad_data_files(tmp_path, name):
 def test_unreadable_data_files(tmp_path):
     assert "No such file" in complaint(lambda: list(read_examples(tmp_path / "none.jsonl")))
     assert "Is a directory" in complaint(lambda: list(read_examples(tmp_path)))
+
+
+def test_files_are_streamed(tmp_path):
+    """20 MB are read in the memory of a few records; a record comes before the next is looked at."""
+    long = [GSM8K | {"rest": chr(97 + i % 26) * 200_000} for i in range(100)]
+    tsv_path = tsv(tmp_path, *({"index": i, "question": "Q", "answer": 1, "image": "A" * 200_000} for i in range(100)))
+    for path in (written(tmp_path, long), tsv_path):
+        tracemalloc.start()
+        assert sum(1 for _ in read_examples(path)) == 100
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert path.stat().st_size > 20e6 and peak < 3e6, (path, peak)
+    examples = read_examples(written(tmp_path, json.dumps(GSM8K) + "\n{"))
+    assert next(examples).answer == "1224"
+    assert "line 2" in complaint(next, examples)
+
+
+def test_what_convert_complains_of_is_a_bad_record(tmp_path):
+    def odd(example: Example) -> int:
+        if int(example.answer) % 2 == 0:
+            raise InputError(f"{example.id}: even")
+        return int(example.answer)
+
+    path = written(tmp_path, [{"question": "q", "answer": answer} for answer in (1, 2, 3, None, 4)])
+    assert complaint(lambda: list(readers.convert_examples(path, odd))) == f"{path}: d-2: even"
+    bad = []
+    assert list(readers.convert_examples(path, odd, bad)) == [1, 3]
+    assert bad == [f"{path}: d-2: even", f"{path}: line 4: field 'answer' is missing or empty", f"{path}: d-5: even"]
+    path = written(tmp_path, [{"question": "q", "answer": 2}])
+    assert "none of the records is good" in complaint(lambda: list(readers.convert_examples(path, odd, [])))
 
 
 # Whatever a file holds, the answer is examples or an InputError that names the file

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -195,9 +196,15 @@ def test_packing_changes_a_run_by_rounding_only(options, tmp_path):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5) and one["tokens"] == other["tokens"]
 
 
-def test_rows_are_kept_small(options, folder):
-    ids, mask = sft.load_rows(options(), Tokenizer.from_pretrained(folder))[0]
-    assert (ids.dtype, mask.dtype) == (torch.int32, torch.bool)
+def test_rows_are_kept_small_and_texts_not_at_all(options, folder, tmp_path):
+    path, record = tmp_path / "long.jsonl", {"question": "Q", "answer": "A", "response": "R", "rest": "x" * 200_000}
+    path.write_text((json.dumps(record) + "\n") * 100)
+    tracemalloc.start()
+    rows = sft.load_rows(options(data=str(path)), Tokenizer.from_pretrained(folder))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(rows) == 100 and peak < 3e6
+    assert (rows[0][0].dtype, rows[0][1].dtype) == (torch.int32, torch.bool)
 
 
 def test_bad_records_are_left_out_if_asked(options, folder, tmp_path, capsys, data):
