@@ -5,6 +5,7 @@ import io
 import json
 import random
 import sys
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -424,6 +425,17 @@ def test_what_convert_complains_of_is_a_bad_record(tmp_path):
     assert "none of the records is good" in complaint(lambda: list(readers.convert_examples(path, odd, [])))
 
 
+def test_hostile_texts_take_no_time(tmp_path):
+    tags = "<|end_of_thought|> \n <|begin_of_solution|>" * 20_000
+    records = [thoughts("<|begin_of_thought|>" + tags), MMMU | {"options": "[" + "(" * 200_000},
+               MMMU_OPEN | {"answer": "[" + "1+" * 200_000}, MMMU | {"id": "a" * 100_000 + "_1" * 100_000 + "x"},
+               METADATA | {"deepseek_solution": "<" * 500_000}, MATHVISTA | {"precision": "1" * 500_000}]
+    for record in records:
+        started = time.perf_counter()
+        list(read_examples(written(tmp_path, [record, GSM8K]), []))
+        assert time.perf_counter() - started < 2, str(record)[:80]
+
+
 # Whatever a file holds, the answer is examples or an InputError that names the file
 
 def nested(depth: int) -> list:
@@ -434,7 +446,7 @@ def nested(depth: int) -> list:
 
 
 ODD = [None, True, -1, 3, 2.5, float("nan"), float("inf"), 10**400, "", " ", "A", "\ud800", "x\0", "[", "['a'", "[1, 'b']",
-       "<image 7>", "####", "data:", "nan", "a" * 5000, [], [None], [[]], ["A", 1], [{}], {}, {"A": None}, {"from": "user"},
+       "<image 7>", "####", "[0x" + "f" * 5000 + "]", 0.1, 1e22, "data:", "nan", "a" * 5000, [], [None], [[]], ["A", 1], [{}], {}, {"A": None}, {"from": "user"},
        {"value": 1}, {"bytes": "x"}, {"bytes": None, "path": None}, {"key": "A", "value": "x"}, nested(90), nested(200)]
 
 
