@@ -349,7 +349,7 @@ def collate(rows: Sequence[Row], pad_id: int = 0) -> tuple[torch.Tensor, torch.T
 
 
 def collate_packed(rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """All rows end to end in one, with no padding: input_ids and loss_mask [1, T], position_ids [3, 1, T] and cu_seqlens.
+    """All rows end to end in one, with no padding: input_ids and loss_mask [1, T], position_ids [3, 1, T], cu_seqlens.
 
     Positions restart at 0 with each sequence, and cu_seqlens [N + 1] holds the borders across which nothing is seen. A
     first token follows nothing, so it carries no loss: its prediction would be the sequence before's.

@@ -10,8 +10,8 @@ from itertools import islice
 
 from tqdm import tqdm
 
-from data import (MERGE, PATCH, Example, ImageConfig, InputError, Tokenizer, convert_examples, format_prompt, load_image,
-                  render_chat, smart_resize)
+from data import (MERGE, PATCH, Example, ImageConfig, InputError, Tokenizer, convert_examples, format_prompt,
+                  load_image, render_chat, smart_resize)
 from model import Config
 from training import MICRO_BASE, option, parse_options
 

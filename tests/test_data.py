@@ -464,8 +464,9 @@ def rows_of(*lengths: int) -> list[data.Row]:
 
 
 def test_collate_packed():
+    row = data.make_row
     ids, mask, positions, borders = data.collate_packed(
-        [data.make_row([5, 6, 7], [True, False, True]), data.make_row([8], [True]), data.make_row([9, 4], [False, True])])
+        [row([5, 6, 7], [True, False, True]), row([8], [True]), row([9, 4], [False, True])])
     assert ids.tolist() == [[5, 6, 7, 8, 9, 4]] and ids.dtype == torch.long
     assert mask.tolist() == [[False, False, True, False, False, True]]  # never a first token
     assert positions.tolist() == [[[0, 1, 2, 0, 0, 1]]] * 3

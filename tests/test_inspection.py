@@ -28,14 +28,16 @@ def written(path: Path, *records: dict | str) -> Path:
 
 
 def worked(i: int, **fields) -> dict:
-    return {"id": f"q{i}", "question": f"Why {i}?{' Well?' * i}", "answer": str(i), "domain": "even" if i % 2 == 0 else "odd",
+    return {"id": f"q{i}", "question": f"Why {i}?{' Well?' * i}", "answer": str(i),
+            "domain": "even" if i % 2 == 0 else "odd",
             "response": f"<think>{'so ' * i}</think> <answer>{i}</answer>", **fields}
 
 
 def test_the_command(tmp_path, folder):
     Image.new("RGB", (70, 60)).save(tmp_path / "a.png")
-    path = written(tmp_path / "d.jsonl", worked(1), "{", worked(2, image="a.png"), worked(3, options={"3": "x"}), worked(4),
-                   worked(5, response=None), worked(6, image="gone.png"), worked(7, options={"A": "7", "B": "8"}))
+    path = written(tmp_path / "d.jsonl", worked(1), "{", worked(2, image="a.png"), worked(3, options={"3": "x"}),
+                   worked(4), worked(5, response=None), worked(6, image="gone.png"),
+                   worked(7, options={"A": "7", "B": "8"}))
     done = subprocess.run([sys.executable, ROOT / "data.py", path, "--model", folder, "--max-length", "120"],
                           cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
@@ -66,13 +68,13 @@ def test_the_command(tmp_path, folder):
     assert re.search(rf"tokens of prompt and response: least {min(sequences)}, .* most {max(sequences)}\n", out)
     over = [n - 120 for n in sequences if n > 120]
     assert len(over) > 1 and max(prompts) < 120
-    assert out.endswith(f"at --max-length 120: 0 of 5 dropped, since the prompt fills it; {len(over)} cut, by {sum(over)} "
-                        "tokens in all\n")
+    assert out.endswith(f"at --max-length 120: 0 of 5 dropped, since the prompt fills it; {len(over)} cut, "
+                        f"by {sum(over)} tokens in all\n")
 
 
 def test_what_is_dropped_and_the_limit(tmp_path, folder, capsys):
     path = written(tmp_path / "d.jsonl", *(worked(i) for i in range(20)))
-    inspection.main([str(path), "--model", str(folder), "--max-length", "70", "--limit", "10", "--prompt-style", "direct"])
+    inspection.main([str(path), "--model", str(folder), "--max-length", "70", "--limit", "10"])
     out = capsys.readouterr().out
     tokenizer = Tokenizer.from_pretrained(folder)
     masks = [encode_example(e, tokenizer, style="direct", max_length=70)[1] for e in read_examples(path)][:10]
@@ -82,7 +84,8 @@ def test_what_is_dropped_and_the_limit(tmp_path, folder, capsys):
 
 
 def test_the_prompt_style_is_shown_and_applied(tmp_path, folder, capsys):
-    path = written(tmp_path / "d.jsonl", worked(1), worked(2, options=["1", "2"], response=None, answer="2", precision=1))
+    path = written(tmp_path / "d.jsonl", worked(1),
+                   worked(2, options=["1", "2"], response=None, answer="2", precision=1))
     inspection.main([str(path), "--model", str(folder), "--prompt-style", "mcq"])
     out = capsys.readouterr().out
     assert "tokens of the prompt (mcq)" in out and "tokens of prompt and response" not in out
@@ -122,7 +125,7 @@ def test_histogram_counts_every_example():
     ([], "the following arguments are required: FILE"),
     (["none.jsonl"], "none.jsonl: cannot be read (No such file"),
     (["d.jsonl", "--max-length", "1"], "--max-length must be at least 2"),
-    (["d.jsonl", "--prompt-style", "mcq"], "d.jsonl: none of the records is good; d.jsonl: q1: the mcq prompt needs options"),
+    (["d.jsonl", "--prompt-style", "mcq"], "d.jsonl: none of the records is good; d.jsonl: q1: the mcq prompt"),
     (["d.jsonl", "--model", "nowhere"], "nowhere/tokenizer.json"),
     (["d.jsonl", "e.jsonl"], "unrecognized arguments: e.jsonl"),
 ])
@@ -136,6 +139,7 @@ def test_wrong_inputs(tmp_path, monkeypatch, argv, expected):
 
 def test_wrong_inputs_through_a_process(tmp_path):
     written(tmp_path / "d.jsonl", "{")
-    done = subprocess.run([sys.executable, ROOT / "data.py", "d.jsonl"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, ROOT / "data.py", "d.jsonl"], cwd=tmp_path, capture_output=True, text=True,
+                          timeout=120)
     assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("data.py: error: d.jsonl: none of the 1 records is good; d.jsonl: line 1: malformed JSON")
+    assert done.stderr.startswith("data.py: error: d.jsonl: none of the 1 records is good; d.jsonl: line 1: malformed")

@@ -193,7 +193,8 @@ def in_base64(colour: int) -> str:
 def tsv(folder: Path, *rows: dict) -> Path:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     cells = [columns, *([str(row.get(key, "")) for key in columns] for row in rows)]
-    quoted = [['"' + cell.replace('"', '""') + '"' if set(cell) & set('"\t\n') else cell for cell in row] for row in cells]
+    quoted = [['"' + cell.replace('"', '""') + '"' if set(cell) & set('"\t\n') else cell for cell in row]
+              for row in cells]
     text = "".join("\t".join(row) + "\n" for row in quoted)
     return written(folder, text.encode("utf-8", "surrogatepass"), "d.tsv")
 
@@ -446,7 +447,8 @@ def nested(depth: int) -> list:
 
 
 ODD = [None, True, -1, 3, 2.5, float("nan"), float("inf"), 10**400, "", " ", "A", "\ud800", "x\0", "[", "['a'", "[1, 'b']",
-       "<image 7>", "####", "[0x" + "f" * 5000 + "]", 0.1, 1e22, "data:", "nan", "a" * 5000, [], [None], [[]], ["A", 1], [{}], {}, {"A": None}, {"from": "user"},
+       "<image 7>", "####", "[0x" + "f" * 5000 + "]", 0.1, 1e22, "data:", "nan", "a" * 5000,
+       [], [None], [[]], ["A", 1], [{}], {}, {"A": None}, {"from": "user"},
        {"value": 1}, {"bytes": "x"}, {"bytes": None, "path": None}, {"key": "A", "value": "x"}, nested(90), nested(200)]
 
 
@@ -467,7 +469,8 @@ def mutated(value: object, chance: random.Random) -> object:
         return value if chance.random() < 0.7 else mutated(value, chance)
     if isinstance(value, str) and value and chance.random() < 0.4:
         place = chance.randrange(len(value))
-        return value[:place] + chance.choice(["", "\ud800", "\0", "\n", "'", '"', "[", "<|end_of_thought|>"]) + value[place + 1:]
+        odd = chance.choice(["", "\ud800", "\0", "\n", "'", '"', "[", "<|end_of_thought|>"])
+        return value[:place] + odd + value[place + 1:]
     return chance.choice(ODD)
 
 
@@ -475,7 +478,8 @@ def check_reading(path: Path) -> bool:
     """Whether the file was read; if not, whether it was said why in one line that names file and place."""
     try:
         for example in read_examples(path):
-            assert type(example.question) is str and example.question and example.answer in (example.options or [example.answer])
+            assert type(example.question) is str and example.question
+            assert example.answer in (example.options or [example.answer])
             assert all(type(text) is str for text in (*example.truths, *(example.options or {}).values(), example.id))
             assert json.dumps(example.meta) and (example.precision is None or type(example.precision) is int)
             "".join([example.question, example.response or "", *example.truths]).encode()
@@ -500,8 +504,8 @@ def test_mutated_tsv(tmp_path):
     row = {"index": 1, "question": "Q <image 1>", "A": "yes", "B": "no", "answer": "B", "category": "Art", "hint": "h",
            "image": in_base64(7), "choices": "['A', 'B']", "precision": "1.0", "answer_option": "A"}
     for _ in range(150):
-        rows = [{str(key): value for key, value in other.items()} for other in (mutated(row, chance), mutated(row, chance))
-                if isinstance(other, dict)]
+        others = (mutated(row, chance), mutated(row, chance))
+        rows = [{str(key): value for key, value in other.items()} for other in others if isinstance(other, dict)]
         raw = bytearray(tsv(tmp_path, *(rows or [{}])).read_bytes())
         for _ in range(chance.randrange(3)):
             raw[chance.randrange(len(raw))] = chance.choice(b'\x00\t\n"\xff1')
