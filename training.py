@@ -82,6 +82,10 @@ def run_command(main) -> None:
     """Runs a command. What the user can mend is one line on stderr and exit code 2."""
     try:
         main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of `... | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (InputError, OSError, SafetensorError) as error:  # the last: a disk that fills up
         print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

@@ -137,6 +137,13 @@ def test_wrong_inputs(tmp_path, monkeypatch, argv, expected):
     assert expected in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_reader_who_has_seen_enough(tmp_path):
+    written(tmp_path / "d.jsonl", *(worked(i) for i in range(30)))
+    done = subprocess.run(f"{sys.executable} {ROOT / 'data.py'} d.jsonl | true", shell=True, cwd=tmp_path, text=True,
+                          capture_output=True, timeout=120)
+    assert (done.stdout, done.stderr) == ("", "")
+
+
 def test_wrong_inputs_through_a_process(tmp_path):
     written(tmp_path / "d.jsonl", "{")
     done = subprocess.run([sys.executable, ROOT / "data.py", "d.jsonl"], cwd=tmp_path, capture_output=True, text=True,
