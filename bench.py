@@ -3,13 +3,16 @@
     python bench.py rollout --peer PEER/bin/python                       # micro/base against transformers' generate
     python bench.py rollout --peer PEER/bin/python --shape 0.5b          # random weights in a real model's shapes
     python bench.py rollout --shape 7b --device cuda --dtype bfloat16 --prompts 1 --samples 1       # against the roof
+    python bench.py rewards --peer PEER/bin/python                       # tests/answers.txt through us and math-verify
 
-Set up the peer with `python -m venv PEER && PEER/bin/pip install torch transformers`. Machines are noisy: what counts are
-ratios within a run.
+Set up the peers with `python -m venv PEER && PEER/bin/pip install torch transformers math-verify[antlr4_13_2]`.
+Machines are noisy: what counts are ratios within a run.
 """
 import contextlib
 import json
 import platform
+import random
+import string
 import subprocess
 import sys
 import tempfile
@@ -21,12 +24,14 @@ from statistics import fmean
 
 import torch
 
+import equivalence
 from data import ImageConfig, InputError, Prompt, Tokenizer, format_prompt, make_prompt, read_examples
 from model import Config, Qwen2_5_VL, copy_side_files
 from sample import Completion, Sampler, SamplingParams
 from training import MICRO_BASE, MICRO_DATA, git_commit, option, parse_options, pick_device, run_command
 
-PEER = Path(__file__).parent / "benchmarks" / "transformers_generate.py"
+ROOT = Path(__file__).parent
+ANSWERS = ROOT / "tests" / "answers.txt"
 QWEN = {"model_type": "qwen2", "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 32768,
         "torch_dtype": "float32"}
 SHAPES = {  # of the decoders of Qwen2.5-0.5B, Qwen2.5-VL-3B and Qwen2.5-VL-7B
@@ -116,6 +121,18 @@ def ours(sampler: Sampler, prompts: list[Prompt], params: SamplingParams,
     return groups, figures(runs)
 
 
+def ask_peer(python: str, script: str, job: object) -> list[dict]:
+    """Runs one of benchmarks/ in the peer's environment with the job on stdin; the JSON objects that it prints."""
+    try:
+        done = subprocess.run([python, str(ROOT / "benchmarks" / script)], input=json.dumps(job), capture_output=True,
+                              text=True, check=True)
+    except OSError as error:
+        raise InputError(f"--peer {python}: {error.strerror}") from None
+    except subprocess.CalledProcessError as error:
+        raise InputError(f"--peer {python}: {(error.stderr.strip() or 'failed').splitlines()[-1]}") from None
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
 def figures(runs: list[tuple[float, list[int]]]) -> dict:
     """Of repeats (seconds, lengths): the best one's tokens per second, and all of them."""
     speeds = [sum(lengths) / seconds for seconds, lengths in runs]
@@ -132,13 +149,7 @@ def theirs(o: RolloutOptions, folder: str, sampler: Sampler, prompts: list[Promp
            "stop_ids": sorted(tokenizer.stop_ids) if stops else [], "suppressed_ids": sampler.masked_ids.tolist(),
            "pad_id": tokenizer.endoftext, "batches": batches, "caches": o.peer_caches, "repeats": o.repeats,
            "threads": o.threads, "device": str(sampler.device), "dtype": o.dtype}
-    try:
-        done = subprocess.run([o.peer, str(PEER)], input=json.dumps(job), capture_output=True, text=True, check=True)
-    except OSError as error:
-        raise InputError(f"--peer {o.peer}: {error.strerror}") from None
-    except subprocess.CalledProcessError as error:
-        raise InputError(f"--peer {o.peer}: {(error.stderr.strip() or 'failed').splitlines()[-1]}") from None
-    results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    results = ask_peer(o.peer, "transformers_generate.py", job)
     best, by_batch = None, {}
     for r in results:
         r["figures"] = figures(list(zip(r["seconds"], r["lengths"])))
@@ -222,11 +233,105 @@ def rollout(o: RolloutOptions) -> dict:
 
 def print_line(mode: str, name: str, f: dict) -> None:
     others = "".join(f"  {k}: {v:,.0f}" for k, v in f.get("by_batch", {}).items())
-    print(f"{mode:<10}{name:<14}{f['tokens_per_second']:>12,.1f} tokens/s   length mean {f['mean_length']:.1f}, longest "
-          f"{f['longest']}   ({' '.join(f'{s:,.0f}' for s in f['all'])}){others}", flush=True)
+    print(f"{mode:<10}{name:<14}{f['tokens_per_second']:>12,.1f} tokens/s   length mean {f['mean_length']:.1f}, "
+          f"longest {f['longest']}   ({' '.join(f'{s:,.0f}' for s in f['all'])}){others}", flush=True)
 
 
-BENCHES = {"rollout": (RolloutOptions, rollout)}
+# --- Rewards ----------------------------------------------------------------------------------------------------------
+
+@dataclass
+class RewardsOptions:
+    """Are two answers the same? Accuracy and speed on the development table, and time on hostile strings."""
+    peer: str | None = option(None, "Python of an environment with math-verify")
+    hostile: int = option(20_000, "random and hostile strings that are compared", low=1)
+    seed: int = option(0, "of these strings", low=0)
+    json: bool = option(False, "the last line is one JSON object with everything")
+
+
+def answer_blocks(path: Path = ANSWERS) -> list[dict[str, list[str]]]:
+    """The table's blocks: the spellings by their mark (= ! ~; the file says what these mean)."""
+    blocks = []
+    for part in path.read_text(encoding="utf-8").split("\n\n"):
+        lines = [line for line in part.splitlines() if line and not line.startswith("#")]
+        if lines:
+            blocks.append({mark: [line[2:] for line in lines if line[0] == mark] for mark in "=!~"})
+    return blocks
+
+
+def labelled_pairs(blocks: list[dict[str, list[str]]]) -> list[tuple[str, str, bool]]:
+    """Truth, answer, and whether they are the same: every line of a block against its first."""
+    return [(block["="][0], answer, same) for block in blocks
+            for answers, same in ((block["="][1:] + block["~"], True), (block["!"], False)) for answer in answers]
+
+
+PIECES = r"""\frac{ \frac \sqrt \sqrt[ { } ( ) [ ] \{ \} ^ _ ^{ ! | \pm \cup \infty pi \pi e i x y n 1 2 9 10 99
+    1e99 999999999 0. 3.14 , ; = < >= + - * / \sin \log \ln \binom \text{cm} cm % ° \circ
+    \begin{pmatrix} & \\ \end{pmatrix} or and $ ** sin log_ \lfloor \rfloor ² ½ √ a b k m factorial
+    million \overline{3} \mathbb{R} é \boxed{ ≤""".split() + [" "]
+
+
+def hostile_strings(count: int, seed: int, answers: list[str]) -> list[tuple[str, str]]:
+    """Pairs of one that a policy might come up with (noise, pieces of maths at random or over and over, a real answer
+    with pieces replaced) and mostly a real answer."""
+    g = random.Random(seed)
+
+    def one() -> str:
+        kind = g.random()
+        if kind < 0.2:
+            return "".join(g.choices(string.printable, k=g.randint(0, 60)))
+        if kind < 0.5:
+            return "".join(g.choices(PIECES, k=g.randint(0, 40)))
+        if kind < 0.6:
+            return "".join(g.choices(PIECES, k=g.randint(40, 200)))[:512]
+        if kind < 0.8:
+            return ("".join(g.choices(PIECES, k=g.randint(1, 3))) * 512)[:g.randint(1, 512)]
+        text = list(g.choice(answers))
+        for _ in range(g.randint(0, 4)):
+            text[g.randrange(len(text))] = g.choice(PIECES)
+        return "".join(text)
+    return [(one(), one() if g.random() < 0.1 else g.choice(answers)) for _ in range(count)]
+
+
+def score(name: str, verdicts: list[bool], pairs: list[tuple[str, str, bool]], seconds: float) -> dict:
+    """Prints, and returns, how often the verdicts are right."""
+    false_accepts = sum(verdict and not same for verdict, (_, _, same) in zip(verdicts, pairs))
+    right = sum(verdict == same for verdict, (_, _, same) in zip(verdicts, pairs))
+    print(f"{name:<24}{right:>6} of {len(pairs)} right   {false_accepts:>4} false accepts   "
+          f"{1e6 * seconds / len(pairs):>10,.1f} us a pair", flush=True)
+    return {"right": right, "false_accepts": false_accepts, "seconds": seconds}
+
+
+def rewards(o: RewardsOptions) -> dict:
+    """Prints and returns both parts."""
+    blocks = answer_blocks()
+    pairs = labelled_pairs(blocks)
+    equivalence.parse_answer.cache_clear()
+    started = time.perf_counter()
+    verdicts = [equivalence.is_equivalent(answer, truth) for truth, answer, _ in pairs]
+    result = {"pairs": len(pairs), "ours": score("x-reasoner", verdicts, pairs, time.perf_counter() - started)}
+    if o.peer:
+        peer, = ask_peer(o.peer, "math_verify_pairs.py", [pair[:2] for pair in pairs])
+        forms = [score(f"math-verify {peer['version']} {form}", peer[form]["verdicts"], pairs, peer[form]["seconds"])
+                 for form in ("plain", "latex")]
+        best = max(forms, key=lambda form: form["right"])
+        result |= {"math_verify": best | {"version": peer["version"]},
+                   "ratio": best["seconds"] / result["ours"]["seconds"]}
+        print(f"speed against its better way: {result['ratio']:.0f} x")
+    seconds = []
+    answers = [line for block in blocks for lines in block.values() for line in lines]
+    for answer, truth in hostile_strings(o.hostile, o.seed, answers):
+        started = time.thread_time()
+        equivalence.is_equivalent(answer, truth)
+        seconds.append(time.thread_time() - started)
+    seconds.sort()
+    result["hostile"] = {"strings": o.hostile, "median_us": 1e6 * seconds[len(seconds) // 2],
+                         "p99_us": 1e6 * seconds[len(seconds) * 99 // 100], "max_ms": 1e3 * seconds[-1],
+                         "over_10_ms": sum(s > 0.01 for s in seconds)}
+    print(f"{o.hostile:,} hostile strings: " + ", ".join(f"{k} {v:,.1f}" for k, v in result["hostile"].items()))
+    return result | {"date": str(date.today()), "commit": git_commit(), "machine": platform.platform()}
+
+
+BENCHES = {"rollout": (RolloutOptions, rollout), "rewards": (RewardsOptions, rewards)}
 
 
 def main(argv: list[str]) -> None:

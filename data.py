@@ -1,5 +1,8 @@
 """What goes into the model: tokenizer, chat template, image preprocessing, the paper's prompts, training sequences.
 
+    python data.py medqa.jsonl                                                   # how a file is read (inspection.py)
+    python data.py openthoughts.jsonl --model Qwen2.5-VL-7B-Instruct --prompt-style train --max-length 4096
+
 Shapes: P patches of 14 x 14 pixels, B batch, T tokens. Every complaint about what a user gave us is an `InputError`.
 """
 import base64
@@ -346,7 +349,7 @@ def collate(rows: Sequence[Row], pad_id: int = 0) -> tuple[torch.Tensor, torch.T
 
 
 def collate_packed(rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """All rows end to end in one, with no padding: input_ids and loss_mask [1, T], position_ids [3, 1, T] and cu_seqlens.
+    """All rows end to end in one, with no padding: input_ids and loss_mask [1, T], position_ids [3, 1, T], cu_seqlens.
 
     Positions restart at 0 with each sequence, and cu_seqlens [N + 1] holds the borders across which nothing is seen. A
     first token follows nothing, so it carries no loss: its prediction would be the sequence before's.
@@ -377,3 +380,9 @@ def pack(rows: Sequence[Row], size: int) -> list[list[Row]]:
 def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
     """The order of n examples in an epoch: a function of (seed, epoch) alone, so that a resumed run sees the same."""
     return random.Random(f"{seed}/{epoch}").sample(range(n), n)
+
+
+if __name__ == "__main__":
+    from inspection import main  # it stands on the whole of this file
+    from training import run_command
+    run_command(main)

@@ -10,18 +10,21 @@ for ever), and every call is short: lengths, nesting, numbers and the work done 
 4. `Evaluator` gives a tree's value: exact (int, Fraction) as long as it can, else a float with a bound on its error.
 5. `answers_agree` compares by kind. Expressions with variables are the same if their values are, at several points
    that were drawn at random (Schwartz 1980; Zippel 1979: two different polynomials of degree d agree at a point drawn
-   from a set of size s with a probability of at most d/s). Where only one of them has a real value, a point says nothing.
+   from a set of size s with a probability of at most d/s). Where one of them has no real value, a point says nothing.
 
 What cannot be parsed or evaluated (sums, ellipses, 2^{2^{2018}}) is compared as a normalised string or tree.
 
->>> is_equivalent(r"\frac{1}{\sqrt{2}}", r"\sqrt2/2"), is_equivalent("(x+1)^2", "x^2 + 2x + 1"), is_equivalent("0.333", "1/3")
-(True, True, False)
->>> is_equivalent(r"x = 1 \text{ or } x = -1", r"\pm 1"), is_equivalent("5 >= x", r"(-\infty, 5]"), is_equivalent("(1,2)", "(2,1)")
-(True, True, False)
+>>> is_equivalent(r"\frac{1}{\sqrt{2}}", r"\sqrt2/2"), is_equivalent("(x+1)^2", "x^2 + 2x + 1")
+(True, True)
+>>> is_equivalent(r"x = 1 \text{ or } x = -1", r"\pm 1"), is_equivalent("5 >= x", r"(-\infty, 5]")
+(True, True)
+>>> is_equivalent("0.333", "1/3"), is_equivalent("(1,2)", "(2,1)")
+(False, False)
 
 Where reasonable people differ, this is what we chose:
-- 50% equals 50 (its unit dropped) and 0.5 (its value), but two percentages must agree with each other; degrees likewise.
+- 50% equals 50 (its unit dropped) and 0.5 (its value), but not 0.5%; degrees likewise.
 - A unit, or the name in x = 5, is dropped if one side only has it; if both do, they must be the same (no conversion).
+  The base of 1010_2 is no unit: it is another number than 1010.
 - 1,234 is one number; (1,234) is a pair. 1\frac12 is a mixed number, 1\frac32 neither that nor a product.
 - Numbers in a list or set may come in any order, letters and words not; (1, 2) is ordered, and equals the list 1, 2.
 - A decimal is what it says: 0.33 is not 1/3. log has base e or 10, whichever makes the two agree.
@@ -34,13 +37,15 @@ import zlib
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from itertools import accumulate
 
 MAX_CHARS = 512   # longer answers are refused
+MAX_TOKENS = 128  # of one formula
 MAX_DEPTH = 24    # of brackets, fractions and powers in one another
 MAX_BITS = 2**15  # of an exact number: 2019^{2020} has 22,178
 MAX_WORK = 2**19  # bits of all exact numbers that one comparison may compute, and 64 for every node it visits
 
-Node = tuple  # ("num", 3), ("var", "x"), ("const", "pi"), ("+", left, right), ("call", "sin", argument), ("set", items) ...
+Node = tuple  # ("num", 3), ("var", "x"), ("const", "pi"), ("+", left, right), ("call", "sin", argument), ("set", items)
 
 
 class NotMaths(Exception):
@@ -61,16 +66,29 @@ _UNICODE = str.maketrans({
     "⅔": r"\frac23 ", "¼": r"\frac14 ", "¾": r"\frac34 ", "…": "...", "º": "°",
     **{c: "^" + str(n) for n, c in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}, **{c: "_" + str(n) for n, c in enumerate("₀₁₂₃₄₅₆₇₈₉")}})
 _BOLD = re.compile(r"(?<![\w)])\*\*([^*]+)\*\*(?!\w)")
+_MACRO = r"\\(?:(?:text|math)(?:bf|it|rm|sf|tt|normal)?|[fm]box|boxed|operatorname|boldsymbol|bm)\s*"
+_WRAPPED = re.compile(_MACRO + r"\{(.*)\}")
 _LATEX = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"(?<=[0-9])(?:\{,\}|,\\!|\\[,! ])(?=[0-9]{3}(?![0-9]))", ""),  # 1{,}234
     (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits|phantom)(?![a-zA-Z])\.?", ""),
     (r"(?<!\\)\\[,;:! ()\[\]]|\\q?quad(?![a-zA-Z])|~|\\hspace\{[^{}]*\}", " "),
     (r"\^\s*(?:\{\s*)?\\(?:circ|degree)(?![a-zA-Z])(?:\s*\})?|\\degree(?![a-zA-Z])", "°"),
-    (r"\\(?:(?:text|math)(?:bf|it|rm|sf|tt|normal)?|[fm]box|boxed|operatorname|boldsymbol|bm)\s*\{([^{}]*)\}", r" \1 "),
+    (r"\^ ?\{? ?\\(?:text|mathrm) ?\{ ?(st|nd|rd|th) ?\} ?\}?", r"\1"), (_MACRO + r"\{([^{}]*)\}", r" \1 "),
+    (r",? ?\(?[a-z] ?\\in ?\\mathbb ?\{?[ZN]\}?\)?[ .]*$", ""),  # with k any whole number: it goes without saying
     (r"\\(?:[lc]dots|dots[bcimo]?)(?![a-zA-Z])", "..."), (r"\\langle(?![a-zA-Z])", "("),
     (r"\\rangle(?![a-zA-Z])", ")"), (r"\\([lr])brace(?![a-zA-Z])", lambda m: {"l": "\\{", "r": "\\}"}[m[1]]))]
-_PREAMBLE = re.compile(r"^(?:(?:the )?(?:final |correct |best )?(?:answer|option|choice) ?(?:is|:|=) ?:? ?|(?:\\approx|=) ?)",
-                       re.IGNORECASE)
+_PREAMBLE = re.compile(r"^(?:(?:the )?(?:final |correct |best )?(?:answer|option|choice) ?(?:is|:|=) ?:? ?"
+                       r"|(?:\\approx|=) ?)", re.IGNORECASE)
+_NUMBERS = {word: n for n, word in enumerate("""zero one two three four five six seven eight nine ten eleven twelve
+    thirteen fourteen fifteen sixteen seventeen eighteen nineteen""".split())}
+_TENS = {word: 10 * n for n, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)}
+_NUMBERS |= _TENS
+_WORD = re.compile("[a-zA-Z]{4}")
+_COMPOUND = re.compile(rf"\b({'|'.join(_TENS)})[- ]({'|'.join([*_NUMBERS][1:10])})\b", re.IGNORECASE)  # twenty-five
+_ZEROS = {"thousand": 3, "million": 6, "billion": 9}
+_LARGE = re.compile(rf"(?<=[0-9]) ?({'|'.join(_ZEROS)})\b", re.IGNORECASE)
+_BUILDER = re.compile(r"\\?\{ ?([a-zA-Z])(?: ?\\in ?\\mathbb ?\{?R\}?)? ?(?:\\mid|\\vert|\||:) ?([^{}]*\1[^{}]*?)"
+                      r"\\?\}")  # {x | x > 3}
 _TIMES = re.compile(r"(?<=[0-9]) ?x ?(?=[0-9])")
 _SINGLE = re.compile(r"\(([^(),]*)\)")
 _REPEATING = re.compile(r"([0-9]*)\.([0-9]*)\\(?:overline|bar|dot)\s*(?:\{([0-9]+)\}|([0-9]))")
@@ -82,25 +100,46 @@ def _repeating(match: re.Match) -> str:
     return f"({int(whole + fixed + period) - int(whole + fixed)}/{(10**len(period) - 1) * 10**len(fixed)})"
 
 
+def _unwrapped(text: str) -> str:
+    r"""What the macro around the whole text holds, however nested: \boxed{\frac{1}{2}} -> \frac{1}{2}."""
+    while match := _WRAPPED.fullmatch(text.strip()):
+        depths = accumulate((c == "{") - (c == "}") for c in match[1])
+        if min(depths, default=0) < 0:  # \text{a} + \text{b}
+            break
+        text = match[1]
+    return text
+
+
 def plain(text: str) -> str:
     r"""One line without spacing, typographic signs, markdown and text macros: **\text{B}.** -> B. "" if too long."""
     if len(text) > MAX_CHARS:
         return ""
-    text = " ".join(text.translate(_UNICODE).split())
-    text = text.replace("\\$", "¤").replace("\\%", "%").replace("\\&", "&")
-    text = text.replace("$", "¤" if text.count("$") == 1 else " ")  # a single $ is money, pairs enclose formulas
+    if not text.isascii():
+        text = text.translate(_UNICODE)
+        if len(text) > MAX_CHARS:  # some signs stand for many letters
+            return ""
+    text = " ".join(text.split())
+    if "\\" in text:
+        text = text.replace("\\$", "¤").replace("\\%", "%").replace("\\&", "&")
+    if "$" in text:
+        text = text.replace("$", "¤" if text.count("$") == 1 else " ")  # a single $ is money, pairs enclose formulas
     if "**" in text:
         text = re.sub(r"(?<=[\w)]) ?\*\* ?(?=[\w(-])", "^", _BOLD.sub(r"\1", text))  # **bold**, then 2**3
     if "\\" in text or "~" in text or "{,}" in text:
+        text = _unwrapped(text)
         for pattern, replacement in _LATEX:
             text = pattern.sub(replacement, text)
         text = _REPEATING.sub(_repeating, text.replace("{,}", "."))
         text = " ".join(text.split())
     text = _TIMES.sub("*", text)
+    if _WORD.search(text):
+        text = _COMPOUND.sub(lambda match: str(_NUMBERS[match[1].lower()] + _NUMBERS[match[2].lower()]), text)
+        text = _LARGE.sub(lambda match: f"*10^{_ZEROS[match[1].lower()]}", text)
     text = _PREAMBLE.sub("", text.strip("*_` ").rstrip("\\ ")).strip("*_` ")
     text = text if text.endswith("...") else text.rstrip(". ")
-    single = _SINGLE.fullmatch(text)  # (B), (-3), but not the pair (1,234)
-    return single[1].strip() if single else text
+    if single := _SINGLE.fullmatch(text) or _BUILDER.fullmatch(text):  # (B), (-3), but not the pair (1,234)
+        text = single[single.lastindex].strip()                        # {x | x > 3}
+    return text
 
 
 # ---- 2. Tokens -------------------------------------------------------------------------------------------------------
@@ -112,17 +151,17 @@ _FUNCTIONS = {*_TRIG, *("arc" + f for f in _TRIG), *(f + "h" for f in _TRIG[:3])
 _FUNCTION = "(?:arc)?(?:" + "|".join(_TRIG) + ")h?|ln|log|lg|exp|sqrt|pi"
 _TOKEN = re.compile(rf"""(?P<num>{_DECIMAL}(?:[eE][-+]?[0-9]{{1,3}}(?![0-9A-Za-z.]))?)
     |(?P<command>\\(?:(?:begin|end)\{{[a-zA-Z]+\}}(?:\{{[lcr| ]+\}})?|[a-zA-Z]+|.))
-    |(?P<word>(?:{_FUNCTION})(?=[^A-Za-z]|[A-Za-z]{{0,2}}(?![A-Za-z]))|[A-Za-z]+)
+    |(?P<word>[A-Za-z](?=sqrt(?![A-Za-z]))|(?:{_FUNCTION})(?=[^A-Za-z]|[A-Za-z]{{0,2}}(?![A-Za-z]))|[A-Za-z]+)
     |(?P<sign><=|>=|!=|==|[-+*/^_=<>(){{}}\[\]|,;:!&°'])|(?P<space>\s+)|(?P<other>.)""", re.VERBOSE | re.DOTALL)
-_COMMANDS = {alias: line.split()[0] for line in r"""frac dfrac tfrac cfrac nicefrac sfrac; binom dbinom tbinom; over; choose;
-    * times cdot ast; / div; : colon; | mid vert lvert rvert Vert |; <= le leq leqslant; >= ge geq geqslant; < lt; > gt;
-    != ne neq; = approx simeq; \{ {; \} }; emptyset varnothing; cup; pm; mp; infty; lfloor; rfloor; lceil; rceil; mathbb;
-    tan tg; cot ctg; csc cosec; row \ """.split(";") for alias in line.split()}  # spellings of one thing
-_GREEK = set("""alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi chi psi
-    omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell""".split())
-_WORDS = {"infinity": ("sign", "infty"), "and": ("sign", ","), "or": ("sign", ","), **{word: ("num", str(n)) for n, word in
-    enumerate("""zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
-              seventeen eighteen nineteen twenty""".split())}}
+_COMMANDS = {alias: line.split()[0] for line in r"""
+    frac dfrac tfrac cfrac nicefrac sfrac; binom dbinom tbinom; over; choose; cup; pm; mp; infty; mathbb; row \
+    emptyset varnothing; lfloor; rfloor; lceil; rceil; * times cdot ast; / div; : colon; \{ {; \} }
+    | mid vert lvert rvert Vert |; <= le leq leqslant; >= ge geq geqslant; < lt; > gt; != ne neq; = approx simeq
+    tan tg; cot ctg; csc cosec""".replace("\n", ";").split(";") for alias in line.split()}  # spellings of one thing
+_GREEK = set("""alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi chi
+    psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell""".split())
+_WORDS = {"infinity": ("sign", "infty"), "and": ("sign", ","), "or": ("sign", ","),
+          **{word: ("num", str(n)) for word, n in _NUMBERS.items()}}
 _ENGLISH = set("no on is it of to in up as at by we he so do go us if an am pm mr dr".split())  # not products
 
 
@@ -157,6 +196,8 @@ def tokenise(text: str) -> list[tuple[str, str]]:
     """(kind, value) of each token; kinds are num, var, const, function and sign. Raises NotMaths."""
     tokens, depth = [], 0
     for match in _TOKEN.finditer(text):
+        if len(tokens) > MAX_TOKENS:
+            raise NotMaths
         kind, value = match.lastgroup, match[0]
         if kind == "sign":
             depth += (value in "([") - (value in ")]")
@@ -201,8 +242,8 @@ class Parser:
             raise NotMaths
         return tree
 
-    def peek(self) -> tuple[str, str]:
-        return self.tokens[self.place]
+    def peek(self, ahead: int = 0) -> tuple[str, str]:
+        return self.tokens[self.place + ahead]
 
     def take(self) -> tuple[str, str]:
         token = self.tokens[self.place]
@@ -317,7 +358,7 @@ class Parser:
         start = self.place
         if self.next_is("frac"):
             fraction = self.argument(), self.argument()
-        elif [kind for kind, _ in self.tokens[start:start + 3:2]] == ["num", "num"] and self.tokens[start + 1][1] == "/":
+        elif [kind for kind, _ in self.tokens[start:start + 3]] == ["num", "sign", "num"] and self.peek(1)[1] == "/":
             self.place += 3
             fraction = _number(self.tokens[start][1]), _number(self.tokens[start + 2][1])
         else:
@@ -740,9 +781,9 @@ def _scalars_agree(a: Node, b: Node, budget: list[int]) -> bool:
 
 def _relations_agree(a: Node, b: Node, budget: list[int]) -> bool:
     """Two chains of equations or inequalities: link by link, the differences of their sides are in a constant ratio."""
-    links = [[(terms[i], terms[i + 1], sign) for i, sign in enumerate(signs)] for _, terms, signs in (a, b)]
-    return len(links[0]) == len(links[1]) and (all(map(lambda x, y: _links_agree(x, y, budget), *links))
-                                               or all(map(lambda x, y: _links_agree(x, y, budget), links[0], links[1][::-1])))
+    ours, others = ([(terms[i], terms[i + 1], sign) for i, sign in enumerate(signs)] for _, terms, signs in (a, b))
+    return len(ours) == len(others) and any(
+        all(_links_agree(x, y, budget) for x, y in zip(ours, order)) for order in (others, others[::-1]))
 
 
 def _links_agree(a: tuple, b: tuple, budget: list[int]) -> bool:
@@ -845,16 +886,19 @@ def answers_agree(a: Answer, b: Answer, budget: list[int]) -> bool:
         return False
     if a.name != b.name and "=" in _relation_signs(a, b):
         return _relations_agree(_as_relation(a), _as_relation(b), budget)
-    if (a.unit and b.unit and a.unit != b.unit) or (a.name and b.name and a.name != b.name):
+    if a.unit != b.unit and (a.unit and b.unit or "base" in a.unit + b.unit):
+        return False
+    if a.name != b.name and a.name and b.name:
         return False
     if "list" in (a.value[0], b.value[0]):
         return _lists_agree(a, b, budget)
     if _nodes_agree(a.value, b.value, budget):
         return True
     for one, other in ((a, b), (b, a)):
-        if one.unit in ("%", "degree") and not other.unit and _nodes_agree(
-                ("/", one.value, ("num", 100)) if one.unit == "%" else ("call", "degrees", one.value), other.value, budget):
-            return True
+        if one.unit in ("%", "degree") and not other.unit:
+            value = ("/", one.value, ("num", 100)) if one.unit == "%" else ("call", "degrees", one.value)
+            if _nodes_agree(value, other.value, budget):
+                return True
     return False
 
 
@@ -872,22 +916,26 @@ def _as_relation(answer: Answer) -> Node:
 
 # ---- 6. From a text to an answer -------------------------------------------------------------------------------------
 
-_UNITS = {alias: line.split()[0] for line in """% percent; $ ¤ dollar usd; ¢ cent; € euro; £; degree deg °; radian rad;
-    mm millimeter millimetre; cm centimeter centimetre; m meter metre; km kilometer kilometre; in inch inche; yard yd;
-    ft foot feet; mile mi; g gram; kg kilogram; mg milligram; lb pound; oz ounce; l liter litre;
-    ml milliliter millilitre; cup; s second sec; min minute; h hour hr; day; week; month; year yr; mph; unit; men; of;
-    / per""".split(";")
+_UNITS = {alias: line.split()[0] for line in """
+    % percent; $ ¤ dollar usd; ¢ cent; € euro; £; degree deg °; radian rad; cup; day; week; month; year yr; mph; unit
+    mm millimeter millimetre; cm centimeter centimetre; m meter metre; km kilometer kilometre; in inch inche; yard yd
+    ft foot feet; mile mi; g gram; kg kilogram; mg milligram; lb pound; oz ounce; l liter litre; men; of; / per
+    th st nd rd; ml milliliter millilitre; s second sec; min minute; h hour hr""".replace("\n", ";").split(";")
     for alias in line.split()}
 _NOT_UNITS = tuple("""zero three four five seven eight nine eleven twelve thirt twent fift sixt hundred thousand million
     billion trillion half halves third quarter tenth squared cubed factorial plus minus times over more less than modulo
     root maybe perhaps either else about remainder choose sqrt infty approx except""".split())
 _TAIL = re.compile(r"(.*?(?:[0-9)}\]!]|pi))( ?)([^\W\d_][^0-9(){}\\=<>+]{0,40}(?:\^?\{?(?<! )[23]\}?)?|[%¤¢€£°]"
                    r"(?: ?(?:[CF]|celsius|fahrenheit))?)", re.IGNORECASE)
+_MONEY = re.compile(r"^([-+]?) ?([¤€£]) ?(.+)")
 _TRIG_CALL = re.compile("sin|cos|tan|cot|sec|csc")
 _BASE = re.compile(r"([0-9]+|[0-9A-F]+)_(?:\{([0-9]+)\}|([0-9]))")
-_NAME = r"\\?[a-zA-Z]+(?:_(?:\{[^{}]{1,12}\}|[a-zA-Z0-9]))?'*(?: ?\([a-zA-Z0-9, ]{1,12}\))?|\([a-z](?:, ?[a-z])+\)"
+_NAME = r"(?:\\angle ?)?\\?[a-zA-Z]+(?:_(?:\{[^{}]{1,12}\}|[a-zA-Z0-9]))?'*(?: ?\([a-zA-Z0-9, ]{1,12}\))?" \
+        r"|\([a-z](?:, ?[a-z])+\)"
 _NAMES = re.compile(rf"((?:(?:{_NAME}) ?(?:=|\\in(?![a-z])) ?)+)(?!=)(.+)")
+_POINT = re.compile(r"([A-Z]) ?(\([^()]*,[^()]*\))")
 _INTEGER = re.compile(r"[-+]?(?:[0-9]+|[1-9][0-9]{0,2}(?:,[0-9]{3})+)")
+_PARTED = re.compile(",|;|and|or")
 _PIECES = re.compile(rf"{_THOUSANDS}|[(\[{{)\]}},;]|\b(?:and|or)\b")
 
 
@@ -912,12 +960,17 @@ def _unit(text: str, glued: bool) -> str:
     return "".join(unit)
 
 
+_IDLE = re.compile(r"(?<=[0-9]) ?(\*) ?(?=[0-9])|(?<=[0-9])( )(?=[0-9])| |\*")
+_KNOWN = re.compile("sqrt|pi|infty|sin|cos|tan|log|binom|frac|overline|sum")
+_LONG_WORD, _SIGN = re.compile(r"[^\W\d_]{3}"), re.compile(r"[-0-9^_=+*/<>(:!]")
+
+
 def _canonical(text: str) -> str:
     """The string that stands for a text: spaces and stars only matter between two digits, case only in formulas."""
-    text = re.sub(r"(?<![0-9]) | (?![0-9])", "", re.sub(r" ?\* ?", "*", text))
-    text = re.sub(r"(?<![0-9])\*|\*(?![0-9])", "", text).replace("\\", "")
-    words = re.sub("sqrt|pi|infty|sin|cos|tan|log|binom|frac|overline|sum", " ", text)
-    return text.casefold() if re.search(r"[^\W\d_]{3}", words) or not re.search(r"[-0-9^_=+*/<>(:!]", text) else text
+    if " " in text or "*" in text:
+        text = _IDLE.sub(lambda match: match[1] or match[2] or "", text)
+    text = text.replace("\\", "")
+    return text if _SIGN.search(text) and not _LONG_WORD.search(_KNOWN.sub(" ", text)) else text.casefold()
 
 
 def _split(text: str) -> list[str]:
@@ -957,10 +1010,10 @@ def _single(text: str) -> Answer:
     canonical, unit, name = _canonical(text), "", ""
     if _INTEGER.fullmatch(text):  # most answers
         return Answer(("num", int(text.replace(",", ""))), canonical)
-    if match := _BASE.fullmatch(text):
+    if "_" in text and (match := _BASE.fullmatch(text)):
         digits = ("num", int(match[1])) if match[1].isdigit() else ("var", match[1])
         return Answer(digits, canonical, f"base {match[2] or match[3]}")
-    body = re.sub(r"^([-+]?) ?([¤€£]) ?(.+)", r"\1\3 \2", text)  # -$5 -> -5 $
+    body = text if text.isascii() else _MONEY.sub(r"\1\3 \2", text)  # -$5 -> -5 $
     match = _TAIL.fullmatch(body)
     unit = _unit(match[3], glued=not match[2]) if match else ""
     if unit and not (unit == "degree" and _TRIG_CALL.search(body)):
@@ -974,10 +1027,10 @@ def _formula(text: str, canonical: str, unit: str) -> Answer | None:
     """The answer in a formula, perhaps with a name: x = 5, x \\in [0, 1], O(0, 0). None if it is not maths."""
     name = ""
     try:
-        if match := _NAMES.fullmatch(text):
+        if ("=" in text or "\\in" in text) and (match := _NAMES.fullmatch(text)):
             if not re.fullmatch("[a-zA-Z] ?= ?[a-zA-Z]", text):  # a = b is a relation
                 name, text = "".join(re.sub(r"\\in(?![a-z])|[= \\]", " ", match[1]).split()), match[2]
-        elif match := re.fullmatch(r"([A-Z]) ?(\([^()]*,[^()]*\))", text):  # the point O(0, 0)
+        elif match := _POINT.fullmatch(text):  # O(0, 0)
             name, text = match.groups()
         return _interpret(Parser(tokenise(text)).parse(), canonical, unit, name)
     except (NotMaths, ValueError, RecursionError):
@@ -994,8 +1047,8 @@ def _interpret(tree: Node, canonical: str, unit: str, name: str) -> Answer:
             if not variables(tree) and all(_nodes_agree(terms[0], term, budget) for term in terms[1:]):  # 1/2 = 0.5
                 return Answer(terms[-1], canonical, unit, name)
     elif _has(tree, "pm", "mp"):
-        signs = [_with_sign(tree, plus) for plus in (True, False)]
-        return Answer(("list", tuple(Answer(node, canonical + sign, unit, name) for node, sign in zip(signs, "+-"))), canonical)
+        both = tuple(Answer(_with_sign(tree, sign == "+"), canonical + sign, unit, name) for sign in "+-")
+        return Answer(("list", both), canonical)
     return Answer(tree, canonical, unit, name)
 
 
@@ -1006,31 +1059,38 @@ def _with_sign(node: Node, plus: bool) -> Node:
     return tuple(_with_sign(child, plus) if isinstance(child, tuple) and child else child for child in node)
 
 
-@lru_cache(maxsize=8192)
+@lru_cache(maxsize=4096)  # truths come again; what a response says seldom does
 def parse_answer(text: str) -> Answer | None:
     """The answer that a text gives, None if it is empty or too long."""
     text = plain(text)
     if not text:
         return None
-    parts = _split(text) if re.search(",|;|and|or", text) else [text]
-    if len(parts) > 1:
-        answers = tuple(_single(part) for part in parts)
-        if all(answer.value for answer in answers) and not all(answer.value[0] == "var" for answer in answers):
-            return Answer(("list", answers), _canonical(text))
+    parts = _split(text) if _PARTED.search(text) else [text]
+    if len(parts) == 1:
+        return _single(text)
+    answers = []
+    for part in parts:
+        answers.append(_single(part))
+        if answers[-1].value is None:  # "Yes, 3" is a text
+            return Answer(None, _canonical(text))
+    if all(answer.value[0] == "var" for answer in answers):  # and so is "A, B"
         return Answer(None, _canonical(text))
-    return _single(text)
+    return Answer(("list", tuple(answers)), _canonical(text))
 
 
 def is_equivalent(predicted: str, truth: str) -> bool:
     """Whether two answers agree. Symmetric; never raises."""
-    one, other = (parse_answer(text) if len(text := as_text(answer)) <= MAX_CHARS else None for answer in (predicted, truth))
+    texts = [as_text(answer) for answer in (predicted, truth)]
+    if max(map(len, texts)) > MAX_CHARS:
+        return False  # before a long text is looked up
+    one, other = map(parse_answer, texts)
     if one is None or other is None:
         return False
     budget = [MAX_WORK]
     if answers_agree(one, other, budget):
         return True
     if one.value and other.value and (one.value[0] == "list") != (other.value[0] == "list"):  # 100,200 may be a list
-        one, other = (parse_answer(as_text(answer).replace(",", ", ")) for answer in (predicted, truth))
+        one, other = (parse_answer(text.replace(",", ", ")) for text in texts)
         return bool(one and other) and answers_agree(one, other, budget)
     return False
 

@@ -44,7 +44,7 @@ class GRPOOptions(TrainOptions):
     warmup_ratio: float = option(0.1, "share of the steps in which the learning rate rises linearly", low=0.0, high=1.0)
     rollout_batch: int = option(256, "responses sampled at a time; changes memory, not the samples", low=1)
     questions_per_step: int = option(16, "questions per rollout (B)", low=1)
-    max_prompt_tokens: int | None = option(None, "longer questions are dropped (by default what fills the context)", low=1)
+    max_prompt_tokens: int | None = option(None, "longer questions are dropped; None: what fills the context", low=1)
     group_size: int = option(8, "responses per question (G)", low=2)
     max_new_tokens: int = option(160, "response length limit", low=1)
     temperature: float = option(1.0, "of the policy, in sampling and in the loss alike", low=1e-3)

@@ -482,7 +482,8 @@ SCHEMAS = (
     Schema("medqa-hf", {"sent1", "ending0", "label"}, _medqa_hf),  # GBaker/MedQA-USMLE-4-options-hf
     Schema("mmlu-pro", {"question_id", "options", "category"}, _mmlu_pro),  # TIGER-Lab/MMLU-Pro
     Schema("mmmu-pro", {"image_1", "options", "subject"}, _mmmu),  # MMMU/MMMU_Pro, "standard (... options)"
-    Schema("mmmu-pro-vision", {"image", "options", "subject"}, _mmmu_vision, frozenset({"question", "level"})),  # "vision"
+    Schema("mmmu-pro-vision", {"image", "options", "subject"}, _mmmu_vision,  # MMMU/MMMU_Pro, "vision"
+           lacks=frozenset({"question", "level"})),
     Schema("mmmu", {"image_1", "options"}, _mmmu),  # MMMU/MMMU; lmms-lab/MMMU
     Schema("mathvista", {"question", "question_type", "answer_type"}, _mathvista),  # AI4Math/MathVista
     Schema("mathvision", {"question", "options", "level", "subject"}, _mathvision),  # MathLLMs/MathVision

@@ -115,8 +115,7 @@ def _same_text(answer: str, option: str) -> bool:
 
 
 def _rounds_to(answer: str, truth: str, precision: int) -> bool:
-    """MathVista's rule for decimals: the answer, rounded, is the truth (lu-group MathVista, evaluation/calculate_score.py).
-    """
+    """MathVista's rule for decimals: the answer, rounded, is the truth (its evaluation/calculate_score.py)."""
     values = [parsed.value for text in (answer, truth) if (parsed := parse_answer(text)) and not parsed.name]
     if len(values) < 2 or any(value is None or value[0] not in ("num", "neg") for value in values):
         return False
@@ -128,8 +127,8 @@ def accuracy_reward(response: str, truth: str | Sequence[str], options: dict[str
                     precision: int | None = None) -> float:
     """1.0 if the response's final answer is right, else 0.0; never raises.
 
-    truth: of several, any one will do. options: {"A": text, ...}, letters up to P; truth is then a letter or an option's
-    text. Without: `is_equivalent`. precision: decimals that an answer is rounded to (MathVista).
+    truth: of several, any one will do. options: {"A": text, ...}, letters up to P; truth is then a letter or an
+    option's text. Without: `is_equivalent`. precision: decimals that an answer is rounded to (MathVista).
     """
     answer = extract_answer(response)
     if answer is None:

@@ -37,8 +37,8 @@ class SFTOptions(TrainOptions):
     lr_decay: float = option(1.0, "factor on the learning rate after each epoch", low=0.0, high=1.0)
     batch_size: int = option(64, "sequences per optimiser step", low=1)
     max_length: int = option(1024, "longer sequences are cut to so many tokens", low=2)
-    pack_tokens: int = option(0, "sequences share a forward pass of up to so many tokens, in place of --micro-batch-size "
-                                 "padded ones, and do not see one another; changes not the gradient. 0: off", low=0)
+    pack_tokens: int = option(0, "pack sequences, which do not see one another, into forward passes of so many tokens; "
+                                 "0: pad --micro-batch-size of them. The gradient is the same", low=0)
     max_steps: int | None = option(80, "stop after so many optimiser steps", low=1)
     answer_only: bool = option(False, "train on question -> answer with no thinking")
 
@@ -47,9 +47,13 @@ def sft_loss(model: Qwen2_5_VL, input_ids: Tensor, loss_mask: Tensor, position_i
              cu_seqlens: Tensor | None = None) -> Tensor:
     """Sum (not mean) of -log p over the tokens of input_ids [B, T] that loss_mask marks, each given those before it.
 
-    position_ids and cu_seqlens: of a packed row (`collate_packed`). The caller divides by the loss tokens of the whole optimiser batch, so that the gradient does not depend on how the
+    The caller divides by the loss tokens of the whole optimiser batch, so that the gradient does not depend on how the
     batch is split (the mean of micro-batch means would weigh a token by its neighbours' number: TRL#3231).
+    position_ids and cu_seqlens: of a packed row (`collate_packed`).
     """
+    device = model.head_weight.device
+    input_ids, loss_mask = input_ids.to(device), loss_mask.to(device)
+    position_ids = None if position_ids is None else position_ids.to(device)  # the borders stay where Python reads them
     hidden = model(input_ids, position_ids=position_ids, cu_seqlens=cu_seqlens)
     hidden = hidden[:, :-1][loss_mask[:, 1:]]                                              # [N, C]: only what is scored
     log_probs, _ = token_log_probs(hidden, model.head_weight, input_ids[:, 1:][loss_mask[:, 1:]])
@@ -95,7 +99,7 @@ def train_step(model: Qwen2_5_VL, optimizer: torch.optim.Optimizer, rows: list[R
     total = 0.0
     for inputs in micro_batches(rows, options):
         with autocast(model, options):
-            loss = sft_loss(model, *(t.to(model.head_weight.device) for t in inputs)) / num_tokens
+            loss = sft_loss(model, *inputs) / num_tokens
         loss.backward()
         total += loss.item()
     grad_norm = optimizer_step(model, optimizer, learning_rate, options.max_grad_norm)

@@ -30,9 +30,9 @@ MICRO_DATA = ROOT / "micro" / "data"
 
 # --- Options ----------------------------------------------------------------------------------------------------------
 
-def option(default, text: str, *, low=None, high=None, choices=None):
-    """A field of an options dataclass: its default, its help, and what it may be."""
-    metadata = {"help": text, "low": low, "high": high, "choices": choices}
+def option(default, text: str, *, low=None, high=None, choices=None, positional=False):
+    """A field of an options dataclass: its default, its help, what it may be, and whether it goes without its name."""
+    metadata = {"help": text, "low": low, "high": high, "choices": choices, "positional": positional}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -62,7 +62,10 @@ def parse_options(cls: type, argv: list[str], recipes: dict[str, dict] | None = 
             extra |= {"nargs": "+", "metavar": "VALUE"}
         else:
             extra |= {"type": kind, "choices": choices, "metavar": None if choices else kind.__name__.upper()}
-        parser.add_argument("--" + f.name.replace("_", "-"), **extra)
+        if f.metadata["positional"]:
+            parser.add_argument(f.name, **extra | {"help": f.metadata["help"], "metavar": f.name.upper()})
+        else:
+            parser.add_argument("--" + f.name.replace("_", "-"), **extra)
     typed = vars(parser.parse_args(argv))
     options = cls(**{**(recipes[typed.pop("recipe")] if recipes else {}), **typed})
     for f in fields(cls):
@@ -79,6 +82,10 @@ def run_command(main) -> None:
     """Runs a command. What the user can mend is one line on stderr and exit code 2."""
     try:
         main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of `... | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (InputError, OSError, SafetensorError) as error:  # the last: a disk that fills up
         print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

@@ -60,7 +60,7 @@ def run(monkeypatch, capsys):
 
 
 def error_lines(stderr: str) -> list[str]:
-    return [line for line in re.split(r"[\r\n]+", stderr) if line.strip() and not re.match(r"(sft|grpo|sampling):\s+\d+%", line)]
+    return [line for line in re.split(r"[\r\n]+", stderr) if line.strip() and not re.match(r"(sft|grpo|sampling|reading):\s+\d+%", line)]
 
 
 class Workshop:
@@ -283,6 +283,22 @@ def test_answer_only_and_dropped_examples(run, shop):
     assert run("sft", *argv, "--out", shop.path / "answers", "--answer-only")[0] == 0
     tokens = [records(shop.path / name / "metrics.jsonl")[0]["tokens"] for name in ("cot", "answers")]
     assert tokens[1] < tokens[0]
+
+
+@pytest.mark.parametrize("command, make, extra", [("sft", worked, SFT_RUN), ("grpo", question, GRPO_RUN)])
+def test_bad_lines_are_skipped_if_asked(run, shop, command, make, extra):
+    """Training is then the same as on the good lines alone."""
+    model, good = shop.model(), [json.dumps(make(i)) for i in range(1, 9)]
+    bad = shop.file("bad.jsonl", "\n".join(["{", *good[:5], '{"question": 3}', *good[5:], '{"a": 1}', "[", "x"]))
+    argv = [command, "--model", model, *extra, "--max-steps", "2", "--data"]
+    code, _, [line] = run(*argv, bad, "--out", shop.path / "run")
+    assert code == 2 and "bad.jsonl: line 1: malformed JSON" in line and not (shop.path / "run").exists()
+    code, _, [first, *shown, rest] = run(*argv, bad, "--out", shop.path / "run", "--skip-bad-lines")
+    assert code == 0 and first == f"{bad}: 5 bad records left out" and rest.strip() == "..."
+    assert [line.strip().removeprefix(f"{bad}: ")[:7] for line in shown] == ["line 1:", "line 7:", "line 11"]
+    assert run(*argv, shop.file("good.jsonl", "\n".join(good)), "--out", shop.path / "good")[0] == 0
+    names = ("model/model.safetensors", "checkpoint/weights.safetensors")
+    assert all((shop.path / "run" / n).read_bytes() == (shop.path / "good" / n).read_bytes() for n in names)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

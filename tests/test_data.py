@@ -376,23 +376,36 @@ MCQ = ("You should provide your thoughts within <think> </think> tags, then answ
        "should answer with <think>...</think> <answer>B: No </answer>). Here is the question: ")
 
 
+MATH = ("A conversation between User and Assistant. The user asks a question, and you as the assistant solves it. You "
+        "should first think about the reasoning process in the mind and then provide the user with the answer. The "
+        "reasoning process and answer are enclosed within <think> </think> and <answer> </answer> tags, respectively, "
+        "i.e., <think> reasoning process here </think><answer> the final answer as the option letter or the number "
+        "depending on the question </answer> (For example, if the question is \n'Is the earth flat?\n A: Yes \nB: No', "
+        "you should answer with <think> your reasoning </think> <answer>B: No</answer>. If the question is 'What is "
+        "1+1?', you should answer with <think> your reasoning </think> <answer>2 </answer>).\n\nHere is the question: ")
+
+
 @pytest.mark.parametrize("example, style, expected", [
     (QUIZ, "direct", "Is {x} flat?\nA: Yes\nB: No"),
     (SUM, "direct", "1+1?"),
     (QUIZ, "train", TRAIN + "Is {x} flat?\nA: Yes\nB: No"),
     (SUM, "train", TRAIN + "1+1?"),
     (QUIZ, "mcq", MCQ + "Is {x} flat? Options:\n\nA: Yes\nB: No"),
+    (QUIZ, "math", MATH + "Is {x} flat? Options:\n\nA: Yes\nB: No"),
+    (SUM, "math", MATH + "1+1?"),
 ])
 def test_prompts(example, style, expected):
     assert data.format_prompt(example, style) == expected
 
 
-def test_math_prompt():
-    """The hash is of the paper's own text, less its options."""
-    prompt = data.format_prompt(SUM, "math")
-    digest = hashlib.sha256(prompt.encode()).hexdigest()
-    assert digest == "71021aee39bff33c6514a8613e763eb5010390591406710af849736f4166d216"
-    assert data.format_prompt(QUIZ, "math").endswith("\n\nHere is the question: Is {x} flat? Options:\n\nA: Yes\nB: No")
+@pytest.mark.parametrize("style, example, digest", [
+    ("train", SUM, "4becb17cb768a91b82cfe33d5a67ecd39ffcf8c11710b276dd7c0ce24f29d395"),
+    ("mcq", QUIZ, "85d128ee783b1c6a64596caceaecc9326666f848a4309ea2246c7aa3a3c6f4be"),
+    ("math", SUM, "71021aee39bff33c6514a8613e763eb5010390591406710af849736f4166d216"),
+])
+def test_prompts_are_the_papers(style, example, digest):
+    """The hashes were taken from the paper's text with the question put in (and no options where there are none)."""
+    assert hashlib.sha256(data.format_prompt(example, style).encode()).hexdigest() == digest
 
 
 def test_bad_prompt_styles():
@@ -444,6 +457,39 @@ def test_collate():
     ids, mask = data.collate([data.make_row([5, 6, 7], [False, True, True]), data.make_row([8], [False])], pad_id=9)
     assert ids.tolist() == [[5, 6, 7], [8, 9, 9]] and ids.dtype == torch.long
     assert mask.tolist() == [[False, True, True], [False, False, False]] and mask.dtype == torch.bool
+
+
+def rows_of(*lengths: int) -> list[data.Row]:
+    return [data.make_row(range(100 * length, 101 * length), [True] * length) for length in lengths]
+
+
+def test_collate_packed():
+    row = data.make_row
+    ids, mask, positions, borders = data.collate_packed(
+        [row([5, 6, 7], [True, False, True]), row([8], [True]), row([9, 4], [False, True])])
+    assert ids.tolist() == [[5, 6, 7, 8, 9, 4]] and ids.dtype == torch.long
+    assert mask.tolist() == [[False, False, True, False, False, True]]  # never a first token
+    assert positions.tolist() == [[[0, 1, 2, 0, 0, 1]]] * 3
+    assert borders.tolist() == [0, 3, 4, 6]
+
+
+def test_pack_by_hand():
+    packs = data.pack(rows_of(3, 5, 2, 6, 4), 10)
+    assert [[len(ids) for ids, _ in rows] for rows in packs] == [[6, 4], [5, 3, 2]]
+    assert data.pack([], 10) == [] and len(data.pack(rows_of(10, 10), 10)) == 2
+
+
+def test_pack_loses_nothing_and_fills_well():
+    chance = random.Random(0)
+    for _ in range(30):
+        lengths = [chance.randrange(1, chance.choice([10, 100])) for _ in range(chance.randrange(1, 200))]
+        rows = rows_of(*lengths)
+        packs = data.pack(rows, 100)
+        assert sorted(id(row) for rows in packs for row in rows) == sorted(map(id, rows))
+        sums = [sum(len(ids) for ids, _ in rows) for rows in packs]
+        assert max(sums) <= 100
+        assert len(packs) <= 11 / 9 * -(-sum(lengths) // 100) + 1
+        assert all(a is b for one, two in zip(packs, data.pack(rows, 100)) for a, b in zip(one, two))
 
 
 def test_epoch_order():

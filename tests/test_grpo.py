@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import grpo  # noqa: E402
 import tiny  # noqa: E402
-from data import InputError, Prompt  # noqa: E402
+from data import Example, ImageConfig, InputError, Prompt, Tokenizer, make_prompt  # noqa: E402
 from grpo import grpo_loss, group_advantages, kl_penalty, make_batch  # noqa: E402
 from sample import Completion  # noqa: E402
 
@@ -542,6 +542,41 @@ def test_questions_with_images_or_too_long_are_refused(options, tmp_path):
     path.write_text(json.dumps({"id": "x", "question": "q", "answer": "1", "image": "cat.png"}) + "\n")
     with pytest.raises(InputError, match="x has an image"):
         grpo.Trainer(options(data=str(path)))
+    with pytest.raises(InputError, match="no question fits 5 tokens"):
+        grpo.Trainer(options(max_prompt_tokens=5))
+
+
+def test_over_long_questions_are_dropped_and_counted(options, folder, tmp_path, capsys):
+    path, tokenizer = tmp_path / "long.jsonl", Tokenizer.from_pretrained(folder)
+    questions = ["short?", "a longer one?", "?" * 600]  # the last is over the context
+    path.write_text("".join(json.dumps({"id": q[:3], "question": q, "answer": 1, "x": "y"}) + "\n" for q in questions))
+    lengths = [len(make_prompt(q, [], tokenizer, ImageConfig()).ids) for q in questions]
+    for limit, kept in ((None, 2), (lengths[1], 2), (lengths[1] - 1, 1), (10_000, 2)):
+        examples = grpo.load_questions(options(data=str(path), max_prompt_tokens=limit), tokenizer)
+        assert [e.question for e in examples] == questions[:kept] and not examples[0].meta
+        bound = min(limit or 511, 511)
+        assert f"{3 - kept} of 3 questions dropped: the prompt is over {bound} tokens\n" == capsys.readouterr().out
+
+
+def test_bad_records_are_left_out_if_asked(options, folder, tmp_path, capsys):
+    path, tokenizer = tmp_path / "bad.jsonl", Tokenizer.from_pretrained(folder)
+    path.write_text('{"question": "q", "answer": 1}\n{"question": "q"}\n{"question": "q", "answer": 1, "image": "x"}\n[')
+    with pytest.raises(InputError, match="bad.jsonl: line 2: field 'answer' is missing"):
+        grpo.load_questions(options(data=str(path)), tokenizer)
+    assert len(grpo.load_questions(options(data=str(path), skip_bad_lines=True), tokenizer)) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"{path}: 3 bad records left out\n") and "question bad-3 has an image" in err and "line 4" in err
+
+
+def test_reward_knows_every_right_answer_and_its_precision(options, folder, monkeypatch):
+    """Any accepted answer counts, and a number to the decimals that the record names."""
+    trainer = grpo.Trainer(options())
+    trainer.examples = [Example("x", "q", "six", accepted=["7"]), Example("y", "q", "2.35", precision=1)]
+    texts = iter(["<answer>7</answer>", "<answer>8</answer>", "<answer>2.4</answer>", "<answer>2.3</answer>"])
+    groups = [[Completion([1], [-1.0], [False], next(texts), "stop") for _ in range(2)] for _ in range(2)]
+    monkeypatch.setattr(trainer.sampler, "generate", lambda *_: groups)
+    _, records, _ = trainer.rollout([0, 1], 0)
+    assert [r["reward"] for r in records] == [1.0, 0.0, 1.0, 0.0]
 
 
 # --- Whole runs ---

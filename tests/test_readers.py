@@ -5,6 +5,8 @@ import io
 import json
 import random
 import sys
+import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -191,7 +193,8 @@ def in_base64(colour: int) -> str:
 def tsv(folder: Path, *rows: dict) -> Path:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     cells = [columns, *([str(row.get(key, "")) for key in columns] for row in rows)]
-    quoted = [['"' + cell.replace('"', '""') + '"' if set(cell) & set('"\t\n') else cell for cell in row] for row in cells]
+    quoted = [['"' + cell.replace('"', '""') + '"' if set(cell) & set('"\t\n') else cell for cell in row]
+              for row in cells]
     text = "".join("\t".join(row) + "\n" for row in quoted)
     return written(folder, text.encode("utf-8", "surrogatepass"), "d.tsv")
 
@@ -393,6 +396,47 @@ def test_unreadable_data_files(tmp_path):
     assert "Is a directory" in complaint(lambda: list(read_examples(tmp_path)))
 
 
+def test_files_are_streamed(tmp_path):
+    """20 MB are read in the memory of a few records; a record comes before the next is looked at."""
+    long = [GSM8K | {"rest": chr(97 + i % 26) * 200_000} for i in range(100)]
+    tsv_path = tsv(tmp_path, *({"index": i, "question": "Q", "answer": 1, "image": "A" * 200_000} for i in range(100)))
+    for path in (written(tmp_path, long), tsv_path):
+        tracemalloc.start()
+        assert sum(1 for _ in read_examples(path)) == 100
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert path.stat().st_size > 20e6 and peak < 3e6, (path, peak)
+    examples = read_examples(written(tmp_path, json.dumps(GSM8K) + "\n{"))
+    assert next(examples).answer == "1224"
+    assert "line 2" in complaint(next, examples)
+
+
+def test_what_convert_complains_of_is_a_bad_record(tmp_path):
+    def odd(example: Example) -> int:
+        if int(example.answer) % 2 == 0:
+            raise InputError(f"{example.id}: even")
+        return int(example.answer)
+
+    path = written(tmp_path, [{"question": "q", "answer": answer} for answer in (1, 2, 3, None, 4)])
+    assert complaint(lambda: list(readers.convert_examples(path, odd))) == f"{path}: d-2: even"
+    bad = []
+    assert list(readers.convert_examples(path, odd, bad)) == [1, 3]
+    assert bad == [f"{path}: d-2: even", f"{path}: line 4: field 'answer' is missing or empty", f"{path}: d-5: even"]
+    path = written(tmp_path, [{"question": "q", "answer": 2}])
+    assert "none of the records is good" in complaint(lambda: list(readers.convert_examples(path, odd, [])))
+
+
+def test_hostile_texts_take_no_time(tmp_path):
+    tags = "<|end_of_thought|> \n <|begin_of_solution|>" * 20_000
+    records = [thoughts("<|begin_of_thought|>" + tags), MMMU | {"options": "[" + "(" * 200_000},
+               MMMU_OPEN | {"answer": "[" + "1+" * 200_000}, MMMU | {"id": "a" * 100_000 + "_1" * 100_000 + "x"},
+               METADATA | {"deepseek_solution": "<" * 500_000}, MATHVISTA | {"precision": "1" * 500_000}]
+    for record in records:
+        started = time.perf_counter()
+        list(read_examples(written(tmp_path, [record, GSM8K]), []))
+        assert time.perf_counter() - started < 2, str(record)[:80]
+
+
 # Whatever a file holds, the answer is examples or an InputError that names the file
 
 def nested(depth: int) -> list:
@@ -403,7 +447,8 @@ def nested(depth: int) -> list:
 
 
 ODD = [None, True, -1, 3, 2.5, float("nan"), float("inf"), 10**400, "", " ", "A", "\ud800", "x\0", "[", "['a'", "[1, 'b']",
-       "<image 7>", "####", "data:", "nan", "a" * 5000, [], [None], [[]], ["A", 1], [{}], {}, {"A": None}, {"from": "user"},
+       "<image 7>", "####", "[0x" + "f" * 5000 + "]", 0.1, 1e22, "data:", "nan", "a" * 5000,
+       [], [None], [[]], ["A", 1], [{}], {}, {"A": None}, {"from": "user"},
        {"value": 1}, {"bytes": "x"}, {"bytes": None, "path": None}, {"key": "A", "value": "x"}, nested(90), nested(200)]
 
 
@@ -424,7 +469,8 @@ def mutated(value: object, chance: random.Random) -> object:
         return value if chance.random() < 0.7 else mutated(value, chance)
     if isinstance(value, str) and value and chance.random() < 0.4:
         place = chance.randrange(len(value))
-        return value[:place] + chance.choice(["", "\ud800", "\0", "\n", "'", '"', "[", "<|end_of_thought|>"]) + value[place + 1:]
+        odd = chance.choice(["", "\ud800", "\0", "\n", "'", '"', "[", "<|end_of_thought|>"])
+        return value[:place] + odd + value[place + 1:]
     return chance.choice(ODD)
 
 
@@ -432,7 +478,8 @@ def check_reading(path: Path) -> bool:
     """Whether the file was read; if not, whether it was said why in one line that names file and place."""
     try:
         for example in read_examples(path):
-            assert type(example.question) is str and example.question and example.answer in (example.options or [example.answer])
+            assert type(example.question) is str and example.question
+            assert example.answer in (example.options or [example.answer])
             assert all(type(text) is str for text in (*example.truths, *(example.options or {}).values(), example.id))
             assert json.dumps(example.meta) and (example.precision is None or type(example.precision) is int)
             "".join([example.question, example.response or "", *example.truths]).encode()
@@ -457,8 +504,8 @@ def test_mutated_tsv(tmp_path):
     row = {"index": 1, "question": "Q <image 1>", "A": "yes", "B": "no", "answer": "B", "category": "Art", "hint": "h",
            "image": in_base64(7), "choices": "['A', 'B']", "precision": "1.0", "answer_option": "A"}
     for _ in range(150):
-        rows = [{str(key): value for key, value in other.items()} for other in (mutated(row, chance), mutated(row, chance))
-                if isinstance(other, dict)]
+        others = (mutated(row, chance), mutated(row, chance))
+        rows = [{str(key): value for key, value in other.items()} for other in others if isinstance(other, dict)]
         raw = bytearray(tsv(tmp_path, *(rows or [{}])).read_bytes())
         for _ in range(chance.randrange(3)):
             raw[chance.randrange(len(raw))] = chance.choice(b'\x00\t\n"\xff1')

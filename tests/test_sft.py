@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import sft  # noqa: E402
 import tiny  # noqa: E402
-from data import InputError, Tokenizer, collate  # noqa: E402
+from data import InputError, Tokenizer, collate, collate_packed  # noqa: E402
 from model import Qwen2_5_VL, copy_side_files  # noqa: E402
 from training import load_for_training  # noqa: E402
 
@@ -70,9 +71,11 @@ def metrics(o: sft.SFTOptions) -> list[dict]:
     return [json.loads(line) for line in (Path(o.out) / "metrics.jsonl").read_text().splitlines()]
 
 
-def gradients(o: sft.SFTOptions, rows: list, monkeypatch) -> tuple[dict[str, torch.Tensor], dict]:
-    """The gradient that train_step hands to the optimiser, in float64, and its metrics."""
-    model, out = load_for_training(o).double(), {}
+def gradients(
+    o: sft.SFTOptions, rows: list, monkeypatch, dtype=torch.float64
+) -> tuple[dict[str, torch.Tensor], dict]:
+    """The gradient that train_step hands to the optimiser, and its metrics."""
+    model, out = load_for_training(o).to(dtype), {}
 
     def catch(model, *_):
         out.update((name, p.grad.clone()) for name, p in model.named_parameters() if p.grad is not None)
@@ -149,6 +152,74 @@ def test_gradient_does_not_depend_on_micro_batches_or_order(options, folder, mon
         for name, value in wanted.items():
             assert (found[name] - value).abs().max() <= 1e-6 * value.abs().max(), (name, size)
         assert found_metrics == pytest.approx(wanted_metrics, rel=1e-6)
+
+
+@pytest.mark.parametrize("variant", ["vl", "vl_tied", "text", "text_tied"])
+def test_packed_loss_and_gradients_equal_one_at_a_time(options, tmp_path, monkeypatch, variant):
+    """In float32, each tensor to 1e-6 of its norm; whatever the packs, and whatever their order."""
+    o = options(model=str(tiny.make_folder(tmp_path, variant)))
+    rows = sft.load_rows(o, Tokenizer.from_pretrained(o.model))
+    lengths = [len(ids) for ids, _ in rows]
+    wanted, wanted_metrics = gradients(options(model=o.model, micro_batch_size=1), rows, monkeypatch, torch.float32)
+    for size, passes in ((max(lengths), 5), (max(lengths) + min(lengths), 3), (sum(lengths), 1)):
+        packed = options(model=o.model, pack_tokens=size, max_length=max(lengths))
+        assert len(list(sft.micro_batches(rows, packed))) == passes
+        found, found_metrics = gradients(packed, rows[2:] + rows[:2], monkeypatch, torch.float32)
+        assert found.keys() == wanted.keys() and len(found) > 20
+        for name, value in wanted.items():
+            assert (found[name] - value).norm() <= 1e-6 * value.norm(), (name, size)
+        assert found_metrics == pytest.approx(wanted_metrics, rel=1e-6)
+
+
+def test_packed_sequences_do_not_see_one_another(options, folder):
+    """The same bits, whatever stands beside a sequence."""
+    first, second, third, fourth, _ = sft.load_rows(options(), Tokenizer.from_pretrained(folder))
+    model, found = load_for_training(options()), []
+    for other in (first, fourth):
+        input_ids, loss_mask, position_ids, cu_seqlens = collate_packed([other, second, third])
+        hidden = model(input_ids, position_ids=position_ids, cu_seqlens=cu_seqlens)
+        found.append(hidden[0, len(other[0]) :])
+        alone = model(second[0][None].long())[0]
+        assert (found[-1][: len(alone)] - alone).abs().max() < 1e-5
+    assert torch.equal(*found)
+    seen = model(input_ids, position_ids=position_ids)[0, len(fourth[0]) :]  # without borders it would not be so
+    assert (seen - found[0]).abs().max() > 1e-2
+
+
+def test_packing_changes_a_run_by_rounding_only(options, tmp_path):
+    plain, packed = options(learning_rate=1e-3), options(
+        learning_rate=1e-3, pack_tokens=300, max_length=300, out=str(tmp_path / "packed")
+    )
+    sft.train(plain)
+    sft.train(packed)
+    for one, other in zip(metrics(plain), metrics(packed), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5) and one["tokens"] == other["tokens"]
+
+
+def test_rows_are_kept_small_and_texts_not_at_all(options, folder, tmp_path):
+    path, record = tmp_path / "long.jsonl", {"question": "Q", "answer": "A", "response": "R", "rest": "x" * 200_000}
+    path.write_text((json.dumps(record) + "\n") * 100)
+    tracemalloc.start()
+    rows = sft.load_rows(options(data=str(path)), Tokenizer.from_pretrained(folder))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(rows) == 100 and peak < 3e6
+    assert (rows[0][0].dtype, rows[0][1].dtype) == (torch.int32, torch.bool)
+
+
+def test_bad_records_are_left_out_if_asked(options, folder, tmp_path, capsys, data):
+    path = tmp_path / "bad.jsonl"
+    lines = [*data.read_text().splitlines(), "{", '{"question": "q", "answer": "a"}', '{"question": "q"}', "[]", "3"]
+    path.write_text("\n".join(lines))
+    with pytest.raises(InputError, match="bad.jsonl: line 6: malformed JSON"):
+        sft.load_rows(options(data=str(path)), Tokenizer.from_pretrained(folder))
+    assert len(sft.load_rows(options(data=str(path), skip_bad_lines=True), Tokenizer.from_pretrained(folder))) == 5
+    first, *shown, rest = capsys.readouterr().err.splitlines()
+    assert first == f"{path}: 5 bad records left out" and rest.strip() == "..."
+    assert [line.split(": ")[1] for line in shown] == ["line 6", "bad-7", "line 8"]
+    path.write_text("\n".join(lines[5:]))
+    with pytest.raises(InputError, match="bad.jsonl: none of the records is good; .* line 5: a record must be"):
+        sft.load_rows(options(data=str(path), skip_bad_lines=True), Tokenizer.from_pretrained(folder))
 
 
 def test_metrics_of_a_step_count_each_token_once(options, folder):
@@ -268,10 +339,12 @@ def test_small_updates_of_a_bfloat16_model_are_kept(options, folder, tmp_path):
     assert (on_disk == before[name].bfloat16()).float().mean() > 0.9
 
 
-def test_resumed_run_equals_an_uninterrupted_one(options, tmp_path, monkeypatch):
-    whole = options(epochs=2, save_every=2, lr_decay=0.5)
+@pytest.mark.parametrize("packing", [{}, {"pack_tokens": 250, "max_length": 250}])
+def test_resumed_run_equals_an_uninterrupted_one(options, tmp_path, monkeypatch, packing):
+    same = {"epochs": 2, "save_every": 2, "lr_decay": 0.5, **packing}
+    whole = options(**same)
     sft.train(whole)
-    broken, original = options(epochs=2, save_every=2, lr_decay=0.5, out=str(tmp_path / "broken")), sft.train_step
+    broken, original = options(**same, out=str(tmp_path / "broken")), sft.train_step
     count = iter(range(100))
 
     def stop_in_the_sixth(*args):
@@ -284,7 +357,7 @@ def test_resumed_run_equals_an_uninterrupted_one(options, tmp_path, monkeypatch)
         sft.train(broken)
     assert len(metrics(broken)) == 5
     monkeypatch.setattr(sft, "train_step", original)
-    sft.train(options(epochs=2, save_every=2, lr_decay=0.5, out=broken.out, resume=True, micro_batch_size=16))
+    sft.train(options(**same, out=broken.out, resume=True, micro_batch_size=16))
     exact = ("step", "epoch", "loss", "lr", "grad_norm", "tokens")
     assert [{k: m[k] for k in exact} for m in metrics(broken)] == [{k: m[k] for k in exact} for m in metrics(whole)]
     weights = [load_file(Path(o.out) / "model" / "model.safetensors") for o in (whole, broken)]
@@ -322,5 +395,5 @@ def test_paper_recipe_is_the_papers():
         1e-5,
         0.8,
     )
-    assert (o.weight_decay, o.beta1, o.beta2, o.prompt_style) == (0.0, 0.9, 0.999, "train")
+    assert (o.weight_decay, o.beta1, o.beta2, o.prompt_style, o.pack_tokens) == (0.0, 0.9, 0.999, "train", 4096)
     assert sft.parse_options(sft.SFTOptions, ["--recipe", "med"], sft.RECIPES).prompt_style == "mcq"
