@@ -244,7 +244,8 @@ def compare_without_images(options: EvaluateOptions) -> None:
     found = {"n": len(masked[0]), "runs": [len(next(iter(part.values()))) for part in masked],
              "masked": [accuracy(list(part.values())) for part in masked], "solved": list(map(len, solved)),
              "solved_by_either": len(by_either), "remaining": len(rest), "all": [], "rest": []}
-    shown_paths = options.on or (options.text_solvable if all(part[False] for part in answers) else [])
+    with_both = all(part[True].keys() <= part[False].keys() for part in answers)
+    shown_paths = options.on or (options.text_solvable if with_both else [])
     if shown_paths:
         shown = [read_answers(path)[False] for path in shown_paths]
         found["all"] = compare_models(shown_paths, shown, masked[0])

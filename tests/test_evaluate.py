@@ -674,6 +674,8 @@ def test_text_solvable_end_to_end(folder, questions, tmp_path, monkeypatch, caps
     for name in ("c", "d"):
         run(folder, questions, "--out", out[name])
     capsys.readouterr()
+    evaluate.main(["--text-solvable", out["a"], out["b"]])  # both also have text questions: nothing is masked there
+    assert "1 image questions" in (printed := capsys.readouterr().out) and "that leaves 0" in printed
     evaluate.main(["--text-solvable", out["a"], out["b"], "--on", out["c"], out["d"], "--json"])
     found = json.loads(capsys.readouterr().out)
     assert (found["n"], found["solved"], found["remaining"], found["rest"]) == (1, [1, 0], 0, [])
