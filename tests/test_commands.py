@@ -510,10 +510,10 @@ WRONG = {
     "questions over the context, grpo": (lambda s: reinforce(s, s.data(question(2, question="?" * 600))),
                                          "questions.jsonl", "no question fits 511 tokens"),
     "pack of less than a sequence": (lambda s: tune(s, None, "--pack-tokens", "100"), "--pack-tokens", "100", "--max-length"),
-    "question over the context, evaluate": (
+    "questions over the context, evaluate": (
         lambda s: ["evaluate", "--model", s.model(), "--data", rl_data(s),
                    s.data(question(2, question="?" * 600), name="second.jsonl")],
-        "second.jsonl", "q2", "512"),
+        "second.jsonl", "no question fits the context of 512 tokens"),
     # options
     "unknown option": (lambda s: ["sample", "--promt", "Hi"], "--promt"),
     "abbreviated option": (lambda s: ["sft", "--learn", "3"], "--learn"),
