@@ -92,7 +92,8 @@ def evaluate(sampler: Sampler, images: ImageConfig, examples: list[Example], opt
              on_answer: Callable[[list[dict]], None] | None = None) -> list[dict]:
     """One record per question and run, in order. Questions whose records are `known`, by id, are not asked; of the
     others `on_answer` gets the records as soon as all runs are there. A question's samples are a function of its id and
-    the seed, so they do not depend on which others are asked."""
+    the seed, so they do not depend on which others are asked (on a GPU as far as rounding does not depend on the
+    batch)."""
     answered = dict(known or {})
     params = SamplingParams(options.max_new_tokens, options.temperature, n=options.runs, seed=options.seed,
                             think_budget=options.think_budget)
