@@ -21,7 +21,8 @@ An option letter beats an option whose text is that letter; a letter with anothe
 import re
 from collections.abc import Sequence
 
-from equivalence import MAX_CHARS, as_text, is_equivalent, parse_answer, plain
+from equivalence import as_text, is_equivalent, parse_answer
+from formulas import MAX_CHARS, plain
 
 __all__ = ["accuracy_reward", "choose", "extract_answer", "is_equivalent"]
 

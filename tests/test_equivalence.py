@@ -9,8 +9,10 @@ import pytest
 
 import bench
 import equivalence
-from equivalence import (MAX_CHARS, Approx, Evaluator, NotMaths, NoValue, Parser, approximate, is_equivalent,
-                         parse_answer, plain, tokenise, values_agree, variables)
+import formulas
+from equivalence import answers_agree, is_equivalent, parse_answer
+from formulas import (MAX_BITS, MAX_CHARS, MAX_WORK, Approx, Evaluator, NotMaths, NoValue, Parser, approximate, plain,
+                      tokenise, values_agree, variables)
 
 BLOCKS = bench.answer_blocks()
 
@@ -20,7 +22,7 @@ def tree(text: str):
 
 
 def value(text: str, **point):
-    return Evaluator(point, [equivalence.MAX_WORK])(tree(text))
+    return Evaluator(point, [MAX_WORK])(tree(text))
 
 
 # ---- The development table -------------------------------------------------------------------------------------------
@@ -162,12 +164,12 @@ HEAVY = ["+".join(f"1/{p}^{{9999}}" for p in (3, 5, 7, 11, 13)), "2499!" * 25, "
 
 @pytest.mark.parametrize("text", HEAVY, ids=lambda text: text[:12])
 def test_work_is_bounded(text):
-    budget = [equivalence.MAX_WORK]
+    budget = [MAX_WORK]
     answer = parse_answer(text)
     if answer is not None and answer.value is not None:
-        equivalence.answers_agree(answer, parse_answer("1/7 + x"), budget)
-        equivalence.answers_agree(answer, parse_answer("6"), budget)
-    assert budget[0] > -2 * equivalence.MAX_BITS * 4  # at most one number beyond it
+        answers_agree(answer, parse_answer("1/7 + x"), budget)
+        answers_agree(answer, parse_answer("6"), budget)
+    assert budget[0] > -2 * MAX_BITS * 4  # at most one number beyond it
     assert not is_equivalent(text, "6")
 
 
@@ -180,5 +182,6 @@ def test_limits():
 
 
 def test_examples_in_the_docstring():
-    result = doctest.testmod(equivalence)
-    assert result.attempted >= 3 and result.failed == 0
+    for module in (formulas, equivalence):
+        result = doctest.testmod(module)
+        assert result.attempted >= 3 and result.failed == 0
