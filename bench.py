@@ -9,6 +9,7 @@ Set up the peers with `python -m venv PEER && PEER/bin/pip install torch transfo
 Machines are noisy: what counts are ratios within a run.
 """
 import contextlib
+import gc
 import json
 import platform
 import random
@@ -301,11 +302,40 @@ def score(name: str, verdicts: list[bool], pairs: list[tuple[str, str, bool]], s
     return {"right": right, "false_accepts": false_accepts, "seconds": seconds}
 
 
+def time_hostile(o: RewardsOptions, answers: list[str]) -> dict:
+    """Processor time of a comparison. What took over 10 ms is asked again, its parsed answers forgotten: now and then
+    the machine or Python's garbage collector takes such a time for itself."""
+    def seconds(pair: tuple[str, str]) -> float:
+        started = time.thread_time()
+        equivalence.is_equivalent(*pair)
+        return time.thread_time() - started
+
+    pairs = hostile_strings(o.hostile, o.seed, answers)
+    gc.collect()
+    gc.freeze()  # nobody else has a million pairs for the collector to walk over
+    times = list(map(seconds, pairs))
+    gc.unfreeze()
+    again = []
+    for pair in [pair for pair, t in zip(pairs, times) if t > 0.01]:
+        equivalence.parse_answer.cache_clear()
+        equivalence.parse_truth.cache_clear()
+        again.append(seconds(pair))
+    times.sort()
+    found = {"strings": len(times), "median_us": 1e6 * times[len(times) // 2],
+             "p99_us": 1e6 * times[len(times) * 99 // 100], "max_ms": 1e3 * times[-1], "over_10_ms": len(again),
+             "of_these_max_ms_again": 1e3 * max(again, default=0.0)}
+    print(f"{found['strings']:,} hostile strings: median {found['median_us']:.1f} us, 99% up to {found['p99_us']:.0f} us, "
+          f"longest {found['max_ms']:.1f} ms; {len(again)} over 10 ms, which again take up to "
+          f"{found['of_these_max_ms_again']:.2f} ms")
+    return found
+
+
 def rewards(o: RewardsOptions) -> dict:
     """Prints and returns both parts."""
     blocks = answer_blocks()
     pairs = labelled_pairs(blocks)
     equivalence.parse_answer.cache_clear()
+    equivalence.parse_truth.cache_clear()
     started = time.perf_counter()
     verdicts = [equivalence.is_equivalent(answer, truth) for truth, answer, _ in pairs]
     result = {"pairs": len(pairs), "ours": score("x-reasoner", verdicts, pairs, time.perf_counter() - started)}
@@ -317,17 +347,7 @@ def rewards(o: RewardsOptions) -> dict:
         result |= {"math_verify": best | {"version": peer["version"]},
                    "ratio": best["seconds"] / result["ours"]["seconds"]}
         print(f"speed against its better way: {result['ratio']:.0f} x")
-    seconds = []
-    answers = [line for block in blocks for lines in block.values() for line in lines]
-    for answer, truth in hostile_strings(o.hostile, o.seed, answers):
-        started = time.thread_time()
-        equivalence.is_equivalent(answer, truth)
-        seconds.append(time.thread_time() - started)
-    seconds.sort()
-    result["hostile"] = {"strings": o.hostile, "median_us": 1e6 * seconds[len(seconds) // 2],
-                         "p99_us": 1e6 * seconds[len(seconds) * 99 // 100], "max_ms": 1e3 * seconds[-1],
-                         "over_10_ms": sum(s > 0.01 for s in seconds)}
-    print(f"{o.hostile:,} hostile strings: " + ", ".join(f"{k} {v:,.1f}" for k, v in result["hostile"].items()))
+    result["hostile"] = time_hostile(o, [line for block in blocks for lines in block.values() for line in lines])
     return result | {"date": str(date.today()), "commit": git_commit(), "machine": platform.platform()}
 
 

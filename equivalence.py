@@ -190,7 +190,7 @@ def _with_sign(node: Node, plus: bool) -> Node:
     return tuple(_with_sign(child, plus) if isinstance(child, tuple) and child else child for child in node)
 
 
-@lru_cache(maxsize=4096)  # truths come again; what a response says seldom does
+@lru_cache(maxsize=64)
 def parse_answer(text: str) -> Answer | None:
     """The answer that a text gives, None if it is empty or too long."""
     text = plain(text)
@@ -207,6 +207,11 @@ def parse_answer(text: str) -> Answer | None:
     if all(answer.value[0] == "var" for answer in answers):  # and so is "A, B"
         return Answer(None, _canonical(text))
     return Answer(("list", tuple(answers)), _canonical(text))
+
+
+# Truths come again, and are kept parsed. What responses say seldom comes again (but is compared with every option), and
+# would only be work for the garbage collector.
+parse_truth = lru_cache(maxsize=4096)(parse_answer.__wrapped__)
 
 
 # --- Comparison -------------------------------------------------------------------------------------------------------
@@ -373,7 +378,7 @@ def is_equivalent(predicted: str, truth: str) -> bool:
     texts = [as_text(answer) for answer in (predicted, truth)]
     if max(map(len, texts)) > MAX_CHARS:
         return False  # before a long text is looked up
-    one, other = map(parse_answer, texts)
+    one, other = parse_answer(texts[0]), parse_truth(texts[1])
     if one is None or other is None:
         return False
     budget = [MAX_WORK]

@@ -21,7 +21,7 @@ An option letter beats an option whose text is that letter; a letter with anothe
 import re
 from collections.abc import Sequence
 
-from equivalence import as_text, is_equivalent, parse_answer
+from equivalence import as_text, is_equivalent, parse_answer, parse_truth
 from formulas import MAX_CHARS, plain
 
 __all__ = ["accuracy_reward", "choose", "extract_answer", "is_equivalent"]
@@ -111,7 +111,7 @@ def choose(answer: str, options: dict[str, str]) -> str | None:
 
 
 def _same_text(answer: str, option: str) -> bool:
-    one, other = parse_answer(answer), parse_answer(option)
+    one, other = parse_answer(answer), parse_truth(option)
     return one is not None and other is not None and one.text == other.text
 
 
