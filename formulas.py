@@ -271,6 +271,7 @@ class Parser:
         return left
 
     def infix(self, left: Node, sign: str, binding: int) -> Node:
+        """What stands left of a sign, the sign, and what follows."""
         if sign == "^":
             return "^", left, self.script()
         right = self.expression(binding)
@@ -293,6 +294,7 @@ class Parser:
                                                                                   "lceil", "infty")
 
     def prefix(self) -> Node:
+        """What an operand begins with: a number, a name, a function, a sign, a bracket."""
         kind, value = self.take()
         if kind == "num":
             return self.mixed(_number(value))
@@ -601,6 +603,7 @@ class Evaluator:
         return _checked(value, (a.error + abs(value) * b.error) / (abs(b.value) - b.error))
 
     def power(self, base: Value, exponent: Value) -> Value:
+        """Exact for whole exponents, and for rational ones where the root is; else by exp and ln."""
         if isinstance(exponent, Approx):
             if isinstance(exponent.value, complex):
                 return self.smooth("exp", self.product(exponent, self.smooth("ln", base)))
@@ -643,6 +646,7 @@ class Evaluator:
         return _checked(value, moved + 2 * EPSILON * abs(value))
 
     def call(self, name: str, arguments: list[Value]) -> Value:
+        """A function's value, exact where it is rational for sure: ln 1, sin 0, sqrt 4."""
         x = arguments[0]
         if name in ("sqrt", "root"):
             degree = 2 if name == "sqrt" else arguments[1]
