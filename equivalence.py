@@ -30,6 +30,7 @@ Where reasonable people differ, this is what we chose:
 import re
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 
 from formulas import (MAX_CHARS, MAX_WORK, ROUNDS, THOUSANDS, Evaluator, Node, NotMaths, Parser, approximate, children,
                       plain, random_point, tokenise, value_or_none, values_agree, variables)
@@ -61,7 +62,8 @@ _TAIL = re.compile(r"(.*?(?:[0-9)}\]!]|pi))( ?)([^\W\d_][^0-9(){}\\=<>+]{0,40}(?
 _MONEY = re.compile(r"^([-+]?) ?([¤€£]) ?(.+)")
 _TRIG_CALL = re.compile("sin|cos|tan|cot|sec|csc")
 _BASE = re.compile(r"([0-9]+|[0-9A-F]+)_(?:\{([0-9]+)\}|([0-9]))")
-_NAME = r"(?:\\angle ?)?\\?[a-zA-Z]+(?:_(?:\{[^{}]{1,12}\}|[a-zA-Z0-9]))?'*(?: ?\([a-zA-Z0-9, ]{1,12}\))?" \
+_NAME = r"(?:\\angle ?)?\\?[a-zA-Z]+(?:\^\{-1\})?" \
+        r"(?:_(?:\{[^{}]{1,12}\}|[a-zA-Z0-9]))?'*(?: ?\([a-zA-Z0-9, ]{1,12}\))?" \
         r"|\([a-z](?:, ?[a-z])+\)"
 _NAMES = re.compile(rf"((?:(?:{_NAME}) ?(?:=|\\in(?![a-z])) ?)+)(?!=)(.+)")
 _POINT = re.compile(r"([A-Z]) ?(\([^()]*,[^()]*\))")
@@ -88,7 +90,7 @@ def _unit(text: str, glued: bool) -> str:
             unit.append(word.removesuffix("s"))  # "18 eggs": any noun, since 18 is all that was asked for
         else:
             return ""
-    return "".join(unit)
+    return {"mile/h": "mph"}.get("".join(unit), "".join(unit))
 
 
 _IDLE = re.compile(r"(?<=[0-9]) ?(\*) ?(?=[0-9])|(?<=[0-9])( )(?=[0-9])| |\*")
@@ -177,6 +179,9 @@ def _interpret(tree: Node, canonical: str, unit: str, name: str) -> Answer:
             budget = [MAX_WORK // 8]
             if not variables(tree) and all(_nodes_agree(terms[0], term, budget) for term in terms[1:]):  # 1/2 = 0.5
                 return Answer(terms[-1], canonical, unit, name)
+    elif tree[0] == "set" and _has(tree, "pm", "mp"):  # {0, \pm 1}
+        items = dict.fromkeys(_with_sign(item, plus) for item in tree[1] for plus in (True, False))
+        return Answer(("set", tuple(items)), canonical, unit, name)
     elif _has(tree, "pm", "mp"):
         both = tuple(Answer(_with_sign(tree, sign == "+"), canonical + sign, unit, name) for sign in "+-")
         return Answer(("list", both), canonical)
@@ -206,7 +211,8 @@ def parse_answer(text: str) -> Answer | None:
             return Answer(None, _canonical(text))
     if all(answer.value[0] == "var" for answer in answers):  # and so is "A, B"
         return Answer(None, _canonical(text))
-    return Answer(("list", tuple(answers)), _canonical(text))
+    parts = [answer.value[1] if answer.value[0] == "list" else (answer,) for answer in answers]  # 0, \pm 1 is three
+    return Answer(("list", tuple(chain(*parts))), _canonical(text))
 
 
 # Truths come again, and are kept parsed. What responses say seldom comes again (but is compared with every option), and
@@ -347,7 +353,7 @@ def answers_agree(a: Answer, b: Answer, budget: list[int]) -> bool:
         return _relations_agree(_as_relation(a), _as_relation(b), budget)
     if a.unit != b.unit and (a.unit and b.unit or "base" in a.unit + b.unit):
         return False
-    if a.name != b.name and a.name and b.name:
+    if a.name.casefold() != b.name.casefold() and a.name and b.name:
         return False
     if "list" in (a.value[0], b.value[0]):
         return _lists_agree(a, b, budget)

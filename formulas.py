@@ -52,12 +52,13 @@ _BOLD = re.compile(r"(?<![\w)])\*\*([^*]+)\*\*(?!\w)")
 _MACRO = r"\\(?:(?:text|math)(?:bf|it|rm|sf|tt|normal)?|[fm]box|boxed|operatorname|boldsymbol|bm)\s*"
 _WRAPPED = re.compile(_MACRO + r"\{(.*)\}")
 _LATEX = [(re.compile(pattern), replacement) for pattern, replacement in (
-    (r"(?<=[0-9])(?:\{,\}|,\\!|\\[,! ])(?=[0-9]{3}(?![0-9]))", ""),  # 1{,}234
+    (r"(?<=[0-9])(?:\{,\}|,\\! ?|\\[,! ])(?=[0-9]{3}(?![0-9]))", ""),  # 1{,}234
     (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits|phantom)(?![a-zA-Z])\.?", ""),
     (r"(?<!\\)\\[,;:! ()\[\]]|\\q?quad(?![a-zA-Z])|~|\\hspace\{[^{}]*\}", " "),
     (r"\^\s*(?:\{\s*)?\\(?:circ|degree)(?![a-zA-Z])(?:\s*\})?|\\degree(?![a-zA-Z])", "°"),
     (r"\^ ?\{? ?\\(?:text|mathrm) ?\{ ?(st|nd|rd|th) ?\} ?\}?", r"\1"), (_MACRO + r"\{([^{}]*)\}", r" \1 "),
     (r",? ?\(?[a-z] ?\\in ?\\mathbb ?\{?[ZN]\}?\)?[ .]*$", ""),  # with k any whole number: it goes without saying
+    (r"\\(?:lor|vee)(?![a-zA-Z])", " or "), (r"\\(?:land|wedge)(?![a-zA-Z])", " and "),
     (r"\\(?:[lc]dots|dots[bcimo]?)(?![a-zA-Z])", "..."), (r"\\langle(?![a-zA-Z])", "("),
     (r"\\rangle(?![a-zA-Z])", ")"), (r"\\([lr])brace(?![a-zA-Z])", lambda m: {"l": "\\{", "r": "\\}"}[m[1]]))]
 _PREAMBLE = re.compile(r"^(?:(?:the )?(?:final |correct |best )?(?:answer|option|choice) ?(?:is|:|=) ?:? ?"
@@ -108,11 +109,11 @@ def plain(text: str) -> str:
         text = text.replace("$", "¤" if text.count("$") == 1 else " ")  # a single $ is money, pairs enclose formulas
     if "**" in text:
         text = re.sub(r"(?<=[\w)]) ?\*\* ?(?=[\w(-])", "^", _BOLD.sub(r"\1", text))  # **bold**, then 2**3
-    if "\\" in text or "~" in text or "{,}" in text:
+    if "\\" in text or "~" in text or "{,}" in text or "{:}" in text:
         text = _unwrapped(text)
         for pattern, replacement in _LATEX:
             text = pattern.sub(replacement, text)
-        text = _REPEATING.sub(_repeating, text.replace("{,}", "."))
+        text = _REPEATING.sub(_repeating, text.replace("{,}", ".").replace("{:}", ":"))
         text = " ".join(text.split())
     text = _TIMES.sub("*", text)
     if _WORD.search(text):
