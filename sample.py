@@ -289,7 +289,9 @@ class Rollout:
         self.on_token, self.on_completion = on_token, on_completion
         self.limits = [min(params.max_new_tokens, sampler.context - len(p.ids)) for p in prompts]
         self.streams = random_streams(prompts) if streams is None else streams
-        self.waiting = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i].ids)))  # prompts to be run
+        # Prompts to be run, the shortest first: every slot attends over as many keys as the longest one has, so those of
+        # like length should run together, and what is left over from a short prompt delays nobody (LOG.md: 1.3 x).
+        self.waiting = deque(sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids)))
         self.ready: deque[tuple[Request, PrefilledPrompt]] = deque()                           # run, and to be placed
         self.live: list[Request] = []                                                          # by slot
         self.finished: dict[tuple[int, int], Completion] = {}
