@@ -53,7 +53,8 @@ def token_log_probs_reference(hidden: Tensor, weight: Tensor, targets: Tensor, *
 
 # --- Triton: the kernels ----------------------------------------------------------------------------------------------
 # BN tokens x BV ids is a tile; BK columns of C are multiplied at a time. FLOAT is what sums are kept in: float32 (float64
-# for float64 inputs). Tokens, ids and columns past the end are read as the last one and thrown away.
+# for float64 inputs). Tokens and ids past the end wrap around to the first and are thrown away: no mask in the inner loop,
+# and from `x % 16 n` the compiler still sees that 16 neighbours lie side by side, which it needs for asynchronous copies.
 
 @triton.jit
 def _place(num_tokens, num_ids, GROUP: tl.constexpr):
@@ -65,11 +66,9 @@ def _place(num_tokens, num_ids, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _product(a, b, size, a_step, b_step, EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-             FLOAT: tl.constexpr):
-    """a b for pointers a [BM, BK] and b [BK, BN] that walk `size` elements along the shared axis. float32 is not rounded
-    to TF32."""
-    total = tl.zeros([BM, BN], FLOAT)
+def _add_product(total, a, b, size, a_step, b_step, EVEN: tl.constexpr, BK: tl.constexpr, FLOAT: tl.constexpr):
+    """total + a b for pointers a [BM, BK] and b [BK, BN] that walk `size` elements along the shared axis. float32 is not
+    rounded to TF32."""
     k = tl.arange(0, BK)
     for start in range(0, size, BK):
         if EVEN:
@@ -90,12 +89,12 @@ def _logits(hidden, weight, token, column, masked, scale, N, V, C, hidden_row, w
     """A tile of logits [BN, BV] at the temperature, NEVER where they do not count; and where they do, [BV].
 
     Without PRODUCT, `hidden` is the product already, [N, V]."""
-    token = tl.minimum(token, N - 1).to(tl.int64)
-    there = tl.minimum(column, V - 1)
+    token = (token % N).to(tl.int64)
+    there = column % V
     if PRODUCT:
         k = tl.arange(0, BK)
-        logits = _product(hidden + token[:, None] * hidden_row + k[None, :],
-                          weight + there.to(tl.int64)[None, :] * weight_row + k[:, None], C, 1, 1, EVEN, BN, BV, BK, FLOAT)
+        logits = _add_product(tl.zeros([BN, BV], FLOAT), hidden + token[:, None] * hidden_row + k[None, :],
+                              weight + there.to(tl.int64)[None, :] * weight_row + k[:, None], C, 1, 1, EVEN, BK, FLOAT)
     else:
         logits = tl.load(hidden + token[:, None] * hidden_row + there[None, :])
     counts = column < V
@@ -174,15 +173,16 @@ def _matmul_kernel(a, b, out, rest, M, N, K, a_row, a_column, b_row, out_row, EV
     row = row_block * BM + tl.arange(0, BM)
     column = column_block * BN + tl.arange(0, BN)
     k = tl.arange(0, BK)
-    a += tl.minimum(row, M - 1).to(tl.int64)[:, None] * a_row + k[None, :] * a_column
-    b += k[:, None] * b_row + tl.minimum(column, N - 1)[None, :]
-    total = _product(a, b, K, a_column, b_row, EVEN, BM, BN, BK, FLOAT)
+    a += (row % M).to(tl.int64)[:, None] * a_row + k[None, :] * a_column
+    b += k[:, None] * b_row + (column % N)[None, :]
     place = row.to(tl.int64)[:, None] * out_row + column[None, :]
     inside = (row < M)[:, None] & (column < N)[None, :]
-    if ADD:
+    total = tl.zeros([BM, BN], FLOAT)
+    if ADD:  # before the product: after it, `out` and `rest` beside `total` would be more than the registers hold
         total += tl.load(out + place, mask=inside, other=0.0).to(FLOAT)
         if REST:
             total += tl.load(rest + place, mask=inside, other=0.0).to(FLOAT)
+    total = _add_product(total, a, b, K, a_column, b_row, EVEN, BK, FLOAT)
     rounded = total.to(out.dtype.element_ty)
     tl.store(out + place, rounded, mask=inside)
     if REST:
@@ -195,8 +195,8 @@ def tile_sizes(dtype: torch.dtype, N: int) -> dict:
     """Of a tile product. 16-bit: 128 x 256 in 8 warps of the tensor cores; fewer tokens than that are bound by reading the
     weight, so half a tile loses nothing. float32 has no tensor core that does not round: small tiles."""
     if dtype.itemsize == 2:
-        return {"BN": 64 if N <= 64 else 128, "BV": 256, "BK": 64, "num_warps": 8, "num_stages": 3, "GROUP": 16}
-    return {"BN": 64, "BV": 64, "BK": 32, "num_warps": 8, "num_stages": 2, "GROUP": 16}
+        return {"BN": 64 if N <= 64 else 128, "BV": 256, "BK": 64, "num_warps": 8, "num_stages": 4, "GROUP": 16}
+    return {"BN": 64, "BV": 64, "BK": 32, "num_warps": 8, "num_stages": 3, "GROUP": 16}
 
 
 READ_SIZES = {"BN": 8, "BV": 512, "BK": 16, "num_warps": 8, "num_stages": 2, "GROUP": 1}  # where logits are only read

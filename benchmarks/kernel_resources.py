@@ -1,0 +1,97 @@
+"""Registers, spills and shared memory of kernels/logprob.py's kernels on an H100 (sm_90), with no GPU: Triton compiles ahead
+of time, and the cubin says what it takes. How the tile sizes were picked, together with `python bench.py logprob` on a GPU.
+
+    python benchmarks/kernel_resources.py
+
+A multiprocessor has 65,536 registers (255 a thread at most) and 227 KiB of shared memory; a spilled register is memory
+traffic in the innermost loop.
+"""
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from itertools import product
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch  # noqa: E402
+import triton  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from kernels import logprob  # noqa: E402
+
+POINTERS = {"targets": "*i64", "masked": "*u8", "parts": "*fp32", "target_logits": "*fp32", "lse": "*fp32",
+            "upstream": "*fp32", "scale": "fp32"}
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+
+def compile_kernel(kernel, element: str, constants: dict, options: dict, contiguous: tuple[str, ...] = ()):
+    """`kernel` for tensors of `element`: sizes and strides are multiples of 16, as Qwen2.5's are, but `contiguous` are 1."""
+    names = kernel.arg_names
+    signature, attributes, values = {}, {}, dict(constants)
+    for i, name in enumerate(names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in contiguous:
+            signature[name], values[name] = "constexpr", 1
+        else:
+            matrix = name in ("hidden", "weight", "out", "a", "b", "rest")
+            signature[name] = POINTERS.get(name, f"*{element}" if matrix else "i32")
+            if signature[name] != "fp32" and name != "TILES":
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs={(names.index(k),): v for k, v in values.items()},
+                       attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def resources(compiled) -> dict:
+    """Of one program, from the cubin."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(compiled.asm["cubin"])
+        text = subprocess.run([CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
+    registers, stack = (int(re.search(rf"{key}:(\d+)", text)[1]) for key in ("REG", "STACK"))
+    return {"registers": registers, "stack": stack, "shared": compiled.metadata.shared,
+            "wgmma": compiled.asm["ptx"].count("wgmma.mma_async")}
+
+
+def report(name: str, kernel, element: str, constants: dict, sizes: dict, contiguous: tuple[str, ...] = ()) -> None:
+    options = {key: sizes[key] for key in ("num_warps", "num_stages")}
+    r = resources(compile_kernel(kernel, element, constants, options, contiguous))
+    resident = min(65536 // (r["registers"] * 32 * sizes["num_warps"]), 232448 // (r["shared"] + 1024))
+    shape = " x ".join(str(constants[key]) for key in ("BM", "BN", "BV", "BK") if key in constants)
+    print(f"{name:<28}{element:<6}{shape:<17}{sizes['num_warps']:>6}{sizes['num_stages']:>8}{r['registers']:>11}"
+          f"{r['stack']:>8}{r['shared'] / 1024:>10.1f}{resident:>10}{r['wgmma']:>7}", flush=True)
+
+
+def main() -> None:
+    print(f"{'kernel':<28}{'type':<6}{'tile':<17}{'warps':>6}{'stages':>8}{'registers':>11}{'stack':>8}{'KiB':>10}"
+          f"{'per SM':>10}{'wgmma':>7}   triton {triton.__version__}")
+    chosen = logprob.tile_sizes(torch.bfloat16, 8192)
+    tried = [chosen, chosen | {"num_stages": 3}, logprob.tile_sizes(torch.bfloat16, 64),
+             chosen | {"BV": 128, "num_warps": 4}, chosen | {"BV": 128, "num_warps": 8}]
+    cases = [("bf16", s) for s in tried] + [("fp32", logprob.tile_sizes(torch.float32, 8192))]
+    for element, sizes in cases:
+        flags = {"EVEN": True, "FLOAT": triton.language.float32, "GROUP": sizes["GROUP"], "BK": sizes["BK"]}
+        tile = {"BN": sizes["BN"], "BV": sizes["BV"]}
+        softmax = {**flags, **tile, "MASK": True, "PRODUCT": True, "NEVER": logprob.NEVER}
+        report("statistics", logprob._statistics_kernel, element, softmax, sizes)
+        report("logit gradients", logprob._gradient_kernel, element, softmax, sizes)
+        for (name, contiguous), add in product((("hidden's gradient", ("a_column",)), ("weight's gradient", ("a_row",))),
+                                               (True, False)):
+            if add and name[0] == "w":
+                continue
+            matmul = {**flags, "BM": sizes["BN"], "BN": sizes["BV"], "ADD": add, "REST": add and element == "bf16"}
+            report(name + (", summed" if add else ""), logprob._matmul_kernel, element, matmul, sizes, contiguous)
+    sizes = logprob.READ_SIZES
+    read = {"EVEN": True, "FLOAT": triton.language.float32, "MASK": True, "PRODUCT": False, "NEVER": logprob.NEVER,
+            **{key: sizes[key] for key in ("GROUP", "BN", "BV", "BK")}}
+    report("statistics, read", logprob._statistics_kernel, "fp32", read, sizes)
+    report("logit gradients, read", logprob._gradient_kernel, "fp32", read, sizes)
+
+
+if __name__ == "__main__":
+    main()
