@@ -1,10 +1,10 @@
 """Registers, spills and shared memory of kernels/logprob.py's kernels on an H100 (sm_90), with no GPU: Triton compiles ahead
-of time, and the cubin says what it takes. How the tile sizes were picked, together with `python bench.py logprob` on a GPU.
+of time, and ptxas says what it takes. How the tile sizes were picked; `python bench.py logprob` on a GPU has the last word.
 
     python benchmarks/kernel_resources.py
 
-A multiprocessor has 65,536 registers (255 a thread at most) and 227 KiB of shared memory; a spilled register is memory
-traffic in the innermost loop.
+A multiprocessor has 65,536 registers (255 a thread at most) and 227 KiB of shared memory. Spilled bytes are memory traffic
+(harmless outside the inner loop); "waits": the tensor cores' asynchronous products are run one by one (ptxas C7515).
 """
 import os
 import re
@@ -20,13 +20,13 @@ os.environ.pop("TRITON_INTERPRET", None)
 import torch  # noqa: E402
 import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from kernels import logprob  # noqa: E402
 
 POINTERS = {"targets": "*i64", "masked": "*u8", "parts": "*fp32", "target_logits": "*fp32", "lse": "*fp32",
             "upstream": "*fp32", "scale": "fp32"}
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
 def compile_kernel(kernel, element: str, constants: dict, options: dict, contiguous: tuple[str, ...] = ()):
@@ -49,13 +49,15 @@ def compile_kernel(kernel, element: str, constants: dict, options: dict, contigu
 
 
 def resources(compiled) -> dict:
-    """Of one program, from the cubin."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(compiled.asm["cubin"])
-        text = subprocess.run([CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
-    registers, stack = (int(re.search(rf"{key}:(\d+)", text)[1]) for key in ("REG", "STACK"))
-    return {"registers": registers, "stack": stack, "shared": compiled.metadata.shared,
-            "wgmma": compiled.asm["ptx"].count("wgmma.mma_async")}
+    """Of one program, from ptxas' report on its PTX."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(compiled.asm["ptx"])
+        text = subprocess.run([get_ptxas(90).path, "-v", "--gpu-name=sm_90a", source, "-o", source.with_suffix(".cubin")],
+                              capture_output=True, text=True, check=True).stderr
+    return {"registers": int(re.search(r"Used (\d+) registers", text)[1]), "waits": "C7515" in text,
+            "spilled": int(re.search(r"(\d+) bytes spill stores", text)[1]), "shared": compiled.metadata.shared,
+            "copies": compiled.asm["ptx"].count("cp.async.c")}
 
 
 def report(name: str, kernel, element: str, constants: dict, sizes: dict, contiguous: tuple[str, ...] = ()) -> None:
@@ -64,12 +66,12 @@ def report(name: str, kernel, element: str, constants: dict, sizes: dict, contig
     resident = min(65536 // (r["registers"] * 32 * sizes["num_warps"]), 232448 // (r["shared"] + 1024))
     shape = " x ".join(str(constants[key]) for key in ("BM", "BN", "BV", "BK") if key in constants)
     print(f"{name:<28}{element:<6}{shape:<17}{sizes['num_warps']:>6}{sizes['num_stages']:>8}{r['registers']:>11}"
-          f"{r['stack']:>8}{r['shared'] / 1024:>10.1f}{resident:>10}{r['wgmma']:>7}", flush=True)
+          f"{r['spilled']:>9}{r['shared'] / 1024:>8.1f}{resident:>8}{r['copies']:>14}{'  waits' * r['waits']}", flush=True)
 
 
 def main() -> None:
-    print(f"{'kernel':<28}{'type':<6}{'tile':<17}{'warps':>6}{'stages':>8}{'registers':>11}{'stack':>8}{'KiB':>10}"
-          f"{'per SM':>10}{'wgmma':>7}   triton {triton.__version__}")
+    print(f"{'kernel':<28}{'type':<6}{'tile':<17}{'warps':>6}{'stages':>8}{'registers':>11}{'spilled':>9}{'KiB':>8}"
+          f"{'per SM':>8}{'async copies':>14}   triton {triton.__version__}")
     chosen = logprob.tile_sizes(torch.bfloat16, 8192)
     tried = [chosen, chosen | {"num_stages": 3}, logprob.tile_sizes(torch.bfloat16, 64),
              chosen | {"BV": 128, "num_warps": 4}, chosen | {"BV": 128, "num_warps": 8}]

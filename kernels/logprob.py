@@ -91,15 +91,15 @@ def _logits(hidden, weight, token, column, masked, scale, N, V, C, hidden_row, w
     Without PRODUCT, `hidden` is the product already, [N, V]."""
     token = (token % N).to(tl.int64)
     there = column % V
+    counts = column < V
+    if MASK:  # read before the product: after it, Triton 3.6's code waits for every step of the tensor cores (ptxas C7515)
+        counts = counts & (tl.load(masked + there) == 0)
     if PRODUCT:
         k = tl.arange(0, BK)
         logits = _add_product(tl.zeros([BN, BV], FLOAT), hidden + token[:, None] * hidden_row + k[None, :],
                               weight + there.to(tl.int64)[None, :] * weight_row + k[:, None], C, 1, 1, EVEN, BK, FLOAT)
     else:
         logits = tl.load(hidden + token[:, None] * hidden_row + there[None, :])
-    counts = column < V
-    if MASK:
-        counts = counts & (tl.load(masked + there) == 0)
     return tl.where(counts[None, :], logits * scale, NEVER), counts
 
 
