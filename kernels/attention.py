@@ -110,8 +110,8 @@ def attention_decode(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor, *, sc
 # One forward and two backward kernels do everything: batches, packed rows and ragged caches are all segments, runs of
 # queries and keys of one row. A program takes one tile of queries (or of keys), and walks over its segment's keys.
 #
-# Scores are kept in units of log 2: exp2 is one instruction, and scale * log2(e) is multiplied in once (FlashAttention-2,
-# arXiv 2307.08691, section 3.1 has the loop; FlashAttention, 2205.14135, its derivation and the backward pass).
+# The loop is FlashAttention-2's (arXiv 2307.08691, section 3.1), its derivation and the backward pass FlashAttention's
+# (2205.14135). Scores are kept in units of log 2: exp2 is one instruction, and scale * log2(e) is multiplied in once.
 # A head dim such as 80 is no power of two, which tiles must be: it is cut into 64 + 16 columns, two products that cost
 # 80 and not 128.
 
@@ -142,7 +142,7 @@ def tile_table(lengths: Tensor, most: int, block: int) -> Tensor:
 
     Programs are as many as there can be at most, `most` tokens in all: the exact number lies on the device.
     """
-    ends = ((lengths + block - 1) // block).cumsum(0)                                         # tiles up to a segment's end
+    ends = ((lengths + block - 1) // block).cumsum(0)  # tiles up to a segment's end
     program = torch.arange(most // block + len(lengths), dtype=ends.dtype, device=ends.device)
     segment = torch.searchsorted(ends, program, right=True)
     before = torch.cat([ends.new_zeros(1), ends])[segment]
@@ -230,7 +230,7 @@ def _forward_kernel(q, k, v, out, lse, tiles, row, first_query, queries, first_k
                     q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head, o_row, o_token, o_head,
                     HEADS: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, D1: tl.constexpr,
                     D2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, FLOAT: tl.constexpr):
-    """A tile of BM queries of one head: out, and for the backward pass lse [B, H, T], log2 of the sum of exp2(score)."""
+    """A tile of BM queries of one head: out, and for the backward pass lse [B, H, T] = log2 of the sum of exp2(score)."""
     there, start, b, q0, M, k0, N = _segment(tiles, row, first_query, queries, first_key, keys)
     if there:
         head = tl.program_id(1).to(tl.int64)
@@ -264,7 +264,7 @@ def _forward_kernel(q, k, v, out, lse, tiles, row, first_query, queries, first_k
 @triton.jit
 def _delta_kernel(out, d_out, delta, T, H, o_row, o_token, o_head, D1: tl.constexpr, D2: tl.constexpr,
                   BM: tl.constexpr, FLOAT: tl.constexpr):
-    """delta [B, H, T] = rowsum(d_out * out): what the softmax's backward pass subtracts (FlashAttention, appendix B)."""
+    """delta [B, H, T] = rowsum(d_out * out), which the softmax's backward pass subtracts (FlashAttention, appendix B)."""
     token = tl.program_id(0) * BM + tl.arange(0, BM)
     b, head = tl.program_id(1).to(tl.int64) // H, tl.program_id(1).to(tl.int64) % H
     inside = token < T
@@ -278,28 +278,20 @@ def _delta_kernel(out, d_out, delta, T, H, o_row, o_token, o_head, D1: tl.conste
 
 
 @triton.jit
-def _grad_score(q1, q2, k1, k2, v1, v2, d1, d2, lse, delta, query, key, N, shift, scale2,
-                CAUSAL: tl.constexpr, MASKED: tl.constexpr, D2: tl.constexpr):
-    """The weights p again, from the scores and lse, and d_score = p * (d_out v^T - delta); both [queries, keys]."""
-    score = _products(q1, q2, k1, k2, D2) * scale2
-    p = tl.exp2(score - lse[:, None])
-    if MASKED:
-        seen = (key < N)[None, :]
-        if CAUSAL:
-            seen = seen & (key[None, :] <= query[:, None] + shift)
-        p = tl.where(seen, p, 0.0)
-    return p, p * (_products(d1, d2, v1, v2, D2) - delta[:, None])
-
-
-@triton.jit
 def _walk_keys(dq1, dq2, q1, q2, d1, d2, k, v, k_stride, v_stride, lse, delta, query, begin, end, N, shift, scale2,
                CAUSAL: tl.constexpr, MASKED: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BN: tl.constexpr):
+    """The weights p again, from the scores and lse; d_score = p * (d_out v^T - delta); d_q = d_score k."""
     for start in range(begin, end, BN):
         key = start + tl.arange(0, BN)
         k1, k2 = _rows(k, key, k_stride, key < N, D1, D2)
         v1, v2 = _rows(v, key, v_stride, key < N, D1, D2)
-        _, d_score = _grad_score(q1, q2, k1, k2, v1, v2, d1, d2, lse, delta, query, key, N, shift, scale2, CAUSAL, MASKED,
-                                 D2)
+        p = tl.exp2(_products(q1, q2, k1, k2, D2) * scale2 - lse[:, None])                                   # [BM, BN]
+        if MASKED:
+            seen = (key < N)[None, :]
+            if CAUSAL:
+                seen = seen & (key[None, :] <= query[:, None] + shift)
+            p = tl.where(seen, p, 0.0)
+        d_score = p * (_products(d1, d2, v1, v2, D2) - delta[:, None])
         dq1, dq2 = _add_product(dq1, dq2, d_score.to(k1.dtype), k1, k2, D2)
     return dq1, dq2
 
@@ -328,27 +320,31 @@ def _query_kernel(q, k, v, d_out, dq, lse, delta, tiles, row, first_query, queri
         if CAUSAL:
             end = tl.maximum(tl.minimum(N, start + BM + shift), 0)
             whole = tl.maximum(tl.minimum(N, start + shift + 1), 0) // BN * BN
-        dq1, dq2 = _walk_keys(dq1, dq2, q1, q2, d1, d2, k, v, k_token, v_token, l, d, query, 0, whole, N, shift, scale2,
-                              CAUSAL, False, D1, D2, BN)
-        dq1, dq2 = _walk_keys(dq1, dq2, q1, q2, d1, d2, k, v, k_token, v_token, l, d, query, whole, end, N, shift, scale2,
-                              CAUSAL, True, D1, D2, BN)
+        dq1, dq2 = _walk_keys(dq1, dq2, q1, q2, d1, d2, k, v, k_token, v_token, l, d, query, 0, whole, N, shift,
+                              scale2, CAUSAL, False, D1, D2, BN)
+        dq1, dq2 = _walk_keys(dq1, dq2, q1, q2, d1, d2, k, v, k_token, v_token, l, d, query, whole, end, N, shift,
+                              scale2, CAUSAL, True, D1, D2, BN)
         _store(dq + b * o_row + q0 * o_token + head * o_head, query, o_token, inside, dq1 * scale, dq2 * scale, D1, D2)
 
 
 @triton.jit
-def _walk_queries(dk1, dk2, dv1, dv2, k1, k2, v1, v2, q, d_out, q_stride, o_stride, lse, delta, key, begin, end, M, N,
-                  shift, scale2, CAUSAL: tl.constexpr, MASKED: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-                  BM: tl.constexpr):
-    """Queries behind the segment's end are zeros with d_out, lse and delta zero: they add nothing."""
+def _walk_queries(dk1, dk2, dv1, dv2, k1, k2, v1, v2, q, d_out, q_stride, o_stride, lse, delta, key, begin, end, M,
+                  shift, scale2, CAUSAL: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BM: tl.constexpr):
+    """Everything transposed, keys by queries: so p and d_score are left operands of their products, which Hopper's
+    tensor cores take from registers. Queries behind the segment's end are zeros, with d_out, lse and delta: they add nothing.
+    Keys behind it are rows of dk and dv that are not stored."""
     for start in range(begin, end, BM):
         query = start + tl.arange(0, BM)
         inside = query < M
         q1, q2 = _rows(q, query, q_stride, inside, D1, D2)
         d1, d2 = _rows(d_out, query, o_stride, inside, D1, D2)
         l, d = tl.load(lse + query, mask=inside, other=0.0), tl.load(delta + query, mask=inside, other=0.0)
-        p, d_score = _grad_score(q1, q2, k1, k2, v1, v2, d1, d2, l, d, query, key, N, shift, scale2, CAUSAL, MASKED, D2)
-        dv1, dv2 = _add_product(dv1, dv2, tl.trans(p).to(d1.dtype), d1, d2, D2)
-        dk1, dk2 = _add_product(dk1, dk2, tl.trans(d_score).to(q1.dtype), q1, q2, D2)
+        p = tl.exp2(_products(k1, k2, q1, q2, D2) * scale2 - l[None, :])                                     # [BN, BM]
+        if CAUSAL:
+            p = tl.where(key[:, None] <= query[None, :] + shift, p, 0.0)
+        dv1, dv2 = _add_product(dv1, dv2, p.to(d1.dtype), d1, d2, D2)
+        d_score = p * (_products(v1, v2, d1, d2, D2) - d[None, :])
+        dk1, dk2 = _add_product(dk1, dk2, d_score.to(q1.dtype), q1, q2, D2)
     return dk1, dk2, dv1, dv2
 
 
@@ -372,72 +368,80 @@ def _key_kernel(q, k, v, d_out, dk, dv, lse, delta, tiles, row, first_query, que
         dv2 = tl.zeros([BN, D2 if D2 > 0 else D1], FLOAT)
         shift = N - M
         begin, whole = 0, 0
-        if CAUSAL:  # the first query that sees any of these keys, and the first tile of queries that see them all
+        if CAUSAL:  # the first query that sees any of these keys; from the tile of `whole` on, they see them all
             begin = tl.maximum(start - shift, 0) // BM * BM
-            whole = tl.minimum(tl.maximum(start + BN - 1 - shift + BM - 1, begin) // BM * BM, (M + BM - 1) // BM * BM)
+            whole = tl.minimum(tl.maximum(tl.cdiv(start + BN - 1 - shift, BM) * BM, begin), tl.cdiv(M, BM) * BM)
         for member in range(GROUP):
             head = kv_head * GROUP + member
             q_base = q + b * q_row + q0 * q_token + head * q_head
             o_base = d_out + b * o_row + q0 * o_token + head * o_head
             place = (b * HEADS + head) * T + q0
             dk1, dk2, dv1, dv2 = _walk_queries(dk1, dk2, dv1, dv2, k1, k2, v1, v2, q_base, o_base, q_token, o_token,
-                                               lse + place, delta + place, key, begin, whole, M, N, shift, scale2,
-                                               CAUSAL, True, D1, D2, BM)
+                                               lse + place, delta + place, key, begin, whole, M, shift, scale2,
+                                               CAUSAL, D1, D2, BM)
             dk1, dk2, dv1, dv2 = _walk_queries(dk1, dk2, dv1, dv2, k1, k2, v1, v2, q_base, o_base, q_token, o_token,
-                                               lse + place, delta + place, key, whole, M, M, N, shift, scale2,
-                                               CAUSAL, False, D1, D2, BM)
+                                               lse + place, delta + place, key, whole, M, M, shift, scale2,
+                                               False, D1, D2, BM)
         place = b * d_row + k0 * d_token + kv_head * d_head
         _store(dk + place, key, d_token, inside, dk1 * scale, dk2 * scale, D1, D2)
         _store(dv + place, key, d_token, inside, dv1, dv2, D1, D2)
 
 
 def columns(D: int) -> tuple[int, int] | None:
-    """A head dim as a power of two and a rest that is one (80 = 64 + 16) or 0; None if it cannot be: 16 is the least."""
+    """A head dim as a power of two and a rest that is one (80 = 64 + 16) or 0; None if it cannot be. Least: 16."""
     first = 1 << (D.bit_length() - 1)
     rest = D - first
     return (first, rest) if first >= 16 and rest & (rest - 1) == 0 and (rest == 0 or rest >= 16) else None
 
 
-def blocks(D: int, longest: int) -> dict:
-    """Tile sizes and warps by head dim. Windows of a ViT are 64 tokens: a longer tile would be half empty."""
-    short = longest <= 64
-    if D > 64:
-        return {"BM": 64 if short else 128, "BN": 64, "num_warps": 4 if short else 8, "num_stages": 2}
-    return {"BM": 64 if short else 128, "BN": 64, "num_warps": 4, "num_stages": 3}
+def blocks(D: int, longest: int, kernel: str) -> dict:
+    """Tile sizes, warps and pipeline stages of the forward, query and key kernels, by head dim; one choice for each, no
+    autotuning at first use. Windows of a ViT are 64 tokens: longer tiles would be half empty.
+
+    Chosen by what Triton 3.9 compiles for sm_90 (`benchmarks/compile_kernels.py`): no spilled registers, but for 64
+    bytes in the key kernel at D = 128. Not yet measured on a GPU.
+    """
+    if longest <= 64:
+        return {"BM": 32 if kernel == "key" else 64, "BN": 64, "num_warps": 4, "num_stages": 2}
+    if kernel == "key":  # few queries at a time: the sums dk and dv take most of the registers
+        return {"BM": 32, "BN": 128, "num_warps": 8, "num_stages": 2}
+    return {"BM": 128, "BN": 128 if kernel == "forward" else 64, "num_warps": 8, "num_stages": 2}
 
 
 class TritonAttention(torch.autograd.Function):
     """The kernels as one differentiable function."""
 
     @staticmethod
-    def forward(ctx, q, k, v, segments, causal, scale):
+    def forward(ctx, q, k, v, segments, longest, causal, scale):
         B, T, H, D = q.shape
         out = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)
         lse = torch.empty((B, H, T), dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
-        ctx.options = (causal, scale, blocks(D, T))
-        tiles = tile_table(segments.queries, B * T, ctx.options[2]["BM"])
+        sizes = blocks(D, longest, "forward")
+        tiles = tile_table(segments.queries, B * T, sizes["BM"])
         _forward_kernel[(len(tiles), H)](q, k, v, out, lse, tiles, *segments, scale * LOG2_E, T, *strides(q, k, v, out),
-                                         **constants(q, k, causal), **ctx.options[2])
-        ctx.save_for_backward(q, k, v, out, lse, tiles, *segments)
+                                         **constants(q, k, causal), **sizes)
+        ctx.save_for_backward(q, k, v, out, lse, *segments)
+        ctx.options = (longest, causal, scale)
         return out
 
     @staticmethod
     def backward(ctx, d_out):
-        q, k, v, out, lse, tiles, *segments = ctx.saved_tensors
-        causal, scale, sizes = ctx.options
-        B, T, H, D = q.shape
-        d_out, delta = d_out.contiguous(), torch.empty_like(lse)
+        q, k, v, out, lse, *segments = ctx.saved_tensors
+        longest, causal, scale = ctx.options
+        (B, T, H, D), (_, S, K, _) = q.shape, k.shape
+        d_out, delta, kinds = d_out.contiguous(), torch.empty_like(lse), constants(q, k, causal)
         dq = torch.empty_like(out)
         dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))  # keys behind a row's length: 0
-        kinds = constants(q, k, causal)
-        _delta_kernel[(triton.cdiv(T, 64), B * H)](out, d_out, delta, T, H, *strides(out), D1=kinds["D1"], D2=kinds["D2"],
-                                                   BM=64, FLOAT=kinds["FLOAT"])
+        _delta_kernel[(triton.cdiv(T, 64), B * H)](out, d_out, delta, T, H, *strides(out), BM=64,
+                                                   **{name: kinds[name] for name in ("D1", "D2", "FLOAT")})
         common = (*segments, scale, scale * LOG2_E, T, *strides(q, k, v, out))
+        sizes = blocks(D, longest, "query")
+        tiles = tile_table(segments[2], B * T, sizes["BM"])
         _query_kernel[(len(tiles), H)](q, k, v, d_out, dq, lse, delta, tiles, *common, **kinds, **sizes)
-        key_tiles = tile_table(segments[4], k.shape[0] * k.shape[1], sizes["BN"])
-        _key_kernel[(len(key_tiles), k.shape[2])](q, k, v, d_out, dk, dv, lse, delta, key_tiles, *common, *strides(dk),
-                                                  **kinds, **sizes | {"BM": 64})
-        return dq, dk, dv, None, None, None
+        sizes = blocks(D, longest, "key")
+        tiles = tile_table(segments[4], B * S, sizes["BN"])
+        _key_kernel[(len(tiles), K)](q, k, v, d_out, dk, dv, lse, delta, tiles, *common, *strides(dk), **kinds, **sizes)
+        return dq, dk, dv, None, None, None, None
 
 
 def strides(*tensors: Tensor) -> list[int]:
@@ -457,13 +461,16 @@ def attention_triton(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: fl
     """As `attention_reference`, for head dims that `columns` can cut."""
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     segments = make_segments(q, k, key_lengths, cu_seqlens)
-    return TritonAttention.apply(q, k, v, segments, causal, q.shape[3] ** -0.5 if scale is None else scale)
+    # Only the tile size hangs on it, and the device is not asked: segments of a packed row are taken for windows where
+    # they are short on average.
+    longest = q.shape[1] if cu_seqlens is None else 1.5 * q.shape[1] / max(1, len(cu_seqlens) - 1)
+    return TritonAttention.apply(q, k, v, segments, longest, causal, q.shape[3] ** -0.5 if scale is None else scale)
 
 
 # --- Decoding: one query per row --------------------------------------------------------------------------------------
 # A step of decoding reads every key and value once and computes next to nothing: bandwidth is all. Two things keep the
 # whole device reading: the query heads of a group are the rows of one tile, so that their keys are read once; and where
-# there are fewer rows than processors, a row's keys are split over several programs ("Flash-Decoding", Dao et al. 2023).
+# there are fewer rows than processors, a row's keys are split over several programs (Flash-Decoding, Dao et al. 2023).
 # Each has a softmax over its own part; a second kernel weights the parts: with lse_i = log2 sum exp2(score) of part i,
 # the whole is sum_i 2^(lse_i - max) out_i / sum_i 2^(lse_i - max).
 
@@ -488,8 +495,8 @@ def _decode_kernel(q, k, v, part, lse, lengths, scale2, q_row, q_head, k_row, k_
     acc1 = tl.zeros([BM, D1], FLOAT)
     acc2 = tl.zeros([BM, D2 if D2 > 0 else D1], FLOAT)
     whole = begin + (end - begin) // BN * BN
-    acc1, acc2, peak, total = _attend(acc1, acc2, peak, total, q1, q2, k, v, k_token, v_token, member, begin, whole, end,
-                                      0, scale2, False, False, D1, D2, BN)
+    acc1, acc2, peak, total = _attend(acc1, acc2, peak, total, q1, q2, k, v, k_token, v_token, member, begin, whole,
+                                      end, 0, scale2, False, False, D1, D2, BN)
     acc1, acc2, peak, total = _attend(acc1, acc2, peak, total, q1, q2, k, v, k_token, v_token, member, whole, end, end,
                                       0, scale2, False, True, D1, D2, BN)
     empty = total == 0.0
@@ -549,30 +556,39 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def uses_triton(q: Tensor) -> bool:
-    """KERNELS=triton asks for our kernels, KERNELS=sdpa or reference for none of them. Otherwise they run on a GPU."""
+def wanted_kernels() -> str:
+    """The environment's KERNELS: auto, or one of triton, sdpa, reference for everything that it can compute."""
     wanted = os.environ.get("KERNELS", "auto")
     if wanted not in ("auto", "triton", "sdpa", "reference"):
         raise ValueError(f"KERNELS must be auto, triton, sdpa or reference, not {wanted}")
-    runs = AVAILABLE and (q.is_cuda and q.dtype != torch.float64 or INTERPRETED) and columns(q.shape[3])
-    return bool(runs) and wanted in ("auto", "triton") and (q.is_cuda or wanted == "triton")
+    return wanted
+
+
+def triton_can(q: Tensor) -> bool:
+    """Whether the kernels run on this tensor: a GPU's, or any in the interpreter; no float64 on a GPU."""
+    return bool(AVAILABLE and columns(q.shape[3]) and (INTERPRETED or q.is_cuda and q.dtype != torch.float64))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | None = None,
               key_lengths: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
-    """Dispatcher. q [B, T, H, D], k and v [B, S, K, D] -> [B, T, H, D]; see the top of the file for the masks."""
-    masks = dict(key_lengths=key_lengths, cu_seqlens=cu_seqlens)
-    if os.environ.get("KERNELS") == "reference":
-        return attention_reference(q, k, v, causal=causal, scale=scale, **masks)
+    """Dispatcher. q [B, T, H, D], k and v [B, S, K, D] -> [B, T, H, D]; see the top of the file for the masks.
+
+    On a CPU torch's own paths. On a GPU the Triton kernels where SDPA would need a mask, which its fast back ends
+    refuse; whether they are the faster ones without a mask too is for `bench.py attention` to say.
+    """
+    wanted, masks = wanted_kernels(), dict(key_lengths=key_lengths, cu_seqlens=cu_seqlens)
+    one_query = key_lengths is not None and q.shape[1] == 1
     no_mask = key_lengths is None and cu_seqlens is None and (not causal or q.shape[1] == k.shape[1])
-    if uses_triton(q) and (not no_mask or os.environ.get("KERNELS") == "triton"):
-        if key_lengths is not None and q.shape[1] == 1 and not torch.is_grad_enabled():
+    if wanted == "reference":
+        return attention_reference(q, k, v, causal=causal, scale=scale, **masks)
+    if triton_can(q) and (wanted == "triton" or wanted == "auto" and q.is_cuda and not no_mask):
+        if one_query and not (torch.is_grad_enabled() and q.requires_grad):
             return attention_decode_triton(q, k, v, key_lengths, scale=scale)
         return attention_triton(q, k, v, causal=causal, scale=scale, **masks)
     if cu_seqlens is not None:
         return attention_packed(q, k, v, cu_seqlens, causal=causal, scale=scale)
-    if key_lengths is not None and q.shape[1] == 1:
+    if one_query:
         return attention_decode(q, k, v, key_lengths, scale=scale)
-    if key_lengths is not None or (causal and q.shape[1] != k.shape[1]):
-        return attention_reference(q, k, v, causal=causal, scale=scale, key_lengths=key_lengths)
-    return attention_sdpa(q, k, v, causal=causal, scale=scale)
+    if no_mask:
+        return attention_sdpa(q, k, v, causal=causal, scale=scale)
+    return attention_reference(q, k, v, causal=causal, scale=scale, key_lengths=key_lengths)
