@@ -230,7 +230,7 @@ def _forward_kernel(q, k, v, out, lse, tiles, row, first_query, queries, first_k
                     q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head, o_row, o_token, o_head,
                     HEADS: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, D1: tl.constexpr,
                     D2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, FLOAT: tl.constexpr):
-    """A tile of BM queries of one head: out, and for the backward pass lse [B, H, T] = log2 of the sum of exp2(score)."""
+    """A tile of BM queries of one head: out, and for the backward pass lse [B, H, T] = log2(sum of exp2(score))."""
     there, start, b, q0, M, k0, N = _segment(tiles, row, first_query, queries, first_key, keys)
     if there:
         head = tl.program_id(1).to(tl.int64)
@@ -264,7 +264,7 @@ def _forward_kernel(q, k, v, out, lse, tiles, row, first_query, queries, first_k
 @triton.jit
 def _delta_kernel(out, d_out, delta, T, H, o_row, o_token, o_head, D1: tl.constexpr, D2: tl.constexpr,
                   BM: tl.constexpr, FLOAT: tl.constexpr):
-    """delta [B, H, T] = rowsum(d_out * out), which the softmax's backward pass subtracts (FlashAttention, appendix B)."""
+    """delta [B, H, T] = rowsum(d_out * out): the backward pass of the softmax subtracts it (FlashAttention, app. B)."""
     token = tl.program_id(0) * BM + tl.arange(0, BM)
     b, head = tl.program_id(1).to(tl.int64) // H, tl.program_id(1).to(tl.int64) % H
     inside = token < T
@@ -331,8 +331,8 @@ def _query_kernel(q, k, v, d_out, dq, lse, delta, tiles, row, first_query, queri
 def _walk_queries(dk1, dk2, dv1, dv2, k1, k2, v1, v2, q, d_out, q_stride, o_stride, lse, delta, key, begin, end, M,
                   shift, scale2, CAUSAL: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BM: tl.constexpr):
     """Everything transposed, keys by queries: so p and d_score are left operands of their products, which Hopper's
-    tensor cores take from registers. Queries behind the segment's end are zeros, with d_out, lse and delta: they add nothing.
-    Keys behind it are rows of dk and dv that are not stored."""
+    tensor cores take from registers. Queries behind the segment's end are zeros, with d_out, lse and delta: they add
+    nothing. Keys behind it are rows of dk and dv that are not stored."""
     for start in range(begin, end, BM):
         query = start + tl.arange(0, BM)
         inside = query < M
@@ -398,7 +398,7 @@ def blocks(D: int, longest: int, kernel: str) -> dict:
     """Tile sizes, warps and pipeline stages of the forward, query and key kernels, by head dim; one choice for each, no
     autotuning at first use. Windows of a ViT are 64 tokens: longer tiles would be half empty.
 
-    Chosen by what Triton 3.9 compiles for sm_90 (`benchmarks/compile_kernels.py`): no spilled registers, but for 64
+    Chosen by what Triton 3.9 compiles for sm_90 (`benchmarks/kernel_resources.py`): no spilled registers, but for 64
     bytes in the key kernel at D = 128. Not yet measured on a GPU.
     """
     if longest <= 64:
