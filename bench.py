@@ -402,8 +402,8 @@ def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def competitors(shape: AttentionShape, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, Callable]:
-    """Functions of (q, k, v) by name. SDPA gets segments, here all of one length, as a batch, which is its best case, and
-    also with a mask; keys and values of a group are not copied."""
+    """Functions of (q, k, v) by name. SDPA gets segments, here all of one length, as a batch, which is its best case,
+    and also with a mask; keys and values of a group are not copied."""
     B, T, S, n = shape.B, shape.T, shape.S, shape.segment
     lengths = torch.full((B,), S, device=q.device)
     cu_seqlens = torch.arange(0, T + 1, n, device=q.device) if n else None
@@ -439,7 +439,7 @@ def competitors(shape: AttentionShape, q: torch.Tensor, k: torch.Tensor, v: torc
 
 
 def time_attention(shape: AttentionShape, device: torch.device, dtype: torch.dtype, ceilings: dict) -> dict:
-    """By competitor: ms of forward and (not when decoding) forward + backward, TFLOP/s or GB/s, share of the ceiling."""
+    """By competitor: ms of forward, and but for decoding of forward + backward; TFLOP/s or GB/s, and its share."""
     B, T, S, H, K, D = shape.B, shape.T, shape.S, shape.H, shape.K, shape.D
     decode, result = T == 1, {}
     q, k, v = (torch.randn(size, device=device).to(dtype) for size in ((B, T, H, D), (B, S, K, D), (B, S, K, D)))
