@@ -1,17 +1,16 @@
-"""Registers, spills and shared memory of kernels/logprob.py's kernels on an H100 (sm_90), with no GPU: Triton compiles ahead
-of time, and ptxas says what it takes. How the tile sizes were picked; `python bench.py logprob` on a GPU has the last word.
+"""Registers, spills and shared memory of kernels/logprob.py's kernels on an H100 (sm_90), with no GPU: Triton compiles
+ahead of time, and ptxas says what it takes. So the tile sizes were picked; `python bench.py logprob` has the last word.
 
     python benchmarks/kernel_resources.py
 
-A multiprocessor has 65,536 registers (255 a thread at most) and 227 KiB of shared memory. Spilled bytes are memory traffic
-(harmless outside the inner loop); "waits": the tensor cores' asynchronous products are run one by one (ptxas C7515).
+A multiprocessor has 65,536 registers (255 a thread at most) and 227 KiB of shared memory. Spilled bytes (a thread's) are
+memory traffic, harmless outside the inner loop. "waits": the tensor cores' products are run one by one (ptxas C7515).
 """
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -30,7 +29,7 @@ POINTERS = {"targets": "*i64", "masked": "*u8", "parts": "*fp32", "target_logits
 
 
 def compile_kernel(kernel, element: str, constants: dict, options: dict, contiguous: tuple[str, ...] = ()):
-    """`kernel` for tensors of `element`: sizes and strides are multiples of 16, as Qwen2.5's are, but `contiguous` are 1."""
+    """`kernel` for tensors of `element`: sizes and strides are multiples of 16, as Qwen2.5's; `contiguous` ones are 1."""
     names = kernel.arg_names
     signature, attributes, values = {}, {}, dict(constants)
     for i, name in enumerate(names):
@@ -53,8 +52,8 @@ def resources(compiled) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(compiled.asm["ptx"])
-        text = subprocess.run([get_ptxas(90).path, "-v", "--gpu-name=sm_90a", source, "-o", source.with_suffix(".cubin")],
-                              capture_output=True, text=True, check=True).stderr
+        command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", source, "-o", source.with_suffix(".cubin")]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     return {"registers": int(re.search(r"Used (\d+) registers", text)[1]), "waits": "C7515" in text,
             "spilled": int(re.search(r"(\d+) bytes spill stores", text)[1]), "shared": compiled.metadata.shared,
             "copies": compiled.asm["ptx"].count("cp.async.c")}
@@ -82,12 +81,9 @@ def main() -> None:
         softmax = {**flags, **tile, "MASK": True, "PRODUCT": True, "NEVER": logprob.NEVER}
         report("statistics", logprob._statistics_kernel, element, softmax, sizes)
         report("logit gradients", logprob._gradient_kernel, element, softmax, sizes)
-        for (name, contiguous), add in product((("hidden's gradient", ("a_column",)), ("weight's gradient", ("a_row",))),
-                                               (True, False)):
-            if add and name[0] == "w":
-                continue
+        for name, unit_stride, add in (("hidden's gradient", "a_column", True), ("weight's gradient", "a_row", False)):
             matmul = {**flags, "BM": sizes["BN"], "BN": sizes["BV"], "ADD": add, "REST": add and element == "bf16"}
-            report(name + (", summed" if add else ""), logprob._matmul_kernel, element, matmul, sizes, contiguous)
+            report(name, logprob._matmul_kernel, element, matmul, sizes, (unit_stride,))
     sizes = logprob.READ_SIZES
     read = {"EVEN": True, "FLOAT": triton.language.float32, "MASK": True, "PRODUCT": False, "NEVER": logprob.NEVER,
             **{key: sizes[key] for key in ("GROUP", "BN", "BV", "BK")}}

@@ -4,18 +4,26 @@ N tokens, C hidden width, V vocabulary rows. With 8,192 tokens and V = 152,064, 
 training needs several. Three ways around it, one result:
 
 * `token_log_probs_torch`: chunks of tokens, whose logits are recomputed in the backward pass. Any device, any dtype.
-* `token_log_probs_triton`, products by "triton": no logits in memory. A program holds one tile of them in registers, takes
-  what the softmax needs and goes on to the next tile (online softmax: Milakov and Gimelshein, arXiv 1805.02867; over a
-  vocabulary: "Cut Your Losses", arXiv 2411.09009). The backward pass recomputes them, as FlashAttention does
-  (arXiv 2205.14135).
+* `token_log_probs_triton`, products by "triton": no logits in memory. A program holds one tile of them in registers,
+  takes what the softmax needs and goes on to the next (online softmax: Milakov and Gimelshein, arXiv 1805.02867; over
+  a vocabulary: "Cut Your Losses", arXiv 2411.09009, whose gradient filtering is left out, since it is not exact). The
+  backward pass recomputes them, as FlashAttention does (arXiv 2205.14135), and so it is right for any upstream
+  gradient per token; kernels that make the gradients in the forward pass were not (Liger#968, #1298).
 * the same, products by "cublas": cuBLAS writes a chunk of logits, and the same kernels read their tiles from there.
 
-Where the time should go, for 8,192 tokens in Qwen2.5-7B's C = 3,584 on an H100. NOT YET MEASURED: `bench.py logprob` does.
-Forward and backward are four products of 2 N V C = 8.9 TFLOP (logits twice, the gradients of hidden and weight), 36 in all.
-A Triton matmul without TMA should reach some 500 to 550 TFLOP/s and cuBLAS 650 to 700. "triton": 65 to 71 ms.
-"cublas": 51 to 55 ms, and beside them 23 GB of logits and their gradients to write and read, 7 ms at 3.3 TB/s, and sums of
-hidden's gradient, 3 ms: 61 to 65 ms. Beyond inputs and gradients "triton" takes 0.09 GB in bfloat16 and "cublas" 0.23. As
-the times are within one another's error and only one way stays below 0.1 GB, that is the default.
+Where the time should go, for 8,192 tokens and Qwen2.5-7B's head (C = 3,584) in bfloat16 on an H100. These are NOT
+MEASURED YET; `python bench.py logprob` does that. Forward and backward are four products of 2 N V C = 8.9 TFLOP (the
+logits twice, the gradients of hidden and of weight): 36 in all.
+
+* "triton": at the 500 to 550 TFLOP/s of a Triton matmul without TMA, 65 to 71 ms; and 18 GB to sum hidden's gradient
+  over chunks, 5 ms at 3.35 TB/s. Beyond inputs and gradients 0.09 GB: chunks of 2,048 ids' gradients of logits, 34 MB,
+  and the second half of hidden's gradient, 59 MB.
+* "cublas": at 650 to 700 TFLOP/s, 51 to 55 ms; and 23 GB of logits and their gradients, written and read, and 9 GB to
+  sum hidden's gradient, 10 ms. Beyond inputs and gradients 0.22 GB: larger chunks (67 MB) and hidden's gradient in
+  float32 (117 MB), since cuBLAS cannot sum in two halves.
+
+The second may be a tenth faster, which is no more than these figures are worth; the first stays below 0.1 GB and is the
+default. LOGPROB_PRODUCTS=cublas chooses the other.
 """
 import os
 from functools import lru_cache
@@ -30,6 +38,7 @@ from kernels.triton_or_none import AVAILABLE, INTERPRETED, tl, triton
 CHUNK_ELEMENTS = 2**25  # logits in one chunk of the PyTorch path: 128 MiB in float32
 GRADIENT_ELEMENTS = {"triton": 2**24, "cublas": 2**25}  # gradients of logits in one chunk: 32 and 64 MiB in bfloat16
 CUBLAS_ELEMENTS = 2**23  # logits in one chunk of the "cublas" way: 32 MiB in float32
+LEAST_WIDTH = 1024  # ids of a chunk: hidden's gradient is read and written once per chunk
 NEVER = -1e30  # the logit of an id outside the softmax's support; -inf less -inf would be NaN
 
 
@@ -52,23 +61,24 @@ def token_log_probs_reference(hidden: Tensor, weight: Tensor, targets: Tensor, *
 
 
 # --- Triton: the kernels ----------------------------------------------------------------------------------------------
-# BN tokens x BV ids is a tile; BK columns of C are multiplied at a time. FLOAT is what sums are kept in: float32 (float64
-# for float64 inputs). Tokens and ids past the end wrap around to the first and are thrown away: no mask in the inner loop,
-# and from `x % 16 n` the compiler still sees that 16 neighbours lie side by side, which it needs for asynchronous copies.
+# BN tokens x BV ids is a tile; BK columns of C are multiplied at a time. FLOAT is what sums are kept in: float32
+# (float64 for float64 inputs). Tokens and ids past the end wrap around to the first and are thrown away, so that the
+# inner loop has no mask. It must be `%`, not a minimum: from a remainder by a multiple of 16 the compiler still sees that
+# 16 neighbours lie side by side, and only then copies them asynchronously, 16 bytes at a time, while it computes.
 
 @triton.jit
 def _place(num_tokens, num_ids, GROUP: tl.constexpr):
-    """This program's tile: its number along the tokens and along the ids. Programs that run at the same time should read
-    the same tokens and ids, so that they come from the L2 cache: the tiles are gone through in bands of GROUP token tiles
-    (Triton's matmul tutorial)."""
+    """This program's tile: its number along the tokens and along the ids. Programs that run at the same time should
+    read the same tokens and ids, so that they come from the L2 cache: the tiles are gone through in bands of GROUP token
+    tiles (Triton's matmul tutorial)."""
     program = tl.program_id(0)
     return tl.swizzle2d(program // num_ids, program % num_ids, num_tokens, num_ids, GROUP)
 
 
 @triton.jit
 def _add_product(total, a, b, size, a_step, b_step, EVEN: tl.constexpr, BK: tl.constexpr, FLOAT: tl.constexpr):
-    """total + a b for pointers a [BM, BK] and b [BK, BN] that walk `size` elements along the shared axis. float32 is not
-    rounded to TF32."""
+    """total + a b for pointers a [BM, BK] and b [BK, BN] that walk `size` elements along the shared axis. float32 is
+    not rounded to TF32."""
     k = tl.arange(0, BK)
     for start in range(0, size, BK):
         if EVEN:
@@ -92,7 +102,7 @@ def _logits(hidden, weight, token, column, masked, scale, N, V, C, hidden_row, w
     token = (token % N).to(tl.int64)
     there = column % V
     counts = column < V
-    if MASK:  # read before the product: after it, Triton 3.6's code waits for every step of the tensor cores (ptxas C7515)
+    if MASK:  # before the product: behind it, Triton 3.6 makes each step of the tensor cores wait (ptxas C7515)
         counts = counts & (tl.load(masked + there) == 0)
     if PRODUCT:
         k = tl.arange(0, BK)
@@ -122,8 +132,8 @@ def _statistics_kernel(hidden, weight, targets, masked, parts, target_logits, sc
     spread = tl.zeros([BN], FLOAT)
     for tile in range(split * TILES, tl.minimum(split * TILES + TILES, tiles)):
         column = tile * BV + tl.arange(0, BV)
-        logits, _ = _logits(hidden, weight, token, column, masked, scale, N, V, C, hidden_row, weight_row, MASK, PRODUCT,
-                            EVEN, NEVER, BN, BV, BK, FLOAT)
+        logits, _ = _logits(hidden, weight, token, column, masked, scale, N, V, C, hidden_row, weight_row, MASK,
+                            PRODUCT, EVEN, NEVER, BN, BV, BK, FLOAT)
         found = tl.sum(tl.where(column[None, :] == target[:, None], logits, 0.0), 1)
         tl.store(target_logits + token, found, mask=(token < N) & (target >= tile * BV)
                  & (target < tl.minimum(tile * BV + BV, V)))
@@ -142,16 +152,16 @@ def _statistics_kernel(hidden, weight, targets, masked, parts, target_logits, sc
 
 
 @triton.jit
-def _gradient_kernel(hidden, weight, targets, masked, lse, upstream, out, scale, N, V, C, hidden_row, weight_row, out_row,
-                     first, MASK: tl.constexpr, PRODUCT: tl.constexpr, EVEN: tl.constexpr, NEVER: tl.constexpr,
+def _gradient_kernel(hidden, weight, targets, masked, lse, upstream, out, scale, N, V, C, hidden_row, weight_row,
+                     out_row, first, MASK: tl.constexpr, PRODUCT: tl.constexpr, EVEN: tl.constexpr, NEVER: tl.constexpr,
                      FLOAT: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr):
     """The gradient of a tile of raw logits, upstream * (one_hot - p) / temperature, into out [N, V]: the only thing of
     this size that is ever written, for one chunk of ids at a time."""
     block, tile = _place(tl.cdiv(N, BN), tl.cdiv(V, BV), GROUP)
     token = block * BN + tl.arange(0, BN)
     column = tile * BV + tl.arange(0, BV)
-    logits, counts = _logits(hidden, weight, token, column, masked, scale, N, V, C, hidden_row, weight_row, MASK, PRODUCT,
-                             EVEN, NEVER, BN, BV, BK, FLOAT)
+    logits, counts = _logits(hidden, weight, token, column, masked, scale, N, V, C, hidden_row, weight_row, MASK,
+                             PRODUCT, EVEN, NEVER, BN, BV, BK, FLOAT)
     inside = token < N
     target = tl.load(targets + token, mask=inside, other=-1).to(tl.int32) - first
     p = tl.exp(logits - tl.load(lse + token, mask=inside, other=0.0)[:, None])
@@ -166,9 +176,9 @@ def _gradient_kernel(hidden, weight, targets, masked, lse, upstream, out, scale,
 def _matmul_kernel(a, b, out, rest, M, N, K, a_row, a_column, b_row, out_row, EVEN: tl.constexpr, ADD: tl.constexpr,
                    REST: tl.constexpr, FLOAT: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                    BK: tl.constexpr):
-    """out [M, N] = a [M, K] @ b [K, N], or with ADD out += a @ b, summed in FLOAT also over many calls: with REST, a sum
-    is kept as two numbers of out's type, its rounded value in `out` and what rounding took away in `rest`. So a bfloat16
-    sum has 16 bits, half of them in the gradient itself, and not the 8 that cost accuracy chunk by chunk (Liger#1391)."""
+    """out [M, N] = a [M, K] @ b [K, N], or with ADD out += a @ b. With REST, a sum over many calls is kept as two numbers
+    of out's type: its rounded value in `out`, and in `rest` what rounding took away. So a bfloat16 sum has 16 bits, half
+    of them in the gradient itself, and not the 8 that cost accuracy chunk by chunk (Liger#1391)."""
     row_block, column_block = _place(tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
     row = row_block * BM + tl.arange(0, BM)
     column = column_block * BN + tl.arange(0, BN)
@@ -191,12 +201,23 @@ def _matmul_kernel(a, b, out, rest, M, N, K, a_row, a_column, b_row, out_row, EV
 
 # --- Triton: the host's side ------------------------------------------------------------------------------------------
 
-def tile_sizes(dtype: torch.dtype, N: int) -> dict:
-    """Of a tile product. 16-bit: 128 x 256 in 8 warps of the tensor cores; fewer tokens than that are bound by reading the
-    weight, so half a tile loses nothing. float32 has no tensor core that does not round: small tiles."""
-    if dtype.itemsize == 2:
-        return {"BN": 64 if N <= 64 else 128, "BV": 256, "BK": 64, "num_warps": 8, "num_stages": 4, "GROUP": 16}
-    return {"BN": 64, "BV": 64, "BK": 32, "num_warps": 8, "num_stages": 3, "GROUP": 16}
+H100_SHARED = 232_448  # bytes of shared memory that a program may have
+
+
+def tile_sizes(dtype: torch.dtype, N: int, shared: int = H100_SHARED) -> dict:
+    """Of a tile product (`python benchmarks/kernel_resources.py` shows what they take).
+
+    16-bit: 128 x 256 fills the registers of 8 warps, and as many stages of copies as shared memory holds hide its
+    latency. Up to 64 tokens time goes into reading the weight, and half a tile loses nothing. float32 has no tensor core
+    that does not round: small tiles.
+    """
+    if dtype.itemsize != 2:
+        return {"BN": 64, "BV": 64, "BK": 32, "num_warps": 8, "num_stages": 3, "GROUP": 16}
+    BN, BV, BK = 64 if N <= 64 else 128, 256, 64
+    if 3 * (BN + BV) * BK * 2 > shared:  # not a data-centre GPU
+        BV = 128
+    return {"BN": BN, "BV": BV, "BK": BK, "num_warps": 8, "num_stages": min(4, shared // ((BN + BV) * BK * 2)),
+            "GROUP": 16}
 
 
 READ_SIZES = {"BN": 8, "BV": 512, "BK": 16, "num_warps": 8, "num_stages": 2, "GROUP": 1}  # where logits are only read
@@ -212,27 +233,30 @@ def triton_float(dtype: torch.dtype):
 
 
 @lru_cache
-def processors(device: torch.device) -> int:
-    """Streaming multiprocessors; the interpreter has none, and is given a few so that splitting is tested."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+def processors_and_shared(device: torch.device) -> tuple[int, int]:
+    """Streaming multiprocessors, and the shared memory that a program may have; in the interpreter, which has neither, a
+    few so that splitting is tested."""
+    if device.type != "cuda":
+        return 4, H100_SHARED
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.shared_memory_per_block_optin
 
 
 def tiles_per_program(blocks: int, tiles: int, processors: int) -> int:
-    """Into how long splits of `tiles` tiles each of `blocks` token blocks' vocabulary is cut: so that all processors work
-    to the end, and else as few splits as can be. 8,192 tokens, 594 tiles, 132 processors: 9 tiles, 32 full rounds."""
+    """How many of the vocabulary's tiles a program goes through, where there are `blocks` blocks of tokens: such that all
+    processors work to the end, and then as many as can be. 64 blocks, 594 tiles, 132 processors: 9, in 32 full rounds."""
     def rounds(length: int) -> int:
         return triton.cdiv(blocks * triton.cdiv(tiles, length), processors) * length
     return min(range(min(tiles, 64), 0, -1), key=rounds)
 
 
 def chunk_width(V: int, elements: int, *rows: int) -> int:
-    """Ids of a chunk such that a tensor of [rows, ids] has about so many elements, but no fewer than 1,024: hidden's gradient
-    is read and written once per chunk."""
-    return min([V, *(max(1024, elements // n // 256 * 256) for n in rows)])
+    """Ids of a chunk such that tensors [n, ids] for each n of `rows` have about so many elements at most."""
+    return min([V, *(max(LEAST_WIDTH, elements // n // 256 * 256) for n in rows)])
 
 
 def chunks(weight: Tensor, width: int, dtype: torch.dtype):
-    """(first id, weight of a chunk of ids in the products' dtype): under autocast no whole copy of the weight is made."""
+    """(first id, a chunk of the weight in the products' dtype): under autocast no copy of all of it is made."""
     for first in range(0, len(weight), width):
         yield first, weight[first:first + width].to(dtype)
 
@@ -250,7 +274,7 @@ def matmul(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
 def matmul_triton(a: Tensor, b: Tensor, out: Tensor, rest: Tensor | None = None, *, add: bool = False) -> None:
     """a @ b into or on top of `out` (and `rest`: see the kernel)."""
     (M, K), N = a.shape, b.shape[1]
-    sizes = tile_sizes(a.dtype, M)
+    sizes = tile_sizes(a.dtype, M, processors_and_shared(a.device)[1])
     BM, BN = sizes.pop("BN"), sizes.pop("BV")
     _matmul_kernel[(triton.cdiv(M, BM) * triton.cdiv(N, BN),)](
         a, b, out, out if rest is None else rest, M, N, K, *a.stride(), b.stride(0), out.stride(0),
@@ -259,7 +283,8 @@ def matmul_triton(a: Tensor, b: Tensor, out: Tensor, rest: Tensor | None = None,
 
 def tiles_of(hidden: Tensor, weight: Tensor, masked: Tensor | None, products: str) -> tuple[tuple, dict]:
     """What a kernel reads its tiles from, the two factors or with "cublas" their product; and its options for that."""
-    sizes = tile_sizes(hidden.dtype, len(hidden)) if products == "triton" else READ_SIZES
+    shared = processors_and_shared(hidden.device)[1]
+    sizes = tile_sizes(hidden.dtype, len(hidden), shared) if products == "triton" else READ_SIZES
     options = {"MASK": masked is not None, "PRODUCT": products == "triton", "NEVER": NEVER,
                "EVEN": hidden.shape[1] % sizes["BK"] == 0, "FLOAT": triton_float(hidden.dtype), **sizes}
     if products == "cublas":
@@ -275,7 +300,7 @@ def statistics(hidden: Tensor, weight: Tensor, first: int, targets: Tensor, mask
     (N, C), V = hidden.shape, len(weight)
     (left, right), options = tiles_of(hidden, weight, masked, products)
     blocks, tiles = triton.cdiv(N, options["BN"]), triton.cdiv(V, options["BV"])
-    length = tiles_per_program(blocks, tiles, processors(hidden.device))
+    length = tiles_per_program(blocks, tiles, processors_and_shared(hidden.device)[0])
     parts = target_logits.new_empty((3, triton.cdiv(tiles, length), N))
     _statistics_kernel[(blocks * parts.shape[1],)](
         left, right, targets, targets if masked is None else masked[first:], parts, target_logits, scale, N, V, C,
@@ -300,12 +325,12 @@ def combine(parts: Tensor, target_logits: Tensor) -> tuple[Tensor, Tensor, Tenso
     shift = peaks - peak
     shrink = shift.exp()
     total, spread = (shrink * totals).sum(0), (shrink * (spreads + totals * shift)).sum(0)
-    log_probs = (target_logits - peak) - total.log()
-    return log_probs.masked_fill(target_logits == NEVER, float("-inf")), total.log() - spread / total, peak + total.log()
+    log_probs = ((target_logits - peak) - total.log()).masked_fill(target_logits == NEVER, float("-inf"))
+    return log_probs, total.log() - spread / total, peak + total.log()
 
 
 class TritonLogProbs(torch.autograd.Function):
-    """The kernels as one differentiable function. `masked` [V] marks the ids outside the support; dtype is the products'."""
+    """The kernels as one differentiable function. `masked` [V] marks the ids outside the support; dtype: of the products."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, masked, temperature, dtype, products):
@@ -326,8 +351,8 @@ class TritonLogProbs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream, _):
-        """A chunk of ids at a time: its rows of weight's gradient are finished at once, by one product over all tokens, and
-        need no float32 copy. Hidden's gradient is summed over the chunks. No atomics: every sum has one order."""
+        """A chunk of ids at a time: its rows of weight's gradient are finished at once, by one product over all tokens,
+        and need no float32 copy. Hidden's gradient is summed over the chunks. No atomics: every sum has one order."""
         hidden, weight, targets, masked, lse = ctx.saved_tensors
         scale, dtype, products = ctx.options
         (N, C), V, h, upstream = hidden.shape, len(weight), hidden.to(dtype), upstream.contiguous()
@@ -350,8 +375,8 @@ class TritonLogProbs(torch.autograd.Function):
 
 
 class HiddenGradient:
-    """The sum of d_logits @ weight over chunks of ids, in float32 whatever hidden's dtype: "triton" keeps a 16-bit sum in
-    two numbers, "cublas" in a float32 tensor."""
+    """The sum of d_logits @ weight over chunks of ids. It is not rounded to hidden's dtype in between: "triton" keeps a
+    16-bit sum as two numbers, "cublas" a float32 tensor."""
 
     def __init__(self, hidden: Tensor, dtype: torch.dtype, products: str):
         self.dtype, self.products, self.begun = hidden.dtype, products, False
@@ -372,7 +397,7 @@ class HiddenGradient:
 
 def token_log_probs_triton(hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0,
                            masked_ids: Tensor | None = None, products: str | None = None) -> tuple[Tensor, Tensor]:
-    """As `token_log_probs_reference`. products: "triton" or "cublas" (top of the file); LOGPROB_PRODUCTS is the default."""
+    """As `token_log_probs_reference`; products: "triton", "cublas" (top of the file) or what LOGPROB_PRODUCTS says."""
     products = products or os.environ.get("LOGPROB_PRODUCTS", "triton")
     if products not in ("triton", "cublas"):
         raise ValueError(f"LOGPROB_PRODUCTS must be triton or cublas, not {products}")
