@@ -3,8 +3,8 @@ ahead of time, and ptxas says what it takes. So the tile sizes were picked; `pyt
 
     python benchmarks/kernel_resources.py
 
-A multiprocessor has 65,536 registers (255 a thread at most) and 227 KiB of shared memory. Spilled bytes (a thread's) are
-memory traffic, harmless outside the inner loop. "waits": the tensor cores' products are run one by one (ptxas C7515).
+A multiprocessor has 65,536 registers (255 a thread at most) and 227 KiB of shared memory. Spilled bytes, per thread,
+are memory traffic, harmless outside the inner loop. "waits": the tensor cores' products run one by one (ptxas C7515).
 """
 import os
 import re
@@ -29,7 +29,7 @@ POINTERS = {"targets": "*i64", "masked": "*u8", "parts": "*fp32", "target_logits
 
 
 def compile_kernel(kernel, element: str, constants: dict, options: dict, contiguous: tuple[str, ...] = ()):
-    """`kernel` for tensors of `element`: sizes and strides are multiples of 16, as Qwen2.5's; `contiguous` ones are 1."""
+    """`kernel` for tensors of `element`. Sizes and strides are multiples of 16, as Qwen2.5's; `contiguous` ones 1."""
     names = kernel.arg_names
     signature, attributes, values = {}, {}, dict(constants)
     for i, name in enumerate(names):
@@ -65,7 +65,8 @@ def report(name: str, kernel, element: str, constants: dict, sizes: dict, contig
     resident = min(65536 // (r["registers"] * 32 * sizes["num_warps"]), 232448 // (r["shared"] + 1024))
     shape = " x ".join(str(constants[key]) for key in ("BM", "BN", "BV", "BK") if key in constants)
     print(f"{name:<28}{element:<6}{shape:<17}{sizes['num_warps']:>6}{sizes['num_stages']:>8}{r['registers']:>11}"
-          f"{r['spilled']:>9}{r['shared'] / 1024:>8.1f}{resident:>8}{r['copies']:>14}{'  waits' * r['waits']}", flush=True)
+          f"{r['spilled']:>9}{r['shared'] / 1024:>8.1f}{resident:>8}{r['copies']:>14}{'  waits' * r['waits']}",
+          flush=True)
 
 
 def main() -> None:

@@ -63,14 +63,14 @@ def token_log_probs_reference(hidden: Tensor, weight: Tensor, targets: Tensor, *
 # --- Triton: the kernels ----------------------------------------------------------------------------------------------
 # BN tokens x BV ids is a tile; BK columns of C are multiplied at a time. FLOAT is what sums are kept in: float32
 # (float64 for float64 inputs). Tokens and ids past the end wrap around to the first and are thrown away, so that the
-# inner loop has no mask. It must be `%`, not a minimum: from a remainder by a multiple of 16 the compiler still sees that
-# 16 neighbours lie side by side, and only then copies them asynchronously, 16 bytes at a time, while it computes.
+# inner loop has no mask. It must be `%`, not a minimum: from a remainder by a multiple of 16 the compiler still sees
+# that 16 neighbours lie side by side, and only then copies them asynchronously, 16 bytes at a time, while it computes.
 
 @triton.jit
 def _place(num_tokens, num_ids, GROUP: tl.constexpr):
     """This program's tile: its number along the tokens and along the ids. Programs that run at the same time should
-    read the same tokens and ids, so that they come from the L2 cache: the tiles are gone through in bands of GROUP token
-    tiles (Triton's matmul tutorial)."""
+    read the same tokens and ids, so that they come from the L2 cache: the tiles are gone through in bands of GROUP
+    token tiles (Triton's matmul tutorial)."""
     program = tl.program_id(0)
     return tl.swizzle2d(program // num_ids, program % num_ids, num_tokens, num_ids, GROUP)
 
@@ -176,9 +176,9 @@ def _gradient_kernel(hidden, weight, targets, masked, lse, upstream, out, scale,
 def _matmul_kernel(a, b, out, rest, M, N, K, a_row, a_column, b_row, out_row, EVEN: tl.constexpr, ADD: tl.constexpr,
                    REST: tl.constexpr, FLOAT: tl.constexpr, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                    BK: tl.constexpr):
-    """out [M, N] = a [M, K] @ b [K, N], or with ADD out += a @ b. With REST, a sum over many calls is kept as two numbers
-    of out's type: its rounded value in `out`, and in `rest` what rounding took away. So a bfloat16 sum has 16 bits, half
-    of them in the gradient itself, and not the 8 that cost accuracy chunk by chunk (Liger#1391)."""
+    """out [M, N] = a [M, K] @ b [K, N], or with ADD out += a @ b. With REST, a sum over many calls is kept as two
+    numbers of out's type: its rounded value in `out`, and in `rest` what rounding took away. So a bfloat16 sum has 16
+    bits, half of them in the gradient itself, and not the 8 that cost accuracy chunk by chunk (Liger#1391)."""
     row_block, column_block = _place(tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
     row = row_block * BM + tl.arange(0, BM)
     column = column_block * BN + tl.arange(0, BN)
@@ -208,8 +208,8 @@ def tile_sizes(dtype: torch.dtype, N: int, shared: int = H100_SHARED) -> dict:
     """Of a tile product (`python benchmarks/kernel_resources.py` shows what they take).
 
     16-bit: 128 x 256 fills the registers of 8 warps, and as many stages of copies as shared memory holds hide its
-    latency. Up to 64 tokens time goes into reading the weight, and half a tile loses nothing. float32 has no tensor core
-    that does not round: small tiles.
+    latency. Up to 64 tokens time goes into reading the weight, and half a tile loses nothing. float32 has no tensor
+    core that does not round: small tiles.
     """
     if dtype.itemsize != 2:
         return {"BN": 64, "BV": 64, "BK": 32, "num_warps": 8, "num_stages": 3, "GROUP": 16}
@@ -220,7 +220,7 @@ def tile_sizes(dtype: torch.dtype, N: int, shared: int = H100_SHARED) -> dict:
             "GROUP": 16}
 
 
-READ_SIZES = {"BN": 8, "BV": 512, "BK": 16, "num_warps": 8, "num_stages": 2, "GROUP": 1}  # where logits are only read
+READ_SIZES = {"BN": 16, "BV": 256, "BK": 16, "num_warps": 8, "num_stages": 2, "GROUP": 1}  # where logits are only read
 
 
 def float_of(dtype: torch.dtype) -> torch.dtype:
@@ -234,8 +234,8 @@ def triton_float(dtype: torch.dtype):
 
 @lru_cache
 def processors_and_shared(device: torch.device) -> tuple[int, int]:
-    """Streaming multiprocessors, and the shared memory that a program may have; in the interpreter, which has neither, a
-    few so that splitting is tested."""
+    """Streaming multiprocessors, and the shared memory that a program may have; in the interpreter, which has neither,
+    a few so that splitting is tested."""
     if device.type != "cuda":
         return 4, H100_SHARED
     properties = torch.cuda.get_device_properties(device)
@@ -243,8 +243,9 @@ def processors_and_shared(device: torch.device) -> tuple[int, int]:
 
 
 def tiles_per_program(blocks: int, tiles: int, processors: int) -> int:
-    """How many of the vocabulary's tiles a program goes through, where there are `blocks` blocks of tokens: such that all
-    processors work to the end, and then as many as can be. 64 blocks, 594 tiles, 132 processors: 9, in 32 full rounds."""
+    """How many of the vocabulary's tiles a program goes through, where there are `blocks` blocks of tokens: such that
+    all processors work to the end, and then as many as can be. 64 blocks, 594 tiles, 132 processors: 18, in 16 full
+    rounds."""
     def rounds(length: int) -> int:
         return triton.cdiv(blocks * triton.cdiv(tiles, length), processors) * length
     return min(range(min(tiles, 64), 0, -1), key=rounds)
@@ -330,7 +331,8 @@ def combine(parts: Tensor, target_logits: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 
 class TritonLogProbs(torch.autograd.Function):
-    """The kernels as one differentiable function. `masked` [V] marks the ids outside the support; dtype: of the products."""
+    """The kernels as one differentiable function. `masked` [V] marks the ids outside the support; dtype is that of the
+    products."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, masked, temperature, dtype, products):
