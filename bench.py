@@ -4,9 +4,11 @@
     python bench.py rollout --peer PEER/bin/python --shape 0.5b          # random weights in a real model's shapes
     python bench.py rollout --shape 7b --device cuda --dtype bfloat16 --prompts 1 --samples 1       # against the roof
     python bench.py attention                                            # Triton kernels against SDPA's; needs a GPU
+    python bench.py logprob --peer PEER/bin/python                       # log-probs against Liger's; needs a GPU
     python bench.py rewards --peer PEER/bin/python                       # tests/answers.txt through us and math-verify
 
-Set up the peers with `python -m venv PEER && PEER/bin/pip install torch transformers math-verify[antlr4_13_2]`.
+Set up the peers with `python -m venv PEER && PEER/bin/pip install torch transformers math-verify[antlr4_13_2]`, for
+logprob also liger-kernel.
 Machines are noisy: what counts are ratios within a run.
 """
 import contextlib
@@ -30,7 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import equivalence
 from data import ImageConfig, InputError, Prompt, Tokenizer, format_prompt, make_prompt, read_examples
-from kernels import attention
+from kernels import attention, logprob
 from kernels.attention import attention_decode_triton, attention_triton, visible
 from model import Config, Qwen2_5_VL, copy_side_files
 from sample import Completion, Sampler, SamplingParams
@@ -481,8 +483,87 @@ def attention_bench(o: AttentionOptions) -> dict:
                      "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.platform()}
 
 
+# --- Log-probs --------------------------------------------------------------------------------------------------------
+
+@dataclass
+class LogprobOptions:
+    """Log-probs straight from hidden states, forward and backward: time, rate, and memory beyond inputs and gradients.
+    On a CPU a small shape through the PyTorch paths, to see that the command runs."""
+    tokens: int | None = option(None, "tokens; default 8192, on a CPU 256", low=1)
+    shape: str = option("7b", "head of this model; on a CPU a small one", choices=SHAPES)
+    peer: str | None = option(None, "Python of an environment with liger-kernel")
+    device: str = option("auto", "auto, cpu or cuda")
+    dtype: str = option("bfloat16", "of hidden states and head", choices=("float32", "float16", "bfloat16"))
+    json: bool = option(False, "the last line is one JSON object with everything")
+
+
+def logprob_contenders(on_gpu: bool) -> dict[str, Callable]:
+    """Functions of (hidden, weight, targets) by name: log-probs, or the sum of them for those that can only that."""
+    found = {"reference": lambda *x: logprob.token_log_probs_reference(*x)[0],
+             "torch, chunked": lambda *x: logprob.token_log_probs_torch(*x)[0]}
+    if hasattr(F, "linear_cross_entropy"):  # torch >= 2.13
+        options = torch.nn.LinearCrossEntropyOptions()
+        found["linear_cross_entropy"] = lambda *x: -F.linear_cross_entropy(*x, reduction="sum", options=options)
+    if on_gpu:
+        found |= {products: lambda *x, products=products: logprob.token_log_probs_triton(*x, products=products)[0]
+                  for products in ("triton", "cublas")}
+    return found
+
+
+def time_logprob(function: Callable, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> dict:
+    """Milliseconds of a forward pass that only scores, and of one with its backward pass; and the peak of memory."""
+    device = hidden.device
+    upstream = torch.linspace(-1, 1, len(hidden), device=device)
+
+    def step():
+        out = function(hidden, weight, targets)
+        return torch.autograd.grad(out, (hidden, weight), upstream.to(out.dtype) if out.dim() else None)
+
+    with torch.no_grad():
+        forward = milliseconds(lambda: function(hidden, weight, targets), device)
+    result = {"forward_ms": forward, "forward_backward_ms": milliseconds(step, device)}
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        result["extra_bytes"] = torch.cuda.max_memory_allocated() - before - hidden.nbytes - weight.nbytes
+    return result
+
+
+def logprob_bench(o: LogprobOptions) -> dict:
+    """Prints and returns all contenders. The rate counts the three products that are needed, not those done again."""
+    device, dtype = pick_device(o.device), getattr(torch, o.dtype)
+    on_gpu = device.type == "cuda"
+    N = o.tokens or (8192 if on_gpu else 256)
+    C, V = (SHAPES[o.shape]["hidden_size"], SHAPES[o.shape]["vocab_size"]) if on_gpu else (64, 4000)
+    hidden = torch.randn(N, C, device=device).to(dtype).requires_grad_()
+    weight = (torch.randn(V, C, device=device) * C**-0.5).to(dtype).requires_grad_()
+    targets = torch.randint(0, V, (N,), device=device)
+    ceiling, result = matmul_flops(device, dtype), {}
+    print(f"{N} tokens, head {V} x {C}, {o.dtype}; ceiling: product {ceiling / 1e12:,.1f} TFLOP/s")
+    for name, function in logprob_contenders(on_gpu).items():
+        try:
+            result[name] = time_logprob(function, hidden, weight, targets)
+        except torch.cuda.OutOfMemoryError:
+            print(f"{name:<22}does not fit")
+    if o.peer:
+        del hidden, weight
+        torch.cuda.empty_cache()
+        job = {"tokens": N, "width": C, "vocabulary": V, "dtype": o.dtype}
+        result |= {r.pop("name"): r for r in ask_peer(o.peer, "liger_cross_entropy.py", job)}
+    for name, r in result.items():
+        r["rate"] = 6e3 * N * V * C / r["forward_backward_ms"]
+        r["share"] = r["rate"] / ceiling
+        memory = f"   {r['extra_bytes'] / 1e9:.3f} GB beyond inputs and gradients" if on_gpu else ""
+        print(f"{name:<22}forward {r['forward_ms']:>9.3f} ms   forward + backward {r['forward_backward_ms']:>9.3f} ms"
+              f"{r['rate'] / 1e12:>8.1f} TFLOP/s ({100 * r['share']:.0f}%){memory}", flush=True)
+    about = {"tokens": N, "width": C, "vocabulary": V, "dtype": o.dtype, "ceiling": ceiling}
+    return {"ways": result, **about, "date": str(date.today()), "commit": git_commit(), "torch": torch.__version__,
+            "device": torch.cuda.get_device_name(device) if on_gpu else platform.platform()}
+
+
 BENCHES = {"rollout": (RolloutOptions, rollout), "rewards": (RewardsOptions, rewards),
-           "attention": (AttentionOptions, attention_bench)}
+           "attention": (AttentionOptions, attention_bench), "logprob": (LogprobOptions, logprob_bench)}
 
 
 def main(argv: list[str]) -> None:
