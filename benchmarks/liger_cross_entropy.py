@@ -1,6 +1,6 @@
-"""The peer of `bench.py logprob`: Liger's fused linear cross-entropy. Runs in an environment of its own, which needs torch
-and liger-kernel only, on a GPU; reads one JSON object (tokens, width, vocabulary, dtype) on stdin, and prints one per way
-of summing weight's gradient: milliseconds, and the peak of memory beyond inputs and gradients."""
+"""The peer of `bench.py logprob`: Liger's fused linear cross-entropy. Runs in an environment with a GPU, torch and
+liger-kernel; reads one JSON object (tokens, width, vocabulary, dtype) on stdin, and prints one per way of summing
+weight's gradient: milliseconds, and the peak of memory beyond inputs and gradients."""
 import json
 import sys
 import time
