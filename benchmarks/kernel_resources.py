@@ -1,7 +1,8 @@
 """Registers, spills and shared memory of kernels/logprob.py's kernels on an H100 (sm_90), with no GPU: Triton compiles
 ahead of time, and ptxas says what it takes. So the tile sizes were picked; `python bench.py logprob` has the last word.
 
-    python benchmarks/kernel_resources.py
+    python benchmarks/kernel_resources.py             # what was tried
+    python benchmarks/kernel_resources.py --chosen    # what is used
 
 A multiprocessor has 65,536 registers (255 a thread at most) and 227 KiB of shared memory. Spilled bytes, per thread,
 are memory traffic, harmless outside the inner loop. "waits": the tensor cores' products run one by one (ptxas C7515).
@@ -59,38 +60,39 @@ def resources(compiled) -> dict:
             "copies": compiled.asm["ptx"].count("cp.async.c")}
 
 
-def report(name: str, kernel, element: str, constants: dict, sizes: dict, contiguous: tuple[str, ...] = ()) -> None:
-    options = {key: sizes[key] for key in ("num_warps", "num_stages")}
-    r = resources(compile_kernel(kernel, element, constants, options, contiguous))
-    resident = min(65536 // (r["registers"] * 32 * sizes["num_warps"]), 232448 // (r["shared"] + 1024))
-    shape = " x ".join(str(constants[key]) for key in ("BM", "BN", "BV", "BK") if key in constants)
-    print(f"{name:<28}{element:<6}{shape:<17}{sizes['num_warps']:>6}{sizes['num_stages']:>8}{r['registers']:>11}"
-          f"{r['spilled']:>9}{r['shared'] / 1024:>8.1f}{resident:>8}{r['copies']:>14}{'  waits' * r['waits']}",
-          flush=True)
+def configurations(element: str, sizes: dict):
+    """(name, kernel, constants, names of strides that are 1) of a whole training step in products of these sizes."""
+    common = {"EVEN": True, "FLOAT": triton.language.float32, "GROUP": sizes["GROUP"], "BK": sizes["BK"]}
+    softmax = {**common, "BN": sizes["BN"], "BV": sizes["BV"], "MASK": True, "NEVER": logprob.NEVER,
+               "PRODUCT": sizes is not logprob.READ_SIZES}
+    yield "statistics", logprob._statistics_kernel, softmax, ()
+    yield "logit gradients", logprob._gradient_kernel, softmax, ()
+    if softmax["PRODUCT"]:
+        matmul = {**common, "BM": sizes["BN"], "BN": sizes["BV"]}
+        summed = {**matmul, "ADD": True, "REST": element == "bf16"}
+        yield "hidden's gradient", logprob._matmul_kernel, summed, ("a_column",)
+        yield "weight's gradient", logprob._matmul_kernel, {**matmul, "ADD": False, "REST": False}, ("a_row",)
 
 
-def main() -> None:
-    print(f"{'kernel':<28}{'type':<6}{'tile':<17}{'warps':>6}{'stages':>8}{'registers':>11}{'spilled':>9}{'KiB':>8}"
-          f"{'per SM':>8}{'async copies':>14}   triton {triton.__version__}")
+def main(only_chosen: bool) -> None:
     chosen = logprob.tile_sizes(torch.bfloat16, 8192)
-    tried = [chosen, chosen | {"num_stages": 3}, logprob.tile_sizes(torch.bfloat16, 64),
-             chosen | {"BV": 128, "num_warps": 4}, chosen | {"BV": 128, "num_warps": 8}]
-    cases = [("bf16", s) for s in tried] + [("fp32", logprob.tile_sizes(torch.float32, 8192))]
-    for element, sizes in cases:
-        flags = {"EVEN": True, "FLOAT": triton.language.float32, "GROUP": sizes["GROUP"], "BK": sizes["BK"]}
-        tile = {"BN": sizes["BN"], "BV": sizes["BV"]}
-        softmax = {**flags, **tile, "MASK": True, "PRODUCT": True, "NEVER": logprob.NEVER}
-        report("statistics", logprob._statistics_kernel, element, softmax, sizes)
-        report("logit gradients", logprob._gradient_kernel, element, softmax, sizes)
-        for name, unit_stride, add in (("hidden's gradient", "a_column", True), ("weight's gradient", "a_row", False)):
-            matmul = {**flags, "BM": sizes["BN"], "BN": sizes["BV"], "ADD": add, "REST": add and element == "bf16"}
-            report(name, logprob._matmul_kernel, element, matmul, sizes, (unit_stride,))
-    sizes = logprob.READ_SIZES
-    read = {"EVEN": True, "FLOAT": triton.language.float32, "MASK": True, "PRODUCT": False, "NEVER": logprob.NEVER,
-            **{key: sizes[key] for key in ("GROUP", "BN", "BV", "BK")}}
-    report("statistics, read", logprob._statistics_kernel, "fp32", read, sizes)
-    report("logit gradients, read", logprob._gradient_kernel, "fp32", read, sizes)
+    tried = [("bf16", chosen), ("fp32", logprob.READ_SIZES)]
+    if not only_chosen:
+        tried += [("bf16", logprob.tile_sizes(torch.bfloat16, 64)), ("fp32", logprob.tile_sizes(torch.float32, 8192)),
+                  ("bf16", chosen | {"num_stages": 3}), ("bf16", chosen | {"BV": 128, "num_warps": 4}),
+                  ("bf16", chosen | {"BV": 128})]
+    print(f"{'kernel':<20}{'type':<6}{'tile':<17}{'warps':>6}{'stages':>8}{'registers':>11}{'spilled':>9}{'KiB':>8}"
+          f"{'per SM':>8}{'async copies':>14}   triton {triton.__version__}")
+    for element, sizes in tried:
+        options = {key: sizes[key] for key in ("num_warps", "num_stages")}
+        for name, kernel, constants, contiguous in configurations(element, sizes):
+            r = resources(compile_kernel(kernel, element, constants, options, contiguous))
+            resident = min(65536 // (r["registers"] * 32 * sizes["num_warps"]), 232448 // (r["shared"] + 1024))
+            tile = f"{sizes['BN']} x {sizes['BV']}" + f" x {sizes['BK']}" * (sizes is not logprob.READ_SIZES)
+            print(f"{name:<20}{element:<6}{tile:<17}{sizes['num_warps']:>6}{sizes['num_stages']:>8}{r['registers']:>11}"
+                  f"{r['spilled']:>9}{r['shared'] / 1024:>8.1f}{resident:>8}{r['copies']:>14}{'  waits' * r['waits']}",
+                  flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main("--chosen" in sys.argv)

@@ -269,6 +269,19 @@ def test_without_triton():
     assert done.returncode == 0 and done.stdout.startswith("[1.386"), done.stderr
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Triton's compiler")
+def test_the_kernels_compile_for_an_h100():
+    """The interpreter takes what the compiler would not. All operands are copied asynchronously, no product waits."""
+    script = ROOT / "benchmarks" / "kernel_resources.py"
+    done = subprocess.run([sys.executable, str(script), "--chosen"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [line for line in done.stdout.splitlines()[1:] if " bf16 " in line]
+    assert len(rows) == 4 and len(done.stdout.splitlines()) == 7 and "waits" not in done.stdout
+    for row in rows:
+        registers, spilled, kib, programs, copies = row.split()[-5:]
+        assert int(programs) == 1 and float(kib) == 192 and int(copies) >= 40 and int(spilled) < 300
+
+
 def test_sft_loss_is_the_same_with_kernels(monkeypatch):
     """Loss and gradients of the micro base, with KERNELS=triton and with plain PyTorch."""
     model, results = Qwen2_5_VL.from_pretrained(MICRO_BASE).to(DEVICE), []
