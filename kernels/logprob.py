@@ -7,12 +7,13 @@ training needs several. Three ways around it, one result:
 * `token_log_probs_triton`, products by "triton": no logits in memory. A program holds one tile of them in registers,
   takes what the softmax needs and goes on to the next (online softmax: Milakov and Gimelshein, arXiv 1805.02867; over
   a vocabulary: "Cut Your Losses", arXiv 2411.09009, whose gradient filtering is left out, since it is not exact). The
-  backward pass recomputes them, as FlashAttention does (arXiv 2205.14135), and so it is right for any upstream
-  gradient per token; kernels that make the gradients in the forward pass were not (Liger#968, #1298).
+  backward pass recomputes them, as FlashAttention does (arXiv 2205.14135), and writes the gradients of a chunk of them
+  for two plain products. So it is right for any upstream gradient per token; kernels that make the gradients in the
+  forward pass were not (Liger#968, #1298).
 * the same, products by "cublas": cuBLAS writes a chunk of logits, and the same kernels read their tiles from there.
 
-Where the time should go, for 8,192 tokens and Qwen2.5-7B's head (C = 3,584) in bfloat16 on an H100. These are NOT
-MEASURED YET; `python bench.py logprob` does that. Forward and backward are four products of 2 N V C = 8.9 TFLOP (the
+Where the time should go, for 8,192 tokens and Qwen2.5-7B's head (C = 3,584) in bfloat16 on an H100. All of it is
+assumed and NOT MEASURED YET; `python bench.py logprob` does that. Forward and backward are four products of 2 N V C = 8.9 TFLOP (the
 logits twice, the gradients of hidden and of weight): 36 in all.
 
 * "triton": at the 500 to 550 TFLOP/s of a Triton matmul without TMA, 65 to 71 ms; and 18 GB to sum hidden's gradient
