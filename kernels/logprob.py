@@ -12,9 +12,9 @@ training needs several. Three ways around it, one result:
   forward pass were not (Liger#968, #1298).
 * the same, products by "cublas": cuBLAS writes a chunk of logits, and the same kernels read their tiles from there.
 
-Where the time should go, for 8,192 tokens and Qwen2.5-7B's head (C = 3,584) in bfloat16 on an H100. All of it is
-assumed and NOT MEASURED YET; `python bench.py logprob` does that. Forward and backward are four products of 2 N V C = 8.9 TFLOP (the
-logits twice, the gradients of hidden and of weight): 36 in all.
+Where the time should go, for 8,192 tokens and Qwen2.5-7B's head (C = 3,584) in bfloat16 on an H100. This is arithmetic
+from assumed speeds, NOT MEASURED YET; `python bench.py logprob` measures. Forward and backward are four products of
+2 N V C = 8.9 TFLOP (the logits twice, the gradients of hidden and of weight): 36 in all.
 
 * "triton": at the 500 to 550 TFLOP/s of a Triton matmul without TMA, 65 to 71 ms; and 18 GB to sum hidden's gradient
   over chunks, 5 ms at 3.35 TB/s. Beyond inputs and gradients 0.09 GB: chunks of 2,048 ids' gradients of logits, 34 MB,
