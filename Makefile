@@ -22,7 +22,10 @@ test: .venv/installed
 
 BENCH_GPU = .venv/bin/python bench.py rollout --device cuda --dtype bfloat16 --samples 1 --json --repeats 2
 gpu: .venv/installed
+	.venv/bin/python -m pytest -q tests/test_triton_*.py
 	.venv/bin/python -m pytest -q tests -k gpu
+	.venv/bin/python bench.py attention --json | tee benchmarks/attention-gpu.txt
+	.venv/bin/python bench.py logprob --json $(PEER) | tee benchmarks/logprob-gpu.txt
 	$(BENCH_GPU) --shape 3b --prompts 1 --new-tokens 256 $(PEER)
 	$(BENCH_GPU) --shape 7b --prompts 1 --new-tokens 256 $(PEER)
 	$(BENCH_GPU) --shape 7b --prompts 128 --slots 128 --prompt-tokens 1920 --new-tokens 256 $(PEER)

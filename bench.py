@@ -3,9 +3,12 @@
     python bench.py rollout --peer PEER/bin/python                       # micro/base against transformers' generate
     python bench.py rollout --peer PEER/bin/python --shape 0.5b          # random weights in a real model's shapes
     python bench.py rollout --shape 7b --device cuda --dtype bfloat16 --prompts 1 --samples 1       # against the roof
+    python bench.py attention                                            # Triton kernels against SDPA's; needs a GPU
+    python bench.py logprob --peer PEER/bin/python                       # log-probs against Liger's; needs a GPU
     python bench.py rewards --peer PEER/bin/python                       # tests/answers.txt through us and math-verify
 
-Set up the peers with `python -m venv PEER && PEER/bin/pip install torch transformers math-verify[antlr4_13_2]`.
+Set up the peers with `python -m venv PEER && PEER/bin/pip install torch transformers math-verify[antlr4_13_2]`, for
+logprob also liger-kernel.
 Machines are noisy: what counts are ratios within a run.
 """
 import contextlib
@@ -18,15 +21,20 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from statistics import fmean
 
 import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import equivalence
 from data import ImageConfig, InputError, Prompt, Tokenizer, format_prompt, make_prompt, read_examples
+from kernels import attention, logprob
+from kernels.attention import attention_decode_triton, attention_triton, visible
 from model import Config, Qwen2_5_VL, copy_side_files
 from sample import Completion, Sampler, SamplingParams
 from training import MICRO_BASE, MICRO_DATA, git_commit, option, parse_options, pick_device, run_command
@@ -351,7 +359,231 @@ def rewards(o: RewardsOptions) -> dict:
     return result | {"date": str(date.today()), "commit": git_commit(), "machine": platform.platform()}
 
 
-BENCHES = {"rollout": (RolloutOptions, rollout), "rewards": (RewardsOptions, rewards)}
+# --- Attention --------------------------------------------------------------------------------------------------------
+
+@dataclass
+class AttentionOptions:
+    """The Triton kernels against SDPA's back ends: milliseconds, and the share of what the device can do. Needs a GPU;
+    on a CPU two small shapes through torch's paths, to see that the command runs."""
+    only: str | None = option(None, "shapes whose name has this in it")
+    device: str = option("auto", "auto, cpu or cuda")
+    dtype: str = option("bfloat16", "of q, k and v", choices=("float32", "float16", "bfloat16"))
+    json: bool = option(False, "the last line is one JSON object with everything")
+
+
+@dataclass
+class AttentionShape:
+    """B rows of T queries and S keys, or one row of segments of `segment` tokens; H heads on K, of width D."""
+    name: str
+    B: int
+    T: int
+    S: int
+    H: int
+    K: int
+    D: int
+    causal: bool
+    segment: int | None = None
+
+    def flops(self) -> float:
+        """Of the forward pass: two products; the backward pass has five."""
+        T, S, rows = (self.segment, self.segment, self.T / self.segment) if self.segment else (self.T, self.S, self.B)
+        pairs = T * S - T * (T - 1) / 2 if self.causal else T * S
+        return 4 * rows * self.H * self.D * pairs
+
+
+GPU_SHAPES = [
+    *(AttentionShape(f"7B causal {T}", 16384 // T, T, T, 28, 4, 128, True) for T in (4096, 8192, 16384)),
+    AttentionShape("7B packed, 512 each", 1, 16384, 16384, 28, 4, 128, True, segment=512),
+    *(AttentionShape(f"ViT windows {T}", 1, T, T, 16, 16, 80, False, segment=64) for T in (1024, 4096, 16384)),
+    *(AttentionShape(f"ViT full {T}", 1, T, T, 16, 16, 80, False) for T in (1024, 4096, 16384)),
+    *(AttentionShape(f"7B decode {B} x {S}", B, 1, S, 28, 4, 128, True)
+      for B, S in ((1, 4096), (16, 4096), (128, 2048)))]
+CPU_SHAPES = [AttentionShape("causal 64", 1, 64, 64, 4, 2, 32, True),
+              AttentionShape("windows 256", 1, 256, 256, 2, 2, 16, False, segment=64)]
+
+
+def milliseconds(run: Callable[[], object], device: torch.device) -> float:
+    """Median of runs for a quarter of a second, after three to warm up."""
+    for _ in range(3):
+        run()
+    times = []
+    while sum(times) < 0.25 or len(times) < 5:
+        synchronize(device)
+        started = time.perf_counter()
+        run()
+        synchronize(device)
+        times.append(time.perf_counter() - started)
+    return 1e3 * sorted(times)[len(times) // 2]
+
+
+def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second of a large product."""
+    n = 8192 if device.type == "cuda" else 512
+    a = torch.randn(n, n, device=device).to(dtype)
+    return 2e3 * n**3 / milliseconds(lambda: a @ a, device)
+
+
+def competitors(shape: AttentionShape, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, Callable]:
+    """Functions of (q, k, v) by name. SDPA gets segments, here all of one length, as a batch, which is its best case,
+    and also with a mask; keys and values of a group are not copied."""
+    B, T, S, n = shape.B, shape.T, shape.S, shape.segment
+    lengths = torch.full((B,), S, device=q.device)
+    cu_seqlens = torch.arange(0, T + 1, n, device=q.device) if n else None
+
+    def sdpa(q, k, v, mask=None):
+        if n and mask is None:
+            q, k, v = (x.view(T // n, n, *x.shape[2:]) for x in (q, k, v))
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        causal = shape.causal and T > 1 and mask is None
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=shape.H != shape.K)
+
+    def backend(kind):
+        def run(q, k, v):
+            with sdpa_kernel([kind]):
+                return sdpa(q, k, v)
+        return run
+
+    def masked(q, k, v):
+        mask = visible(T, S, causal=shape.causal, key_lengths=None, cu_seqlens=cu_seqlens, device=q.device)
+        return sdpa(q, k, v, mask)
+
+    if q.device.type == "cuda" and T == 1:
+        found = {"triton": lambda q, k, v: attention_decode_triton(q, k, v, lengths, scale=None)}
+    elif q.device.type == "cuda":
+        found = {"triton": lambda q, k, v: attention_triton(q, k, v, causal=shape.causal, cu_seqlens=cu_seqlens)}
+    else:
+        found = {"ours": lambda q, k, v: attention(q, k, v, causal=shape.causal, cu_seqlens=cu_seqlens)}
+    if q.device.type == "cuda":
+        found |= {"flash": backend(SDPBackend.FLASH_ATTENTION), "cudnn": backend(SDPBackend.CUDNN_ATTENTION)}
+    if n and T <= 4096:
+        found["masked sdpa"] = masked
+    return found | {"sdpa": sdpa}
+
+
+def time_attention(shape: AttentionShape, device: torch.device, dtype: torch.dtype, ceilings: dict) -> dict:
+    """By competitor: ms of forward, and but for decoding of forward + backward; TFLOP/s or GB/s, and its share."""
+    B, T, S, H, K, D = shape.B, shape.T, shape.S, shape.H, shape.K, shape.D
+    decode, result = T == 1, {}
+    q, k, v = (torch.randn(size, device=device).to(dtype) for size in ((B, T, H, D), (B, S, K, D), (B, S, K, D)))
+    if decode:  # as a KV cache lies
+        k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v))
+    upstream = torch.randn_like(q)
+    for name, function in competitors(shape, q, k, v).items():
+        leaves = [x.detach().requires_grad_(not decode) for x in (q, k, v)]
+
+        def backward(out):
+            return torch.autograd.grad(out, leaves, upstream.view(out.shape))
+
+        try:
+            forward = milliseconds(lambda: function(*leaves), device)
+            both = None if decode else milliseconds(lambda: backward(function(*leaves)), device)
+        except RuntimeError as error:  # a back end that does not take this shape
+            print(f"{shape.name:<22}{name:<14}{str(error).splitlines()[0][:70]}")
+            continue
+        if decode:
+            rate, ceiling = (k.nbytes + v.nbytes) / forward / 1e6, ceilings["copy"] / 1e9
+        else:
+            rate, ceiling = shape.flops() / forward / 1e9, ceilings["matmul"] / 1e12
+        result[name] = {"forward_ms": forward, "forward_backward_ms": both, "rate": rate, "share": rate / ceiling}
+        print(f"{shape.name:<22}{name:<14}{forward:>9.3f} ms{rate:>9.1f} {'GB/s' if decode else 'TFLOP/s'} "
+              f"({100 * rate / ceiling:.0f}%)" + ("" if decode else f"   forward + backward {both:.3f} ms"), flush=True)
+    return result
+
+
+def attention_bench(o: AttentionOptions) -> dict:
+    """Prints and returns all shapes."""
+    device, dtype = pick_device(o.device), getattr(torch, o.dtype)
+    ceilings = {"copy": copy_bandwidth(device), "matmul": matmul_flops(device, dtype)}
+    print(f"ceilings: copy {ceilings['copy'] / 1e9:,.0f} GB/s, product {ceilings['matmul'] / 1e12:,.1f} TFLOP/s")
+    shapes = [s for s in (GPU_SHAPES if device.type == "cuda" else CPU_SHAPES) if (o.only or "") in s.name]
+    if not shapes:
+        raise InputError(f"--only {o.only}: no such shape")
+    result = {"ceilings": ceilings, "shapes": {s.name: time_attention(s, device, dtype, ceilings) for s in shapes}}
+    return result | {"date": str(date.today()), "commit": git_commit(), "torch": torch.__version__, "dtype": o.dtype,
+                     "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.platform()}
+
+
+# --- Log-probs --------------------------------------------------------------------------------------------------------
+
+@dataclass
+class LogprobOptions:
+    """Log-probs straight from hidden states, forward and backward: time, rate, and memory beyond inputs and gradients.
+    On a CPU a small shape through the PyTorch paths, to see that the command runs."""
+    tokens: int | None = option(None, "tokens; default 8192, on a CPU 256", low=1)
+    shape: str = option("7b", "head of this model; on a CPU a small one", choices=SHAPES)
+    peer: str | None = option(None, "Python of an environment with liger-kernel")
+    device: str = option("auto", "auto, cpu or cuda")
+    dtype: str = option("bfloat16", "of hidden states and head", choices=("float32", "float16", "bfloat16"))
+    json: bool = option(False, "the last line is one JSON object with everything")
+
+
+def logprob_contenders(on_gpu: bool) -> dict[str, Callable]:
+    """Functions of (hidden, weight, targets) by name: log-probs, or the sum of them for those that can only that."""
+    found = {"reference": lambda *x: logprob.token_log_probs_reference(*x)[0],
+             "torch, chunked": lambda *x: logprob.token_log_probs_torch(*x)[0]}
+    if hasattr(F, "linear_cross_entropy"):  # torch >= 2.13
+        options = torch.nn.LinearCrossEntropyOptions()
+        found["linear_cross_entropy"] = lambda *x: -F.linear_cross_entropy(*x, reduction="sum", options=options)
+    if on_gpu:
+        found |= {products: lambda *x, products=products: logprob.token_log_probs_triton(*x, products=products)[0]
+                  for products in ("triton", "cublas")}
+    return found
+
+
+def time_logprob(function: Callable, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> dict:
+    """Milliseconds of a forward pass that only scores, and of one with its backward pass; and the peak of memory."""
+    device = hidden.device
+    upstream = torch.linspace(-1, 1, len(hidden), device=device)
+
+    def step():
+        out = function(hidden, weight, targets)
+        return torch.autograd.grad(out, (hidden, weight), upstream.to(out.dtype) if out.dim() else None)
+
+    with torch.no_grad():
+        forward = milliseconds(lambda: function(hidden, weight, targets), device)
+    result = {"forward_ms": forward, "forward_backward_ms": milliseconds(step, device)}
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        result["extra_bytes"] = torch.cuda.max_memory_allocated() - before - hidden.nbytes - weight.nbytes
+    return result
+
+
+def logprob_bench(o: LogprobOptions) -> dict:
+    """Prints and returns all contenders. The rate counts the three products that are needed, not those done again."""
+    device, dtype = pick_device(o.device), getattr(torch, o.dtype)
+    on_gpu = device.type == "cuda"
+    N = o.tokens or (8192 if on_gpu else 256)
+    C, V = (SHAPES[o.shape]["hidden_size"], SHAPES[o.shape]["vocab_size"]) if on_gpu else (64, 4000)
+    hidden = torch.randn(N, C, device=device).to(dtype).requires_grad_()
+    weight = (torch.randn(V, C, device=device) * C**-0.5).to(dtype).requires_grad_()
+    targets = torch.randint(0, V, (N,), device=device)
+    ceiling, result = matmul_flops(device, dtype), {}
+    print(f"{N} tokens, head {V} x {C}, {o.dtype}; ceiling: product {ceiling / 1e12:,.1f} TFLOP/s")
+    for name, function in logprob_contenders(on_gpu).items():
+        try:
+            result[name] = time_logprob(function, hidden, weight, targets)
+        except torch.cuda.OutOfMemoryError:
+            print(f"{name:<22}does not fit")
+    if o.peer:
+        del hidden, weight
+        torch.cuda.empty_cache()
+        job = {"tokens": N, "width": C, "vocabulary": V, "dtype": o.dtype}
+        result |= {r.pop("name"): r for r in ask_peer(o.peer, "liger_cross_entropy.py", job)}
+    for name, r in result.items():
+        r["rate"] = 6e3 * N * V * C / r["forward_backward_ms"]
+        r["share"] = r["rate"] / ceiling
+        memory = f"   {r['extra_bytes'] / 1e9:.3f} GB beyond inputs and gradients" if on_gpu else ""
+        print(f"{name:<22}forward {r['forward_ms']:>9.3f} ms   forward + backward {r['forward_backward_ms']:>9.3f} ms"
+              f"{r['rate'] / 1e12:>8.1f} TFLOP/s ({100 * r['share']:.0f}%){memory}", flush=True)
+    about = {"tokens": N, "width": C, "vocabulary": V, "dtype": o.dtype, "ceiling": ceiling}
+    return {"ways": result, **about, "date": str(date.today()), "commit": git_commit(), "torch": torch.__version__,
+            "device": torch.cuda.get_device_name(device) if on_gpu else platform.platform()}
+
+
+BENCHES = {"rollout": (RolloutOptions, rollout), "rewards": (RewardsOptions, rewards),
+           "attention": (AttentionOptions, attention_bench), "logprob": (LogprobOptions, logprob_bench)}
 
 
 def main(argv: list[str]) -> None:

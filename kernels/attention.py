@@ -9,9 +9,18 @@ D head dim. Every path computes softmax(scale * q k^T + mask) v with one of thre
 
 A query that sees no key at all gets zeros (SDPA would give NaN: pytorch#103749).
 """
+import math
+import os
+from functools import lru_cache
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from kernels.triton_or_none import AVAILABLE, INTERPRETED, tl, triton
+
+LOG2_E = math.log2(math.e)
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | None = None,
@@ -97,13 +106,489 @@ def attention_decode(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor, *, sc
     return torch.bmm(weights, values).view(B, 1, H, D)
 
 
+# --- Triton -----------------------------------------------------------------------------------------------------------
+# One forward and two backward kernels do everything: batches, packed rows and ragged caches are all segments, runs of
+# queries and keys of one row. A program takes one tile of queries (or of keys), and walks over its segment's keys.
+#
+# The loop is FlashAttention-2's (arXiv 2307.08691, section 3.1), its derivation and the backward pass FlashAttention's
+# (2205.14135). Scores are kept in units of log 2: exp2 is one instruction, and scale * log2(e) is multiplied in once.
+# A head dim such as 80 is no power of two, which tiles must be: it is cut into 64 + 16 columns, two products that cost
+# 80 and not 128.
+
+class Segments(NamedTuple):
+    """Segment i: queries first_query .. + queries and keys first_key .. + keys of row `row`. Each [n], int32."""
+    row: Tensor
+    first_query: Tensor
+    queries: Tensor
+    first_key: Tensor
+    keys: Tensor
+
+
+def make_segments(q: Tensor, k: Tensor, key_lengths: Tensor | None, cu_seqlens: Tensor | None) -> Segments:
+    """What the masks at the top of the file say, without asking the device (nothing here waits for it)."""
+    B, T, S = q.shape[0], q.shape[1], k.shape[1]
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.to(q.device, torch.int32)
+        starts, lengths = cu_seqlens[:-1].contiguous(), cu_seqlens.diff()
+        return Segments(torch.zeros_like(starts), starts, lengths, starts, lengths)
+    rows = torch.arange(B, dtype=torch.int32, device=q.device)
+    zero = torch.zeros_like(rows)
+    keys = torch.full_like(rows, S) if key_lengths is None else key_lengths.to(q.device, torch.int32)
+    return Segments(rows, zero, torch.full_like(rows, T), zero, keys)
+
+
+def tile_table(lengths: Tensor, most: int, block: int) -> Tensor:
+    """Which segment a program works on, and at which of its tokens: [programs, 2], int32; segment -1: nothing to do.
+
+    Programs are as many as there can be at most, `most` tokens in all: the exact number lies on the device.
+    """
+    ends = ((lengths + block - 1) // block).cumsum(0)  # tiles up to a segment's end
+    program = torch.arange(most // block + len(lengths), dtype=ends.dtype, device=ends.device)
+    segment = torch.searchsorted(ends, program, right=True)
+    before = torch.cat([ends.new_zeros(1), ends])[segment]
+    segment = torch.where(segment < len(lengths), segment, -1)
+    return torch.stack([segment, (program - before) * block], 1).to(torch.int32)
+
+
+@triton.jit
+def _rows(base, token, stride, keep, D1: tl.constexpr, D2: tl.constexpr):
+    """Rows of D1 and of D2 more columns (the first part again if D2 is 0); zeros where not keep."""
+    column = tl.arange(0, D1)
+    one = tl.load(base + token[:, None] * stride + column[None, :], mask=keep[:, None], other=0.0)
+    two = one
+    if D2 > 0:
+        column = D1 + tl.arange(0, D2)
+        two = tl.load(base + token[:, None] * stride + column[None, :], mask=keep[:, None], other=0.0)
+    return one, two
+
+
+@triton.jit
+def _store(base, token, stride, keep, one, two, D1: tl.constexpr, D2: tl.constexpr):
+    column = tl.arange(0, D1)
+    tl.store(base + token[:, None] * stride + column[None, :], one.to(base.dtype.element_ty), mask=keep[:, None])
+    if D2 > 0:
+        column = D1 + tl.arange(0, D2)
+        tl.store(base + token[:, None] * stride + column[None, :], two.to(base.dtype.element_ty), mask=keep[:, None])
+
+
+@triton.jit
+def _products(a1, a2, b1, b2, D2: tl.constexpr):
+    """a b^T: the inner products of rows. float32 is not rounded to TF32."""
+    out = tl.dot(a1, tl.trans(b1), input_precision="ieee")
+    if D2 > 0:
+        out += tl.dot(a2, tl.trans(b2), input_precision="ieee")
+    return out
+
+
+@triton.jit
+def _add_product(out1, out2, p, x1, x2, D2: tl.constexpr):
+    """out + p x, in both parts."""
+    out1 += tl.dot(p, x1, input_precision="ieee")
+    if D2 > 0:
+        out2 += tl.dot(p, x2, input_precision="ieee")
+    return out1, out2
+
+
+@triton.jit
+def _attend(acc1, acc2, peak, total, q1, q2, k, v, k_stride, v_stride, query, begin, end, keys, shift, scale2,
+            CAUSAL: tl.constexpr, MASKED: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BN: tl.constexpr):
+    """Online softmax (Milakov and Gimelshein, arXiv 1805.02867) over keys begin .. end: `peak` is the largest score so
+    far, `total` the sum of exp2(score - peak), acc the sum of the values so weighted; a new peak shrinks both."""
+    for start in range(begin, end, BN):
+        key = start + tl.arange(0, BN)
+        keep = key < keys
+        k1, k2 = _rows(k, key, k_stride, keep, D1, D2)
+        score = _products(q1, q2, k1, k2, D2) * scale2                                                       # [BM, BN]
+        if MASKED:
+            seen = keep[None, :]
+            if CAUSAL:
+                seen = seen & (key[None, :] <= query[:, None] + shift)
+            score = tl.where(seen, score, float("-inf"))
+        higher = tl.maximum(peak, tl.max(score, 1))
+        base = tl.where(higher == float("-inf"), 0.0, higher)  # nothing seen yet: -inf less -inf would be NaN
+        weight = tl.exp2(score - base[:, None])
+        shrink = tl.exp2(peak - base)
+        total = total * shrink + tl.sum(weight, 1)
+        v1, v2 = _rows(v, key, v_stride, keep, D1, D2)
+        acc1, acc2 = _add_product(acc1 * shrink[:, None], acc2 * shrink[:, None], weight.to(v1.dtype), v1, v2, D2)
+        peak = higher
+    return acc1, acc2, peak, total
+
+
+@triton.jit
+def _segment(tiles, row, first_query, queries, first_key, keys):
+    """This program's segment: whether there is one, its numbers, and the tile's first token."""
+    segment, token = tl.load(tiles + 2 * tl.program_id(0)), tl.load(tiles + 2 * tl.program_id(0) + 1)
+    there = segment >= 0
+    segment = tl.maximum(segment, 0)
+    return (there, token, tl.load(row + segment).to(tl.int64), tl.load(first_query + segment).to(tl.int64),
+            tl.load(queries + segment), tl.load(first_key + segment).to(tl.int64), tl.load(keys + segment))
+
+
+@triton.jit
+def _forward_kernel(q, k, v, out, lse, tiles, row, first_query, queries, first_key, keys, scale2, T,
+                    q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head, o_row, o_token, o_head,
+                    HEADS: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, D1: tl.constexpr,
+                    D2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, FLOAT: tl.constexpr):
+    """A tile of BM queries of one head: out, and for the backward pass lse [B, H, T] = log2(sum of exp2(score))."""
+    there, start, b, q0, M, k0, N = _segment(tiles, row, first_query, queries, first_key, keys)
+    if there:
+        head = tl.program_id(1).to(tl.int64)
+        query = start + tl.arange(0, BM)
+        inside = query < M
+        q += b * q_row + q0 * q_token + head * q_head
+        k += b * k_row + k0 * k_token + head // GROUP * k_head
+        v += b * v_row + k0 * v_token + head // GROUP * v_head
+        q1, q2 = _rows(q, query, q_token, inside, D1, D2)
+        peak = tl.full([BM], float("-inf"), FLOAT)
+        total = tl.zeros([BM], FLOAT)
+        acc1 = tl.zeros([BM, D1], FLOAT)
+        acc2 = tl.zeros([BM, D2 if D2 > 0 else D1], FLOAT)
+        # Query t sees keys up to t + shift. Whole tiles that all queries see come first, and need no mask.
+        shift = N - M
+        end, whole = N, N // BN * BN
+        if CAUSAL:
+            end = tl.maximum(tl.minimum(N, start + BM + shift), 0)
+            whole = tl.maximum(tl.minimum(N, start + shift + 1), 0) // BN * BN
+        acc1, acc2, peak, total = _attend(acc1, acc2, peak, total, q1, q2, k, v, k_token, v_token, query, 0, whole, N,
+                                          shift, scale2, CAUSAL, False, D1, D2, BN)
+        acc1, acc2, peak, total = _attend(acc1, acc2, peak, total, q1, q2, k, v, k_token, v_token, query, whole, end, N,
+                                          shift, scale2, CAUSAL, True, D1, D2, BN)
+        blind = total == 0.0  # sees no key: zeros, and a finite lse
+        total = tl.where(blind, 1.0, total)
+        out += b * o_row + q0 * o_token + head * o_head
+        _store(out, query, o_token, inside, acc1 / total[:, None], acc2 / total[:, None], D1, D2)
+        tl.store(lse + (b * HEADS + head) * T + q0 + query, tl.where(blind, 0.0, peak + tl.log2(total)), mask=inside)
+
+
+@triton.jit
+def _delta_kernel(out, d_out, delta, T, H, o_row, o_token, o_head, D1: tl.constexpr, D2: tl.constexpr,
+                  BM: tl.constexpr, FLOAT: tl.constexpr):
+    """delta [B, H, T] = rowsum(d_out * out): the backward pass of the softmax subtracts it (FlashAttention, app. B)."""
+    token = tl.program_id(0) * BM + tl.arange(0, BM)
+    b, head = tl.program_id(1).to(tl.int64) // H, tl.program_id(1).to(tl.int64) % H
+    inside = token < T
+    base = b * o_row + head * o_head
+    o1, o2 = _rows(out + base, token, o_token, inside, D1, D2)
+    d1, d2 = _rows(d_out + base, token, o_token, inside, D1, D2)
+    total = tl.sum(o1.to(FLOAT) * d1.to(FLOAT), 1)
+    if D2 > 0:
+        total += tl.sum(o2.to(FLOAT) * d2.to(FLOAT), 1)
+    tl.store(delta + (b * H + head) * T + token, total, mask=inside)
+
+
+@triton.jit
+def _walk_keys(dq1, dq2, q1, q2, d1, d2, k, v, k_stride, v_stride, lse, delta, query, begin, end, N, shift, scale2,
+               CAUSAL: tl.constexpr, MASKED: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BN: tl.constexpr):
+    """The weights p again, from the scores and lse; d_score = p * (d_out v^T - delta); d_q = d_score k."""
+    for start in range(begin, end, BN):
+        key = start + tl.arange(0, BN)
+        k1, k2 = _rows(k, key, k_stride, key < N, D1, D2)
+        v1, v2 = _rows(v, key, v_stride, key < N, D1, D2)
+        p = tl.exp2(_products(q1, q2, k1, k2, D2) * scale2 - lse[:, None])                                   # [BM, BN]
+        if MASKED:
+            seen = (key < N)[None, :]
+            if CAUSAL:
+                seen = seen & (key[None, :] <= query[:, None] + shift)
+            p = tl.where(seen, p, 0.0)
+        d_score = p * (_products(d1, d2, v1, v2, D2) - delta[:, None])
+        dq1, dq2 = _add_product(dq1, dq2, d_score.to(k1.dtype), k1, k2, D2)
+    return dq1, dq2
+
+
+@triton.jit
+def _query_kernel(q, k, v, d_out, dq, lse, delta, tiles, row, first_query, queries, first_key, keys, scale, scale2, T,
+                  q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head, o_row, o_token, o_head,
+                  HEADS: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, D1: tl.constexpr,
+                  D2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, FLOAT: tl.constexpr):
+    """d_q of a tile of queries of one head: the forward pass's walk over the keys, again."""
+    there, start, b, q0, M, k0, N = _segment(tiles, row, first_query, queries, first_key, keys)
+    if there:
+        head = tl.program_id(1).to(tl.int64)
+        query = start + tl.arange(0, BM)
+        inside = query < M
+        q1, q2 = _rows(q + b * q_row + q0 * q_token + head * q_head, query, q_token, inside, D1, D2)
+        d1, d2 = _rows(d_out + b * o_row + q0 * o_token + head * o_head, query, o_token, inside, D1, D2)
+        k += b * k_row + k0 * k_token + head // GROUP * k_head
+        v += b * v_row + k0 * v_token + head // GROUP * v_head
+        place = (b * HEADS + head) * T + q0 + query
+        l, d = tl.load(lse + place, mask=inside, other=0.0), tl.load(delta + place, mask=inside, other=0.0)
+        dq1 = tl.zeros([BM, D1], FLOAT)
+        dq2 = tl.zeros([BM, D2 if D2 > 0 else D1], FLOAT)
+        shift = N - M
+        end, whole = N, N // BN * BN
+        if CAUSAL:
+            end = tl.maximum(tl.minimum(N, start + BM + shift), 0)
+            whole = tl.maximum(tl.minimum(N, start + shift + 1), 0) // BN * BN
+        dq1, dq2 = _walk_keys(dq1, dq2, q1, q2, d1, d2, k, v, k_token, v_token, l, d, query, 0, whole, N, shift,
+                              scale2, CAUSAL, False, D1, D2, BN)
+        dq1, dq2 = _walk_keys(dq1, dq2, q1, q2, d1, d2, k, v, k_token, v_token, l, d, query, whole, end, N, shift,
+                              scale2, CAUSAL, True, D1, D2, BN)
+        _store(dq + b * o_row + q0 * o_token + head * o_head, query, o_token, inside, dq1 * scale, dq2 * scale, D1, D2)
+
+
+@triton.jit
+def _walk_queries(dk1, dk2, dv1, dv2, k1, k2, v1, v2, q, d_out, q_stride, o_stride, lse, delta, key, begin, end, M,
+                  shift, scale2, CAUSAL: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BM: tl.constexpr):
+    """Everything transposed, keys by queries: so p and d_score are left operands of their products, which Hopper's
+    tensor cores take from registers. Queries behind the segment's end are zeros, with d_out, lse and delta: they add
+    nothing. Keys behind it are rows of dk and dv that are not stored."""
+    for start in range(begin, end, BM):
+        query = start + tl.arange(0, BM)
+        inside = query < M
+        q1, q2 = _rows(q, query, q_stride, inside, D1, D2)
+        d1, d2 = _rows(d_out, query, o_stride, inside, D1, D2)
+        l, d = tl.load(lse + query, mask=inside, other=0.0), tl.load(delta + query, mask=inside, other=0.0)
+        p = tl.exp2(_products(k1, k2, q1, q2, D2) * scale2 - l[None, :])                                     # [BN, BM]
+        if CAUSAL:
+            p = tl.where(key[:, None] <= query[None, :] + shift, p, 0.0)
+        dv1, dv2 = _add_product(dv1, dv2, p.to(d1.dtype), d1, d2, D2)
+        d_score = p * (_products(v1, v2, d1, d2, D2) - d[None, :])
+        dk1, dk2 = _add_product(dk1, dk2, d_score.to(q1.dtype), q1, q2, D2)
+    return dk1, dk2, dv1, dv2
+
+
+@triton.jit
+def _key_kernel(q, k, v, d_out, dk, dv, lse, delta, tiles, row, first_query, queries, first_key, keys, scale, scale2, T,
+                q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head, o_row, o_token, o_head,
+                d_row, d_token, d_head, HEADS: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr,
+                D1: tl.constexpr, D2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, FLOAT: tl.constexpr):
+    """d_k and d_v of a tile of keys. One program sums over all queries of all heads of the group, in a fixed order: no
+    atomics, so the same bits every time."""
+    there, start, b, q0, M, k0, N = _segment(tiles, row, first_query, queries, first_key, keys)
+    if there:
+        kv_head = tl.program_id(1).to(tl.int64)
+        key = start + tl.arange(0, BN)
+        inside = key < N
+        k1, k2 = _rows(k + b * k_row + k0 * k_token + kv_head * k_head, key, k_token, inside, D1, D2)
+        v1, v2 = _rows(v + b * v_row + k0 * v_token + kv_head * v_head, key, v_token, inside, D1, D2)
+        dk1 = tl.zeros([BN, D1], FLOAT)
+        dv1 = tl.zeros([BN, D1], FLOAT)
+        dk2 = tl.zeros([BN, D2 if D2 > 0 else D1], FLOAT)
+        dv2 = tl.zeros([BN, D2 if D2 > 0 else D1], FLOAT)
+        shift = N - M
+        begin, whole = 0, 0
+        if CAUSAL:  # the first query that sees any of these keys; from the tile of `whole` on, they see them all
+            begin = tl.maximum(start - shift, 0) // BM * BM
+            whole = tl.minimum(tl.maximum(tl.cdiv(start + BN - 1 - shift, BM) * BM, begin), tl.cdiv(M, BM) * BM)
+        for member in range(GROUP):
+            head = kv_head * GROUP + member
+            q_base = q + b * q_row + q0 * q_token + head * q_head
+            o_base = d_out + b * o_row + q0 * o_token + head * o_head
+            place = (b * HEADS + head) * T + q0
+            dk1, dk2, dv1, dv2 = _walk_queries(dk1, dk2, dv1, dv2, k1, k2, v1, v2, q_base, o_base, q_token, o_token,
+                                               lse + place, delta + place, key, begin, whole, M, shift, scale2,
+                                               CAUSAL, D1, D2, BM)
+            dk1, dk2, dv1, dv2 = _walk_queries(dk1, dk2, dv1, dv2, k1, k2, v1, v2, q_base, o_base, q_token, o_token,
+                                               lse + place, delta + place, key, whole, M, M, shift, scale2,
+                                               False, D1, D2, BM)
+        place = b * d_row + k0 * d_token + kv_head * d_head
+        _store(dk + place, key, d_token, inside, dk1 * scale, dk2 * scale, D1, D2)
+        _store(dv + place, key, d_token, inside, dv1, dv2, D1, D2)
+
+
+def columns(D: int) -> tuple[int, int] | None:
+    """A head dim as a power of two and a rest that is one (80 = 64 + 16) or 0; None if it cannot be. Least: 16."""
+    first = 1 << (D.bit_length() - 1)
+    rest = D - first
+    return (first, rest) if first >= 16 and rest & (rest - 1) == 0 and (rest == 0 or rest >= 16) else None
+
+
+def blocks(D: int, longest: int, kernel: str) -> dict:
+    """Tile sizes, warps and pipeline stages of the forward, query and key kernels, by head dim; one choice for each, no
+    autotuning at first use. Windows of a ViT are 64 tokens: longer tiles would be half empty.
+
+    Chosen by what Triton 3.9 compiles for sm_90 (`benchmarks/kernel_resources.py`): no spilled registers, but for 64
+    bytes in the key kernel at D = 128. Not yet measured on a GPU.
+    """
+    if longest <= 64:
+        return {"BM": 32 if kernel == "key" else 64, "BN": 64, "num_warps": 4, "num_stages": 2}
+    if kernel == "key":  # few queries at a time: the sums dk and dv take most of the registers
+        return {"BM": 32, "BN": 128, "num_warps": 8, "num_stages": 2}
+    return {"BM": 128, "BN": 128 if kernel == "forward" else 64, "num_warps": 8, "num_stages": 2}
+
+
+class TritonAttention(torch.autograd.Function):
+    """The kernels as one differentiable function."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, segments, longest, causal, scale):
+        B, T, H, D = q.shape
+        out = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)
+        lse = torch.empty((B, H, T), dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+        sizes = blocks(D, longest, "forward")
+        tiles = tile_table(segments.queries, B * T, sizes["BM"])
+        _forward_kernel[(len(tiles), H)](q, k, v, out, lse, tiles, *segments, scale * LOG2_E, T, *strides(q, k, v, out),
+                                         **constants(q, k, causal), **sizes)
+        ctx.save_for_backward(q, k, v, out, lse, *segments)
+        ctx.options = (longest, causal, scale)
+        return out
+
+    @staticmethod
+    def backward(ctx, d_out):
+        q, k, v, out, lse, *segments = ctx.saved_tensors
+        longest, causal, scale = ctx.options
+        (B, T, H, D), (_, S, K, _) = q.shape, k.shape
+        d_out, delta, kinds = d_out.contiguous(), torch.empty_like(lse), constants(q, k, causal)
+        dq = torch.empty_like(out)
+        dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))  # keys behind a row's length: 0
+        _delta_kernel[(triton.cdiv(T, 64), B * H)](out, d_out, delta, T, H, *strides(out), BM=64,
+                                                   **{name: kinds[name] for name in ("D1", "D2", "FLOAT")})
+        common = (*segments, scale, scale * LOG2_E, T, *strides(q, k, v, out))
+        sizes = blocks(D, longest, "query")
+        tiles = tile_table(segments[2], B * T, sizes["BM"])
+        _query_kernel[(len(tiles), H)](q, k, v, d_out, dq, lse, delta, tiles, *common, **kinds, **sizes)
+        sizes = blocks(D, longest, "key")
+        tiles = tile_table(segments[4], B * S, sizes["BN"])
+        _key_kernel[(len(tiles), K)](q, k, v, d_out, dk, dv, lse, delta, tiles, *common, *strides(dk), **kinds, **sizes)
+        return dq, dk, dv, None, None, None, None
+
+
+def strides(*tensors: Tensor) -> list[int]:
+    """Of rows, tokens and heads; columns must lie side by side."""
+    return [stride for x in tensors for stride in x.stride()[:3]]
+
+
+def constants(q: Tensor, k: Tensor, causal: bool) -> dict:
+    """What the kernels are compiled for."""
+    H, K, (D1, D2) = q.shape[2], k.shape[2], columns(q.shape[3])
+    return {"HEADS": H, "GROUP": H // K, "CAUSAL": causal, "D1": D1, "D2": D2,
+            "FLOAT": tl.float64 if q.dtype == torch.float64 else tl.float32}
+
+
+def attention_triton(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | None = None,
+                     key_lengths: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+    """As `attention_reference`, for head dims that `columns` can cut."""
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    segments = make_segments(q, k, key_lengths, cu_seqlens)
+    # Only the tile size hangs on it, and the device is not asked: segments of a packed row are taken for windows where
+    # they are short on average.
+    longest = q.shape[1] if cu_seqlens is None else 1.5 * q.shape[1] / max(1, len(cu_seqlens) - 1)
+    return TritonAttention.apply(q, k, v, segments, longest, causal, q.shape[3] ** -0.5 if scale is None else scale)
+
+
+# --- Decoding: one query per row --------------------------------------------------------------------------------------
+# A step of decoding reads every key and value once and computes next to nothing: bandwidth is all. Two things keep the
+# whole device reading: the query heads of a group are the rows of one tile, so that their keys are read once; and where
+# there are fewer rows than processors, a row's keys are split over several programs (Flash-Decoding, Dao et al. 2023).
+# Each has a softmax over its own part; a second kernel weights the parts: with lse_i = log2 sum exp2(score) of part i,
+# the whole is sum_i 2^(lse_i - max) out_i / sum_i 2^(lse_i - max).
+
+@triton.jit
+def _decode_kernel(q, k, v, part, lse, lengths, scale2, q_row, q_head, k_row, k_token, k_head, v_row, v_token, v_head,
+                   HEADS: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                   D1: tl.constexpr, D2: tl.constexpr, FLOAT: tl.constexpr):
+    """One split of the keys of a row for one group: part [B, H, SPLITS, D] and lse [B, H, SPLITS]."""
+    b, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    N = tl.load(lengths + b).to(tl.int32)
+    each = tl.cdiv(tl.cdiv(N, SPLITS), BN) * BN
+    begin = tl.minimum(split * each, N)
+    end = tl.minimum(begin + each, N)
+    member = tl.arange(0, BM)
+    inside = member < GROUP
+    head = kv_head * GROUP + member
+    q1, q2 = _rows(q + b * q_row, head, q_head, inside, D1, D2)
+    k += b * k_row + kv_head * k_head
+    v += b * v_row + kv_head * v_head
+    peak = tl.full([BM], float("-inf"), FLOAT)
+    total = tl.zeros([BM], FLOAT)
+    acc1 = tl.zeros([BM, D1], FLOAT)
+    acc2 = tl.zeros([BM, D2 if D2 > 0 else D1], FLOAT)
+    whole = begin + (end - begin) // BN * BN
+    acc1, acc2, peak, total = _attend(acc1, acc2, peak, total, q1, q2, k, v, k_token, v_token, member, begin, whole,
+                                      end, 0, scale2, False, False, D1, D2, BN)
+    acc1, acc2, peak, total = _attend(acc1, acc2, peak, total, q1, q2, k, v, k_token, v_token, member, whole, end, end,
+                                      0, scale2, False, True, D1, D2, BN)
+    empty = total == 0.0
+    total = tl.where(empty, 1.0, total)
+    place = (b * HEADS + head) * SPLITS + split
+    _store(part, place, D1 + D2, inside, acc1 / total[:, None], acc2 / total[:, None], D1, D2)
+    tl.store(lse + place, tl.where(empty, float("-inf"), peak + tl.log2(total)), mask=inside)
+
+
+@triton.jit
+def _combine_kernel(part, lse, out, SPLITS: tl.constexpr, PADDED: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
+    """The parts of one row and head, weighted. A row without keys gives zeros."""
+    place = tl.program_id(0).to(tl.int64)
+    split = tl.arange(0, PADDED)
+    l = tl.load(lse + place * SPLITS + split, mask=split < SPLITS, other=float("-inf"))
+    peak = tl.max(l, 0)
+    weight = tl.exp2(l - tl.where(peak == float("-inf"), 0.0, peak))
+    total = tl.sum(weight, 0)
+    weight = weight / tl.where(total == 0.0, 1.0, total)
+    p1, p2 = _rows(part + place * SPLITS * (D1 + D2), split, D1 + D2, split < SPLITS, D1, D2)
+    column = tl.arange(0, D1)
+    tl.store(out + place * (D1 + D2) + column, tl.sum(p1 * weight[:, None], 0).to(out.dtype.element_ty))
+    if D2 > 0:
+        column = D1 + tl.arange(0, D2)
+        tl.store(out + place * (D1 + D2) + column, tl.sum(p2 * weight[:, None], 0).to(out.dtype.element_ty))
+
+
+def splits_for(programs: int, S: int, processors: int) -> int:
+    """Parts of the keys: about two programs per processor, and at least 256 keys in a part."""
+    return max(1, min(-(-2 * processors // programs), -(-S // 256), 64))
+
+
+def attention_decode_triton(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor, *, scale: float | None,
+                            splits: int | None = None) -> Tensor:
+    """One query per row, as `attention_decode`. Keys behind a row's length are never read."""
+    B, _, H, D = q.shape
+    S, K, group = k.shape[1], k.shape[2], H // k.shape[2]
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    splits = splits or splits_for(B * K, S, processors(q.device))
+    kinds = constants(q, k, False)
+    kinds.pop("CAUSAL")
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    part = torch.empty((B, H, splits, D), dtype=dtype, device=q.device)
+    lse = torch.empty((B, H, splits), dtype=dtype, device=q.device)
+    out = torch.empty((B, 1, H, D), dtype=q.dtype, device=q.device)
+    _decode_kernel[(B, K, splits)](q, k, v, part, lse, key_lengths, (D**-0.5 if scale is None else scale) * LOG2_E,
+                                   q.stride(0), q.stride(2), *strides(k, v), **kinds, SPLITS=splits,
+                                   BM=max(16, triton.next_power_of_2(group)), BN=64, num_warps=4, num_stages=3)
+    _combine_kernel[(B * H,)](part, lse, out, SPLITS=splits, PADDED=triton.next_power_of_2(splits), D1=kinds["D1"],
+                              D2=kinds["D2"], num_warps=1)
+    return out
+
+
+@lru_cache
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors; the interpreter has none, and is given a few so that splitting is tested."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def wanted_kernels() -> str:
+    """The environment's KERNELS: auto, or one of triton, sdpa, reference for everything that it can compute."""
+    wanted = os.environ.get("KERNELS", "auto")
+    if wanted not in ("auto", "triton", "sdpa", "reference"):
+        raise ValueError(f"KERNELS must be auto, triton, sdpa or reference, not {wanted}")
+    return wanted
+
+
+def triton_can(q: Tensor) -> bool:
+    """Whether the kernels run on this tensor: a GPU's, or any in the interpreter; no float64 on a GPU."""
+    return bool(AVAILABLE and columns(q.shape[3]) and (INTERPRETED or q.is_cuda and q.dtype != torch.float64))
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | None = None,
               key_lengths: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
-    """Dispatcher. q [B, T, H, D], k and v [B, S, K, D] -> [B, T, H, D]; see the top of the file for the masks."""
+    """Dispatcher. q [B, T, H, D], k and v [B, S, K, D] -> [B, T, H, D]; see the top of the file for the masks.
+
+    On a CPU torch's own paths. On a GPU the Triton kernels where SDPA would need a mask, which its fast back ends
+    refuse; whether they are the faster ones without a mask too is for `bench.py attention` to say.
+    """
+    wanted, masks = wanted_kernels(), dict(key_lengths=key_lengths, cu_seqlens=cu_seqlens)
+    one_query = key_lengths is not None and q.shape[1] == 1
+    no_mask = key_lengths is None and cu_seqlens is None and (not causal or q.shape[1] == k.shape[1])
+    if wanted == "reference":
+        return attention_reference(q, k, v, causal=causal, scale=scale, **masks)
+    if triton_can(q) and (wanted == "triton" or wanted == "auto" and q.is_cuda and not no_mask):
+        if one_query and not (torch.is_grad_enabled() and q.requires_grad):
+            return attention_decode_triton(q, k, v, key_lengths, scale=scale)
+        return attention_triton(q, k, v, causal=causal, scale=scale, **masks)
     if cu_seqlens is not None:
         return attention_packed(q, k, v, cu_seqlens, causal=causal, scale=scale)
-    if key_lengths is not None and q.shape[1] == 1:
+    if one_query:
         return attention_decode(q, k, v, key_lengths, scale=scale)
-    if key_lengths is not None or (causal and q.shape[1] != k.shape[1]):
-        return attention_reference(q, k, v, causal=causal, scale=scale, key_lengths=key_lengths)
-    return attention_sdpa(q, k, v, causal=causal, scale=scale)
+    if no_mask:
+        return attention_sdpa(q, k, v, causal=causal, scale=scale)
+    return attention_reference(q, k, v, causal=causal, scale=scale, key_lengths=key_lengths)

@@ -14,6 +14,15 @@ def bench(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, str(ROOT / "bench.py"), *arguments], capture_output=True, text=True)
 
 
+def test_logprob_on_a_cpu():
+    done = bench("logprob", "--device", "cpu", "--dtype", "float32", "--tokens", "40", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert {"reference", "torch, chunked"} <= set(result["ways"]) and result["tokens"] == 40
+    for way in result["ways"].values():
+        assert way["forward_ms"] > 0 and way["forward_backward_ms"] > 0 and way["rate"] > 0
+
+
 def test_rollout_without_a_peer():
     done = bench("rollout", *SMALL, "--json")
     assert done.returncode == 0, done.stderr
@@ -26,6 +35,7 @@ def test_rollout_without_a_peer():
     ([], "name one of: rollout"), (["speed"], "name one of: rollout"), (["rollout", "--wrong"], "--wrong"),
     (["rollout", "--shape", "9b"], "0.5b"), (["rollout", "--prompts", "100000"], "questions only"),
     (["rollout", *SMALL, "--peer", "/no/such/python"], "--peer /no/such/python"),
+    (["logprob", "--device", "cpu", "--tokens", "9", "--peer", "false"], "--peer false"),
     (["rollout", *SMALL, "--peer", "false"], "--peer false"),
     (["rollout", *SMALL, "--peer-batches", "many"], "--peer-batches")])
 def test_what_is_wrong_is_said_in_one_line(arguments, message):

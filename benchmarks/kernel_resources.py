@@ -1,0 +1,98 @@
+"""Registers, spills and shared memory of kernels/logprob.py's kernels on an H100 (sm_90), with no GPU: Triton compiles
+ahead of time, and ptxas says what it takes. So the tile sizes were picked; `python bench.py logprob` has the last word.
+
+    python benchmarks/kernel_resources.py             # what was tried
+    python benchmarks/kernel_resources.py --chosen    # what is used
+
+A multiprocessor has 65,536 registers (255 a thread at most) and 227 KiB of shared memory. Spilled bytes, per thread,
+are memory traffic, harmless outside the inner loop. "waits": the tensor cores' products run one by one (ptxas C7515).
+"""
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch  # noqa: E402
+import triton  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from kernels import logprob  # noqa: E402
+
+POINTERS = {"targets": "*i64", "masked": "*u8", "parts": "*fp32", "target_logits": "*fp32", "lse": "*fp32",
+            "upstream": "*fp32", "scale": "fp32"}
+
+
+def compile_kernel(kernel, element: str, constants: dict, options: dict, contiguous: tuple[str, ...] = ()):
+    """`kernel` for tensors of `element`. Sizes and strides are multiples of 16, as Qwen2.5's; `contiguous` ones 1."""
+    names = kernel.arg_names
+    signature, attributes, values = {}, {}, dict(constants)
+    for i, name in enumerate(names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in contiguous:
+            signature[name], values[name] = "constexpr", 1
+        else:
+            matrix = name in ("hidden", "weight", "out", "a", "b", "rest")
+            signature[name] = POINTERS.get(name, f"*{element}" if matrix else "i32")
+            if signature[name] != "fp32" and name != "TILES":
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs={(names.index(k),): v for k, v in values.items()},
+                       attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def resources(compiled) -> dict:
+    """Of one program, from ptxas' report on its PTX."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(compiled.asm["ptx"])
+        command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", source, "-o", source.with_suffix(".cubin")]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return {"registers": int(re.search(r"Used (\d+) registers", text)[1]), "waits": "C7515" in text,
+            "spilled": int(re.search(r"(\d+) bytes spill stores", text)[1]), "shared": compiled.metadata.shared,
+            "copies": compiled.asm["ptx"].count("cp.async.c")}
+
+
+def configurations(element: str, sizes: dict):
+    """(name, kernel, constants, names of strides that are 1) of a whole training step in products of these sizes."""
+    common = {"EVEN": True, "FLOAT": triton.language.float32, "GROUP": sizes["GROUP"], "BK": sizes["BK"]}
+    softmax = {**common, "BN": sizes["BN"], "BV": sizes["BV"], "MASK": True, "NEVER": logprob.NEVER,
+               "PRODUCT": sizes is not logprob.READ_SIZES}
+    yield "statistics", logprob._statistics_kernel, softmax, ()
+    yield "logit gradients", logprob._gradient_kernel, softmax, ()
+    if softmax["PRODUCT"]:
+        matmul = {**common, "BM": sizes["BN"], "BN": sizes["BV"]}
+        summed = {**matmul, "ADD": True, "REST": element == "bf16"}
+        yield "hidden's gradient", logprob._matmul_kernel, summed, ("a_column",)
+        yield "weight's gradient", logprob._matmul_kernel, {**matmul, "ADD": False, "REST": False}, ("a_row",)
+
+
+def main(only_chosen: bool) -> None:
+    chosen = logprob.tile_sizes(torch.bfloat16, 8192)
+    tried = [("bf16", chosen), ("fp32", logprob.READ_SIZES)]
+    if not only_chosen:
+        tried += [("bf16", logprob.tile_sizes(torch.bfloat16, 64)), ("fp32", logprob.tile_sizes(torch.float32, 8192)),
+                  ("bf16", chosen | {"num_stages": 3}), ("bf16", chosen | {"BV": 128, "num_warps": 4}),
+                  ("bf16", chosen | {"BV": 128})]
+    print(f"{'kernel':<20}{'type':<6}{'tile':<17}{'warps':>6}{'stages':>8}{'registers':>11}{'spilled':>9}{'KiB':>8}"
+          f"{'per SM':>8}{'async copies':>14}   triton {triton.__version__}")
+    for element, sizes in tried:
+        options = {key: sizes[key] for key in ("num_warps", "num_stages")}
+        for name, kernel, constants, contiguous in configurations(element, sizes):
+            r = resources(compile_kernel(kernel, element, constants, options, contiguous))
+            resident = min(65536 // (r["registers"] * 32 * sizes["num_warps"]), 232448 // (r["shared"] + 1024))
+            tile = f"{sizes['BN']} x {sizes['BV']}" + f" x {sizes['BK']}" * (sizes is not logprob.READ_SIZES)
+            print(f"{name:<20}{element:<6}{tile:<17}{sizes['num_warps']:>6}{sizes['num_stages']:>8}{r['registers']:>11}"
+                  f"{r['spilled']:>9}{r['shared'] / 1024:>8.1f}{resident:>8}{r['copies']:>14}{'  waits' * r['waits']}",
+                  flush=True)
+
+
+if __name__ == "__main__":
+    main("--chosen" in sys.argv)

@@ -1,0 +1,14 @@
+"""triton and triton.language where they are installed (there is no Triton for macOS), else stand-ins under which the kernel
+files still import. TRITON_INTERPRET=1, set before the first import, runs kernels on CPU tensors, in numpy."""
+import os
+from types import SimpleNamespace
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton, tl = SimpleNamespace(jit=lambda function: function), SimpleNamespace(constexpr=None)
+    AVAILABLE = False
+else:
+    AVAILABLE = True
+INTERPRETED = AVAILABLE and os.environ.get("TRITON_INTERPRET") == "1"

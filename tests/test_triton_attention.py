@@ -1,0 +1,161 @@
+"""The Triton kernels of kernels/attention.py against the reference in float64: in Triton's interpreter, or on a GPU where
+there is one. (The interpreter's products are wrong in bfloat16 only; a GPU's are tested in bfloat16, and not in float64.)
+"""
+import pytest
+import torch
+
+from kernels import attention
+from kernels.attention import (attention_decode_triton, attention_reference, attention_triton, columns, make_segments,
+                               splits_for, tile_table)
+from kernels.triton_or_none import AVAILABLE
+from model import Qwen2_5_VL
+from training import MICRO_BASE
+
+pytestmark = pytest.mark.skipif(not AVAILABLE, reason="Triton is not installed")
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+DTYPES = [torch.float32, torch.float16, torch.bfloat16] if GPU else [torch.float64, torch.float32, torch.float16]
+
+
+def tensor(*values):
+    return torch.tensor(values)
+
+
+CASES = {  # (B, T, S, H, K, D), mask
+    "causal": ((2, 65, 65, 2, 2, 64), dict(causal=True)),
+    "causal, group 2, D 128": ((1, 130, 130, 2, 1, 128), dict(causal=True)),
+    "causal, group 7, D 80": ((1, 129, 129, 7, 1, 80), dict(causal=True)),
+    "causal, group 8": ((1, 63, 63, 8, 1, 32), dict(causal=True)),
+    "full, D 80": ((2, 64, 64, 3, 3, 80), dict(causal=False)),
+    "full, cross": ((1, 7, 200, 4, 2, 16), dict(causal=False)),
+    "one token": ((1, 1, 1, 2, 1, 64), dict(causal=True)),
+    "scale": ((1, 20, 20, 2, 2, 32), dict(causal=True, scale=0.7)),
+    "behind a cached prefix": ((2, 9, 150, 6, 2, 32), dict(causal=True)),
+    "more queries than keys": ((1, 150, 9, 2, 1, 32), dict(causal=True)),
+    "ragged keys": ((4, 5, 140, 4, 2, 32), dict(causal=True, key_lengths=tensor(0, 3, 131, 140))),
+    "ragged keys, not causal": ((3, 5, 70, 4, 2, 32), dict(causal=False, key_lengths=tensor(70, 1, 0))),
+    "windows": ((1, 232, 232, 2, 2, 80), dict(causal=False, cu_seqlens=tensor(0, 64, 128, 160, 224, 232))),
+    "packed, empty and of one token": ((1, 150, 150, 2, 1, 32),
+                                       dict(causal=True, cu_seqlens=tensor(0, 0, 1, 64, 64, 129, 130, 150, 150))),
+    "packed, long": ((1, 300, 300, 2, 1, 32), dict(causal=True, cu_seqlens=tensor(0, 257, 300))),
+}
+
+
+def inputs(sizes, dtype):
+    B, T, S, H, K, D = sizes
+    generator = torch.Generator().manual_seed(sum(sizes))
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
+            for shape in ((B, T, H, D), (B, S, K, D), (B, S, K, D))]
+
+
+def run(function, tensors, upstream, **mask):
+    tensors = [t.clone().requires_grad_() for t in tensors]
+    out = function(*tensors, **mask)
+    return [out.detach(), *torch.autograd.grad(out, tensors, upstream.to(out.dtype))]
+
+
+EVERY_DTYPE = ["causal, group 2, D 128", "windows", "ragged keys"]
+COMBINATIONS = [(name, dtype) for name in CASES for dtype in DTYPES
+                if GPU or dtype == torch.float32 or name in EVERY_DTYPE]
+
+
+@pytest.mark.parametrize("name, dtype", COMBINATIONS, ids=str)
+def test_output_and_gradients(name, dtype):
+    sizes, mask = CASES[name]
+    mask = {key: value.to(DEVICE) if torch.is_tensor(value) else value for key, value in mask.items()}
+    tensors = inputs(sizes, dtype)
+    generator = torch.Generator().manual_seed(1)
+    upstream = torch.randn(tensors[0].shape, generator=generator, dtype=torch.float64).to(DEVICE)
+    wanted = run(attention_reference, [t.double() for t in tensors], upstream, **mask)
+    found = run(attention_triton, tensors, upstream, **mask)
+    for one, other in zip(found, wanted):
+        assert one.dtype == dtype
+        torch.testing.assert_close(one.double(), other, atol=TOLERANCE[dtype] * max(1, other.abs().max().item()), rtol=0)
+    if GPU or name in EVERY_DTYPE:
+        for one, other in zip(run(attention_triton, tensors, upstream, **mask), found):
+            assert torch.equal(one, other)  # the same bits every time
+
+
+def test_strided_inputs_are_read_where_they_are():
+    """q, k and v as slices of one projection, and of a cache that lies heads before tokens."""
+    qkv = torch.randn(1, 70, 3, 4, 32, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    borders = tensor(0, 30, 70).to(DEVICE)
+    upstream = torch.ones(1, 70, 4, 32, device=DEVICE)
+    results = [run(f, qkv.unbind(2), upstream, causal=False, cu_seqlens=borders)
+               for f in (attention_triton, attention_reference)]
+    for one, other in zip(*results):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    cache = torch.randn(2, 3, 2, 90, 32, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    k, v = cache[:, :, :, :80].transpose(2, 3)
+    q, lengths = torch.randn(3, 6, 4, 32).to(DEVICE), tensor(6, 80, 50).to(DEVICE)
+    with torch.no_grad():
+        torch.testing.assert_close(attention_triton(q, k, v, causal=True, key_lengths=lengths),
+                                   attention_reference(q, k, v, causal=True, key_lengths=lengths), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(GPU, reason="no float64 products on a GPU")
+def test_gradcheck():
+    for sizes, mask in (((1, 3, 3, 2, 1, 16), dict(causal=True)),
+                        ((1, 4, 4, 1, 1, 16), dict(causal=False, cu_seqlens=tensor(0, 1, 4)))):
+        tensors = [t.requires_grad_() for t in inputs(sizes, torch.float64)]
+        assert torch.autograd.gradcheck(lambda *t: attention_triton(*t, **mask), tensors, fast_mode=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("splits", [None, 1, 5])
+@pytest.mark.parametrize("H, K, D", [(4, 4, 32), (14, 2, 64), (7, 1, 80), (8, 1, 128)])
+def test_decoding(H, K, D, splits, dtype):
+    """Rows of all lengths, 0 included; what lies behind a row's length is never read."""
+    q, = inputs((6, 1, 1, H, K, D), dtype)[:1]
+    cache = torch.randn(2, 6, K, 400, D, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
+    lengths = tensor(1, 390, 0, 64, 65, 300).to(DEVICE)
+    k, v = cache[:, :, :, :390].transpose(2, 3)
+    wanted = attention_reference(q.double(), k.double(), v.double(), causal=True, key_lengths=lengths)
+    for b, length in enumerate(lengths.tolist()):
+        cache[:, b, :, length:] = float("nan")
+    found = attention_decode_triton(q, k, v, lengths, scale=None, splits=splits)
+    torch.testing.assert_close(found.double(), wanted, atol=TOLERANCE[dtype], rtol=0)
+
+
+def test_splits():
+    assert splits_for(1, 100_000, 132) == 64 and splits_for(512, 4096, 132) == 1
+    assert splits_for(16, 4096, 132) == 16 and splits_for(4, 100, 132) == 1
+
+
+def test_tile_table():
+    table = tile_table(tensor(0, 65, 64, 1), 130, 64)
+    assert table[table[:, 0] >= 0].tolist() == [[1, 0], [1, 64], [2, 0], [3, 0]] and len(table) == 130 // 64 + 4
+    q, k = torch.zeros(2, 3, 1, 16), torch.zeros(2, 9, 1, 16)
+    segments = make_segments(q, k, tensor(4, 9), None)
+    assert [part.tolist() for part in segments] == [[0, 1], [0, 0], [3, 3], [0, 0], [4, 9]]
+
+
+def test_columns():
+    assert [columns(d) for d in (16, 64, 80, 96, 128)] == [(16, 0), (64, 0), (64, 16), (64, 32), (128, 0)]
+    assert [columns(d) for d in (4, 8, 24, 72, 112)] == [None] * 5
+
+
+def test_dispatcher(monkeypatch):
+    q, k, v = inputs((1, 5, 5, 2, 1, 16), torch.float32)
+    monkeypatch.setenv("KERNELS", "triton")
+    assert attention(q.requires_grad_(), k, v, causal=True).grad_fn.name() == "TritonAttentionBackward"
+    q, k, v = inputs((1, 5, 5, 2, 1, 8), torch.float32)  # too narrow for a tile: torch's path
+    assert attention(q.requires_grad_(), k, v, causal=True).grad_fn.name() != "TritonAttentionBackward"
+    monkeypatch.setenv("KERNELS", "fast")
+    with pytest.raises(ValueError, match="KERNELS must be"):
+        attention(q, k, v, causal=True)
+
+
+def test_the_model_is_the_same_with_kernels(monkeypatch):
+    """Logits of the micro base, and the gradients of a loss on them."""
+    ids = torch.randint(0, 60, (1, 9), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    model, results = Qwen2_5_VL.from_pretrained(MICRO_BASE).to(DEVICE), []
+    for kernels in ("sdpa", "triton"):
+        monkeypatch.setenv("KERNELS", kernels)
+        model.zero_grad()
+        logits = model.logits(model(ids))
+        logits.logsumexp(-1).square().mean().backward()
+        results.append([logits, *(p.grad for p in model.parameters() if p.grad is not None)])
+    for one, other in zip(*results):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
