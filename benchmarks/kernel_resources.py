@@ -1,5 +1,5 @@
-"""Registers, spills and shared memory of kernels/logprob.py's kernels on an H100 (sm_90), with no GPU: Triton compiles
-ahead of time, and ptxas says what it takes. So the tile sizes were picked; `python bench.py logprob` has the last word.
+"""Registers, spills and shared memory of our Triton kernels on an H100 (sm_90), with no GPU: Triton compiles ahead of
+time, and ptxas says what it takes. So the tile sizes were picked; `bench.py attention` and `logprob` have the last word.
 
     python benchmarks/kernel_resources.py             # what was tried
     python benchmarks/kernel_resources.py --chosen    # what is used
@@ -23,10 +23,12 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from kernels import logprob  # noqa: E402
+from kernels import attention, logprob  # noqa: E402, F401
 
 POINTERS = {"targets": "*i64", "masked": "*u8", "parts": "*fp32", "target_logits": "*fp32", "lse": "*fp32",
-            "upstream": "*fp32", "scale": "fp32"}
+            "upstream": "*fp32", "scale": "fp32", "scale2": "fp32", "delta": "*fp32", "part": "*fp32", "lengths": "*i64",
+            **dict.fromkeys(("tiles", "row", "first_query", "queries", "first_key", "keys"), "*i32")}
+MATRICES = ("hidden", "weight", "out", "a", "b", "rest", "q", "k", "v", "d_out", "dq", "dk", "dv")
 
 
 def compile_kernel(kernel, element: str, constants: dict, options: dict, contiguous: tuple[str, ...] = ()):
@@ -39,8 +41,7 @@ def compile_kernel(kernel, element: str, constants: dict, options: dict, contigu
         elif name in contiguous:
             signature[name], values[name] = "constexpr", 1
         else:
-            matrix = name in ("hidden", "weight", "out", "a", "b", "rest")
-            signature[name] = POINTERS.get(name, f"*{element}" if matrix else "i32")
+            signature[name] = POINTERS.get(name, f"*{element}" if name in MATRICES else "i32")
             if signature[name] != "fp32" and name != "TILES":
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs={(names.index(k),): v for k, v in values.items()},
@@ -74,6 +75,32 @@ def configurations(element: str, sizes: dict):
         yield "weight's gradient", logprob._matmul_kernel, {**matmul, "ADD": False, "REST": False}, ("a_row",)
 
 
+def attention_configurations(only_chosen: bool):
+    """(name, kernel, constants, options): causal attention of the 7B (28 heads on 4, D = 128) and of the ViT (D = 80)."""
+    kernels = sys.modules["kernels.attention"]
+    for D in (128, 80):
+        D1, D2 = kernels.columns(D)
+        common = {"HEADS": 28, "GROUP": 7 if D == 128 else 1, "D1": D1, "D2": D2, "FLOAT": triton.language.float32}
+        for kind in ("forward", "query", "key"):
+            tried = [kernels.blocks(D, 4096, kind), kernels.blocks(D, 64, kind)]
+            if not only_chosen:
+                tried += [{"BM": BM, "BN": BN, "num_warps": w, "num_stages": 2} for BM, BN, w in
+                          ((128, 128, 8), (128, 64, 8), (128, 64, 4), (64, 128, 8), (64, 64, 4), (32, 64, 4))]
+            for sizes in tried:
+                kernel = getattr(kernels, f"_{kind}_kernel")
+                yield f"attention {kind}, {D}", kernel, {**common, "CAUSAL": D == 128}, sizes
+        if D == 128:
+            yield f"attention decode, {D}", kernels._decode_kernel, {**common, "SPLITS": 4}, {
+                "BM": 16, "BN": 64, "num_warps": 4, "num_stages": 3}
+
+
+def print_row(name: str, element: str, tile: str, options: dict, r: dict) -> None:
+    """One kernel's line."""
+    resident = min(65536 // (r["registers"] * 32 * options["num_warps"]), 232448 // (r["shared"] + 1024))
+    print(f"{name:<24}{element:<6}{tile:<17}{options['num_warps']:>6}{options['num_stages']:>8}{r['registers']:>11}"
+          f"{r['spilled']:>9}{r['shared'] / 1024:>8.1f}{resident:>8}{r['copies']:>14}{'  waits' * r['waits']}", flush=True)
+
+
 def main(only_chosen: bool) -> None:
     chosen = logprob.tile_sizes(torch.bfloat16, 8192)
     tried = [("bf16", chosen), ("fp32", logprob.READ_SIZES)]
@@ -81,17 +108,19 @@ def main(only_chosen: bool) -> None:
         tried += [("bf16", logprob.tile_sizes(torch.bfloat16, 64)), ("fp32", logprob.tile_sizes(torch.float32, 8192)),
                   ("bf16", chosen | {"num_stages": 3}), ("bf16", chosen | {"BV": 128, "num_warps": 4}),
                   ("bf16", chosen | {"BV": 128})]
-    print(f"{'kernel':<20}{'type':<6}{'tile':<17}{'warps':>6}{'stages':>8}{'registers':>11}{'spilled':>9}{'KiB':>8}"
+    print(f"{'kernel':<24}{'type':<6}{'tile':<17}{'warps':>6}{'stages':>8}{'registers':>11}{'spilled':>9}{'KiB':>8}"
           f"{'per SM':>8}{'async copies':>14}   triton {triton.__version__}")
     for element, sizes in tried:
         options = {key: sizes[key] for key in ("num_warps", "num_stages")}
         for name, kernel, constants, contiguous in configurations(element, sizes):
-            r = resources(compile_kernel(kernel, element, constants, options, contiguous))
-            resident = min(65536 // (r["registers"] * 32 * sizes["num_warps"]), 232448 // (r["shared"] + 1024))
             tile = f"{sizes['BN']} x {sizes['BV']}" + f" x {sizes['BK']}" * (sizes is not logprob.READ_SIZES)
-            print(f"{name:<20}{element:<6}{tile:<17}{sizes['num_warps']:>6}{sizes['num_stages']:>8}{r['registers']:>11}"
-                  f"{r['spilled']:>9}{r['shared'] / 1024:>8.1f}{resident:>8}{r['copies']:>14}{'  waits' * r['waits']}",
-                  flush=True)
+            print_row(name, element, tile, options, resources(compile_kernel(kernel, element, constants, options,
+                                                                             contiguous)))
+    for name, kernel, constants, sizes in attention_configurations(only_chosen):
+        options = {key: sizes[key] for key in ("num_warps", "num_stages")}
+        constants |= {key: sizes[key] for key in ("BM", "BN")}
+        print_row(name, "bf16", f"{sizes['BM']} x {sizes['BN']}", options,
+                  resources(compile_kernel(kernel, "bf16", constants, options)))
 
 
 if __name__ == "__main__":

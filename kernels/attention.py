@@ -10,7 +10,6 @@ D head dim. Every path computes softmax(scale * q k^T + mask) v with one of thre
 A query that sees no key at all gets zeros (SDPA would give NaN: pytorch#103749).
 """
 import math
-import os
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.triton_or_none import AVAILABLE, INTERPRETED, tl, triton
+from kernels.triton_or_none import AVAILABLE, INTERPRETED, tl, triton, wanted_kernels
 
 LOG2_E = math.log2(math.e)
 
@@ -554,14 +553,6 @@ def attention_decode_triton(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor
 def processors(device: torch.device) -> int:
     """Streaming multiprocessors; the interpreter has none, and is given a few so that splitting is tested."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-
-
-def wanted_kernels() -> str:
-    """The environment's KERNELS: auto, or one of triton, sdpa, reference for everything that it can compute."""
-    wanted = os.environ.get("KERNELS", "auto")
-    if wanted not in ("auto", "triton", "sdpa", "reference"):
-        raise ValueError(f"KERNELS must be auto, triton, sdpa or reference, not {wanted}")
-    return wanted
 
 
 def triton_can(q: Tensor) -> bool:

@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from kernels.triton_or_none import AVAILABLE, INTERPRETED, tl, triton
+from kernels.triton_or_none import AVAILABLE, INTERPRETED, tl, triton, wanted_kernels
 
 CHUNK_ELEMENTS = 2**25  # logits in one chunk of the PyTorch path: 128 MiB in float32
 GRADIENT_ELEMENTS = {"triton": 2**24, "cublas": 2**25}  # gradients of logits in one chunk: 32 and 64 MiB in bfloat16
@@ -430,10 +430,8 @@ def token_log_probs_torch(hidden: Tensor, weight: Tensor, targets: Tensor, *, te
 
 
 def pick_path(hidden: Tensor):
-    """KERNELS=reference, sdpa (or torch: plain PyTorch) or triton decides; by default a GPU runs our kernels."""
-    wanted = os.environ.get("KERNELS", "auto")
-    if wanted not in ("auto", "triton", "sdpa", "torch", "reference"):
-        raise ValueError(f"KERNELS must be auto, triton, sdpa, torch or reference, not {wanted}")
+    """What KERNELS says; by default a GPU runs our kernels, and a CPU PyTorch."""
+    wanted = wanted_kernels()
     if wanted == "reference":
         return token_log_probs_reference
     runs = AVAILABLE and len(hidden) > 0 and (hidden.is_cuda and hidden.dtype != torch.float64 or INTERPRETED)

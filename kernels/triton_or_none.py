@@ -12,3 +12,12 @@ except ImportError:
 else:
     AVAILABLE = True
 INTERPRETED = AVAILABLE and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def wanted_kernels() -> str:
+    """The environment's KERNELS: auto (a GPU runs ours where they are the faster ones), or one of triton, sdpa (torch's
+    own) and reference for everything that it can compute."""
+    wanted = os.environ.get("KERNELS", "auto")
+    if wanted not in ("auto", "triton", "sdpa", "reference"):
+        raise ValueError(f"KERNELS must be auto, triton, sdpa or reference, not {wanted}")
+    return wanted
