@@ -332,8 +332,8 @@ def time_hostile(o: RewardsOptions, answers: list[str]) -> dict:
     found = {"strings": len(times), "median_us": 1e6 * times[len(times) // 2],
              "p99_us": 1e6 * times[len(times) * 99 // 100], "max_ms": 1e3 * times[-1], "over_10_ms": len(again),
              "of_these_max_ms_again": 1e3 * max(again, default=0.0)}
-    print(f"{found['strings']:,} hostile strings: median {found['median_us']:.1f} us, 99% up to {found['p99_us']:.0f} us, "
-          f"longest {found['max_ms']:.1f} ms; {len(again)} over 10 ms, which again take up to "
+    print(f"{found['strings']:,} hostile strings: median {found['median_us']:.1f} us, 99% up to "
+          f"{found['p99_us']:.0f} us, longest {found['max_ms']:.1f} ms; {len(again)} over 10 ms, which again take up to "
           f"{found['of_these_max_ms_again']:.2f} ms")
     return found
 
@@ -416,6 +416,16 @@ def milliseconds(run: Callable[[], object], device: torch.device) -> float:
     return 1e3 * sorted(times)[len(times) // 2]
 
 
+def peak_bytes(run: Callable[[], object], device: torch.device, *, less: int) -> int | None:
+    """Memory on a GPU beyond what was there before and `less`, the gradients; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    return torch.cuda.max_memory_allocated(device) - before - less
+
+
 def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Operations per second of a large product."""
     n = 8192 if device.type == "cuda" else 512
@@ -461,7 +471,8 @@ def competitors(shape: AttentionShape, q: torch.Tensor, k: torch.Tensor, v: torc
 
 
 def time_attention(shape: AttentionShape, device: torch.device, dtype: torch.dtype, ceilings: dict) -> dict:
-    """By competitor: ms of forward, and but for decoding of forward + backward; TFLOP/s or GB/s, and its share."""
+    """By competitor: ms of forward, and but for decoding of forward + backward; TFLOP/s or GB/s, and its share; peak
+    memory beyond inputs and gradients."""
     B, T, S, H, K, D = shape.B, shape.T, shape.S, shape.H, shape.K, shape.D
     decode, result = T == 1, {}
     q, k, v = (torch.randn(size, device=device).to(dtype) for size in ((B, T, H, D), (B, S, K, D), (B, S, K, D)))
@@ -484,9 +495,13 @@ def time_attention(shape: AttentionShape, device: torch.device, dtype: torch.dty
             rate, ceiling = (k.nbytes + v.nbytes) / forward / 1e6, ceilings["copy"] / 1e9
         else:
             rate, ceiling = shape.flops() / forward / 1e9, ceilings["matmul"] / 1e12
-        result[name] = {"forward_ms": forward, "forward_backward_ms": both, "rate": rate, "share": rate / ceiling}
+        extra = peak_bytes(lambda: function(*leaves) if decode else backward(function(*leaves)), device,
+                           less=0 if decode else q.nbytes + k.nbytes + v.nbytes)
+        result[name] = {"forward_ms": forward, "forward_backward_ms": both, "rate": rate, "share": rate / ceiling,
+                        "extra_bytes": extra}
         print(f"{shape.name:<22}{name:<14}{forward:>9.3f} ms{rate:>9.1f} {'GB/s' if decode else 'TFLOP/s'} "
-              f"({100 * rate / ceiling:.0f}%)" + ("" if decode else f"   forward + backward {both:.3f} ms"), flush=True)
+              f"({100 * rate / ceiling:.0f}%)" + ("" if decode else f"   forward + backward {both:.3f} ms")
+              + (f"   {extra / 1e9:.3f} GB" if device.type == "cuda" else ""), flush=True)
     return result
 
 
@@ -542,12 +557,7 @@ def time_logprob(function: Callable, hidden: torch.Tensor, weight: torch.Tensor,
     with torch.no_grad():
         forward = milliseconds(lambda: function(hidden, weight, targets), device)
     result = {"forward_ms": forward, "forward_backward_ms": milliseconds(step, device)}
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        result["extra_bytes"] = torch.cuda.max_memory_allocated() - before - hidden.nbytes - weight.nbytes
-    return result
+    return result | {"extra_bytes": peak_bytes(step, device, less=hidden.nbytes + weight.nbytes)}
 
 
 def logprob_bench(o: LogprobOptions) -> dict:

@@ -1,5 +1,5 @@
 """Registers, spills and shared memory of our Triton kernels on an H100 (sm_90), with no GPU: Triton compiles ahead of
-time, and ptxas says what it takes. So the tile sizes were picked; `bench.py attention` and `logprob` have the last word.
+time, and ptxas says what it takes. So the tile sizes were picked; `bench.py attention` and `logprob` will judge them.
 
     python benchmarks/kernel_resources.py             # what was tried
     python benchmarks/kernel_resources.py --chosen    # what is used
@@ -26,7 +26,8 @@ from triton.compiler import ASTSource  # noqa: E402
 from kernels import attention, logprob  # noqa: E402, F401
 
 POINTERS = {"targets": "*i64", "masked": "*u8", "parts": "*fp32", "target_logits": "*fp32", "lse": "*fp32",
-            "upstream": "*fp32", "scale": "fp32", "scale2": "fp32", "delta": "*fp32", "part": "*fp32", "lengths": "*i64",
+            "upstream": "*fp32", "scale": "fp32", "scale2": "fp32", "delta": "*fp32", "part": "*fp32",
+            "lengths": "*i64",
             **dict.fromkeys(("tiles", "row", "first_query", "queries", "first_key", "keys"), "*i32")}
 MATRICES = ("hidden", "weight", "out", "a", "b", "rest", "q", "k", "v", "d_out", "dq", "dk", "dv")
 
@@ -76,7 +77,7 @@ def configurations(element: str, sizes: dict):
 
 
 def attention_configurations(only_chosen: bool):
-    """(name, kernel, constants, options): causal attention of the 7B (28 heads on 4, D = 128) and of the ViT (D = 80)."""
+    """(name, kernel, constants, options): causal attention of the 7B (28 heads on 4, D = 128), and the ViT's (D = 80)."""
     kernels = sys.modules["kernels.attention"]
     for D in (128, 80):
         D1, D2 = kernels.columns(D)
@@ -98,7 +99,8 @@ def print_row(name: str, element: str, tile: str, options: dict, r: dict) -> Non
     """One kernel's line."""
     resident = min(65536 // (r["registers"] * 32 * options["num_warps"]), 232448 // (r["shared"] + 1024))
     print(f"{name:<24}{element:<6}{tile:<17}{options['num_warps']:>6}{options['num_stages']:>8}{r['registers']:>11}"
-          f"{r['spilled']:>9}{r['shared'] / 1024:>8.1f}{resident:>8}{r['copies']:>14}{'  waits' * r['waits']}", flush=True)
+          f"{r['spilled']:>9}{r['shared'] / 1024:>8.1f}{resident:>8}{r['copies']:>14}{'  waits' * r['waits']}",
+          flush=True)
 
 
 def main(only_chosen: bool) -> None:

@@ -397,8 +397,8 @@ def blocks(D: int, longest: int, kernel: str) -> dict:
     """Tile sizes, warps and pipeline stages of the forward, query and key kernels, by head dim; one choice for each, no
     autotuning at first use. Windows of a ViT are 64 tokens: longer tiles would be half empty.
 
-    Chosen by what Triton 3.9 compiles for sm_90 (`benchmarks/kernel_resources.py`): no spilled registers, but for 64
-    bytes in the key kernel at D = 128. Not yet measured on a GPU.
+    Chosen by what Triton 3.9 compiles for sm_90 (`benchmarks/kernel_resources.py`): no spilled registers, but for 52
+    bytes a thread in the key kernel at D = 128 (of 336 with 64 queries at a time). Not yet measured on a GPU.
     """
     if longest <= 64:
         return {"BM": 32 if kernel == "key" else 64, "BN": 64, "num_warps": 4, "num_stages": 2}

@@ -1,6 +1,5 @@
-"""The Triton kernels of kernels/attention.py against the reference in float64: in Triton's interpreter, or on a GPU where
-there is one. (The interpreter's products are wrong in bfloat16 only; a GPU's are tested in bfloat16, and not in float64.)
-"""
+"""The Triton kernels of kernels/attention.py against the reference in float64: in Triton's interpreter, or on a GPU
+where there is one. (The interpreter's products are wrong in bfloat16 only; a GPU is tested in that, not in float64.)"""
 import pytest
 import torch
 
@@ -38,6 +37,7 @@ CASES = {  # (B, T, S, H, K, D), mask
     "windows": ((1, 232, 232, 2, 2, 80), dict(causal=False, cu_seqlens=tensor(0, 64, 128, 160, 224, 232))),
     "packed, empty and of one token": ((1, 150, 150, 2, 1, 32),
                                        dict(causal=True, cu_seqlens=tensor(0, 0, 1, 64, 64, 129, 130, 150, 150))),
+    "1000 tokens": ((1, 1000, 1000, 1, 1, 16), dict(causal=True)),
     "packed, long": ((1, 300, 300, 2, 1, 32), dict(causal=True, cu_seqlens=tensor(0, 257, 300))),
 }
 
@@ -71,7 +71,8 @@ def test_output_and_gradients(name, dtype):
     found = run(attention_triton, tensors, upstream, **mask)
     for one, other in zip(found, wanted):
         assert one.dtype == dtype
-        torch.testing.assert_close(one.double(), other, atol=TOLERANCE[dtype] * max(1, other.abs().max().item()), rtol=0)
+        tolerance = TOLERANCE[dtype] * max(1, other.abs().max().item())
+        torch.testing.assert_close(one.double(), other, atol=tolerance, rtol=0)
     if GPU or name in EVERY_DTYPE:
         for one, other in zip(run(attention_triton, tensors, upstream, **mask), found):
             assert torch.equal(one, other)  # the same bits every time
@@ -159,3 +160,17 @@ def test_the_model_is_the_same_with_kernels(monkeypatch):
         results.append([logits, *(p.grad for p in model.parameters() if p.grad is not None)])
     for one, other in zip(*results):
         torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
+
+
+def test_the_model_in_half_precision(monkeypatch):
+    """Logits with the kernels are about as far from float32's as torch's own are: at most half as far again."""
+    ids = torch.randint(0, 60, (1, 70), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    model, errors = Qwen2_5_VL.from_pretrained(MICRO_BASE).to(DEVICE), {}
+    with torch.no_grad():
+        monkeypatch.setenv("KERNELS", "sdpa")
+        wanted = model.logits(model(ids))
+        model = model.to(torch.bfloat16 if GPU else torch.float16)
+        for kernels in ("sdpa", "triton"):
+            monkeypatch.setenv("KERNELS", kernels)
+            errors[kernels] = (model.logits(model(ids)).float() - wanted).norm()
+    assert 0 < errors["triton"] <= 1.5 * errors["sdpa"]
