@@ -333,8 +333,8 @@ def time_hostile(o: RewardsOptions, answers: list[str]) -> dict:
              "p99_us": 1e6 * times[len(times) * 99 // 100], "max_ms": 1e3 * times[-1], "over_10_ms": len(again),
              "of_these_max_ms_again": 1e3 * max(again, default=0.0)}
     print(f"{found['strings']:,} hostile strings: median {found['median_us']:.1f} us, 99% up to "
-          f"{found['p99_us']:.0f} us, longest {found['max_ms']:.1f} ms; {len(again)} over 10 ms, which again take up to "
-          f"{found['of_these_max_ms_again']:.2f} ms")
+          f"{found['p99_us']:.0f} us, longest {found['max_ms']:.1f} ms; {len(again)} over 10 ms, which again take up "
+          f"to {found['of_these_max_ms_again']:.2f} ms")
     return found
 
 

@@ -77,7 +77,7 @@ def configurations(element: str, sizes: dict):
 
 
 def attention_configurations(only_chosen: bool):
-    """(name, kernel, constants, options): causal attention of the 7B (28 heads on 4, D = 128), and the ViT's (D = 80)."""
+    """(name, kernel, constants, options) of the 7B's causal attention (28 heads on 4, D = 128), the ViT's (D = 80)."""
     kernels = sys.modules["kernels.attention"]
     for D in (128, 80):
         D1, D2 = kernels.columns(D)

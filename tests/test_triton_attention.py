@@ -3,12 +3,14 @@ where there is one. (The interpreter's products are wrong in bfloat16 only; a GP
 import pytest
 import torch
 
+from data import load_image, make_prompt
 from kernels import attention
 from kernels.attention import (attention_decode_triton, attention_reference, attention_triton, columns, make_segments,
                                splits_for, tile_table)
 from kernels.triton_or_none import AVAILABLE
 from model import Qwen2_5_VL
-from training import MICRO_BASE
+from sample import SamplingParams, load_sampler
+from training import MICRO_BASE, MICRO_DATA
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="Triton is not installed")
 GPU = torch.cuda.is_available()
@@ -160,6 +162,22 @@ def test_the_model_is_the_same_with_kernels(monkeypatch):
         results.append([logits, *(p.grad for p in model.parameters() if p.grad is not None)])
     for one, other in zip(*results):
         torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
+
+
+def test_a_rollout_with_kernels(monkeypatch):
+    """Prefill of packed prompts, the ViT's windows and full attention, decoding over the cache: the same greedy ids."""
+    sampler, images = load_sampler(str(MICRO_BASE), DEVICE, "float32", max_batch=3)
+    picture = load_image(MICRO_DATA / "images" / "A000.png")
+    prompts = [make_prompt("Solve:", [picture], sampler.tokenizer, images),
+               make_prompt("three plus four", [], sampler.tokenizer, images)]
+    found = {}
+    for kernels in ("sdpa", "triton"):
+        monkeypatch.setenv("KERNELS", kernels)
+        done = sampler.generate(prompts, SamplingParams(max_new_tokens=5, temperature=0.0))
+        found[kernels] = [(c.ids, torch.tensor(c.log_probs)) for group in done for c in group]
+    for (ids, log_probs), (wanted, expected) in zip(found["triton"], found["sdpa"]):
+        assert ids == wanted
+        torch.testing.assert_close(log_probs, expected, atol=1e-4, rtol=0)
 
 
 def test_the_model_in_half_precision(monkeypatch):
