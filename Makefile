@@ -5,6 +5,8 @@
 # Both set up .venv on first use; PYTHON=python3.12 picks another interpreter for it.
 PYTHON ?= python3
 SEED ?= 0
+SHELL = bash
+.SHELLFLAGS = -o pipefail -c
 
 .PHONY: reproduce med test gpu
 
@@ -26,8 +28,8 @@ BENCH_GPU = .venv/bin/python bench.py rollout --device cuda --dtype bfloat16 --s
 gpu: .venv/installed
 	.venv/bin/python -m pytest -q tests/test_triton_*.py
 	.venv/bin/python -m pytest -q tests -k gpu
-	.venv/bin/python bench.py attention --json $(call KEEP,attention)
-	.venv/bin/python bench.py logprob --json $(PEER) $(call KEEP,logprob)
+	.venv/bin/python bench.py attention --device cuda --json $(call KEEP,attention)
+	.venv/bin/python bench.py logprob --device cuda --json $(PEER) $(call KEEP,logprob)
 	$(BENCH_GPU) --shape 3b --prompts 1 --new-tokens 256 $(PEER) $(call KEEP,rollout-3b-batch1)
 	$(BENCH_GPU) --shape 7b --prompts 1 --new-tokens 256 $(PEER) $(call KEEP,rollout-7b-batch1)
 	$(BENCH_GPU) --shape 7b --prompts 128 --slots 128 --prompt-tokens 1920 --new-tokens 256 $(PEER) $(call KEEP,rollout-7b-batch128)
