@@ -56,7 +56,9 @@ _UNITS = {alias: line.split()[0] for line in """
     for alias in line.split()}
 _NOT_UNITS = tuple("""zero three four five seven eight nine eleven twelve thirt twent fift sixt hundred thousand million
     billion trillion half halves third quarter tenth squared cubed factorial plus minus times over more less than modulo
-    root maybe perhaps either else about remainder choose sqrt infty approx except""".split())
+    root maybe perhaps either else about remainder choose sqrt infty approx except fort sevent ninet ninth twelfth dozen
+    score gross lakh crore quadr double triple divided multiplied added raised square wrong incorrect false nope none
+    undefined unknown impossible infinite negative below above only when""".split())
 _TAIL = re.compile(r"(.*?(?:[0-9)}\]!]|pi))( ?)([^\W\d_][^0-9(){}\\=<>+]{0,40}(?:\^?\{?(?<! )[23]\}?)?|[%¤¢€£°]"
                    r"(?: ?(?:[CF]|celsius|fahrenheit))?)", re.IGNORECASE)
 _MONEY = re.compile(r"^([-+]?) ?([¤€£]) ?(.+)")
@@ -66,6 +68,7 @@ _NAME = r"(?:\\angle ?)?\\?[a-zA-Z]+(?:\^\{-1\})?" \
         r"(?:_(?:\{[^{}]{1,12}\}|[a-zA-Z0-9]))?'*(?: ?\([a-zA-Z0-9, ]{1,12}\))?" \
         r"|\([a-z](?:, ?[a-z])+\)"
 _NAMES = re.compile(rf"((?:(?:{_NAME}) ?(?:=|\\in(?![a-z])) ?)+)(?!=)(.+)")
+_DATE = re.compile("[0-9]{1,4}([-/])[0-9]{1,2}\\1[0-9]{2,4}")
 _POINT = re.compile(r"([A-Z]) ?(\([^()]*,[^()]*\))")
 _INTEGER = re.compile(r"[-+]?(?:[0-9]+|[1-9][0-9]{0,2}(?:,[0-9]{3})+)")
 _PARTED = re.compile(",|;|and|or")
@@ -102,7 +105,7 @@ def _canonical(text: str) -> str:
     """The string that stands for a text: spaces and stars only matter between two digits, case only in formulas."""
     if " " in text or "*" in text:
         text = _IDLE.sub(lambda match: match[1] or match[2] or "", text)
-    text = text.replace("\\", "")
+    text = text.replace("\\\\", ";").replace("\\", "")  # a row's end counts
     return text if _SIGN.search(text) and not _LONG_WORD.search(_KNOWN.sub(" ", text)) else text.casefold()
 
 
@@ -146,6 +149,8 @@ def _single(text: str) -> Answer:
     if "_" in text and (match := _BASE.fullmatch(text)):
         digits = ("num", int(match[1])) if match[1].isdigit() else ("var", match[1])
         return Answer(digits, canonical, f"base {match[2] or match[3]}")
+    if _DATE.fullmatch(text):
+        return Answer(None, canonical)
     body = text if text.isascii() else _MONEY.sub(r"\1\3 \2", text)  # -$5 -> -5 $
     match = _TAIL.fullmatch(body)
     unit = _unit(match[3], glued=not match[2]) if match else ""
@@ -195,6 +200,18 @@ def _with_sign(node: Node, plus: bool) -> Node:
     return tuple(_with_sign(child, plus) if isinstance(child, tuple) and child else child for child in node)
 
 
+def _both_hold(one: Answer, other: Answer) -> Node | None:
+    """x > 2 and x < 3 is the interval (2, 3); None if they are no two half-lines of one variable in opposite directions."""
+    infinity = ("const", "infty")
+    if not one.name or one.name != other.name or any(a.value[0] != "seq" or len(a.value[2]) != 2 for a in (one, other)):
+        return None
+    if one.value[2][0] == ("neg", infinity):
+        one, other = other, one
+    (_, ends, (low, high)), (_, other_ends, (other_low, other_high)) = one.value, other.value
+    return ("seq", ends[0] + other_ends[1], (low, other_high)) if (high, other_low) == (infinity, ("neg", infinity)) \
+        else None
+
+
 @lru_cache(maxsize=64)
 def parse_answer(text: str) -> Answer | None:
     """The answer that a text gives, None if it is empty or too long."""
@@ -209,6 +226,8 @@ def parse_answer(text: str) -> Answer | None:
         answers.append(_single(part))
         if answers[-1].value is None:  # "Yes, 3" is a text
             return Answer(None, _canonical(text))
+    if len(answers) == 2 and " and " in text and (both := _both_hold(*answers)):
+        return Answer(both, _canonical(text), name=answers[0].name)
     if all(answer.value[0] == "var" for answer in answers):  # and so is "A, B"
         return Answer(None, _canonical(text))
     parts = [answer.value[1] if answer.value[0] == "list" else (answer,) for answer in answers]  # 0, \pm 1 is three
@@ -339,7 +358,10 @@ def _lists_agree(a: Answer, b: Answer, budget: list[int]) -> bool:
         return len({item.name for item in items} - {""}) < 2 and len(node[1]) == len(items) and all(
             _nodes_agree(x.value, y, budget) for x, y in zip(_sorted(items, budget), _sorted(node[1], budget)))
     if node[0] == "seq" and (node[1] == "()" or len(node[2]) > 2):
-        return len(node[2]) == len(items) and all(_nodes_agree(x.value, y, budget) for x, y in zip(items, node[2]))
+        names = [item.name for item in items]
+        in_order = not any(names) or names == sorted(set(names))  # x = 1, y = 2, but not y = 1, x = 2
+        return in_order and len(node[2]) == len(items) and all(
+            _nodes_agree(x.value, y, budget) for x, y in zip(items, node[2]))
     return False
 
 
@@ -353,7 +375,7 @@ def answers_agree(a: Answer, b: Answer, budget: list[int]) -> bool:
         return _relations_agree(_as_relation(a), _as_relation(b), budget)
     if a.unit != b.unit and (a.unit and b.unit or "base" in a.unit + b.unit):
         return False
-    if a.name.casefold() != b.name.casefold() and a.name and b.name:
+    if a.name != b.name and a.name and b.name:
         return False
     if "list" in (a.value[0], b.value[0]):
         return _lists_agree(a, b, budget)
@@ -379,18 +401,19 @@ def _as_relation(answer: Answer) -> Node:
     return answer.value if answer.value[0] == "chain" else ("chain", (("var", answer.name), answer.value), ("=",))
 
 
-def is_equivalent(predicted: str, truth: str) -> bool:
-    """Whether two answers agree. Symmetric; never raises."""
+def is_equivalent(predicted: str, truth: str, budget: list[int] | None = None) -> bool:
+    """Whether two answers agree. Symmetric; never raises. Several calls may share a budget: [MAX_WORK] at first."""
     texts = [as_text(answer) for answer in (predicted, truth)]
     if max(map(len, texts)) > MAX_CHARS:
         return False  # before a long text is looked up
     one, other = parse_answer(texts[0]), parse_truth(texts[1])
     if one is None or other is None:
         return False
-    budget = [MAX_WORK]
+    budget = [MAX_WORK] if budget is None else budget
     if answers_agree(one, other, budget):
         return True
-    if one.value and other.value and (one.value[0] == "list") != (other.value[0] == "list"):  # 100,200 may be a list
+    if (one.value and other.value and (one.value[0] == "list") != (other.value[0] == "list")  # 100,200 may be a list
+            and not any(re.search(",0[0-9]|and|or", text) for text in texts)):
         one, other = (parse_answer(text.replace(",", ", ")) for text in texts)
         return bool(one and other) and answers_agree(one, other, budget)
     return False

@@ -46,8 +46,16 @@ _UNICODE = str.maketrans({
     "π": r"\pi ", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "√": r"\sqrt ", "∞": r"\infty ", "±": r"\pm ",
     "∪": r"\cup ", "∈": r"\in ", "∅": r"\emptyset ", "ℝ": r"\mathbb{R}", "≤": "<=", "≥": ">=", "⩽": "<=", "⩾": ">=",
     "≠": "!=", "≈": r"\approx ", "′": "'", "‘": "'", "’": "'", "“": '"', "”": '"', "½": r"\frac12 ", "⅓": r"\frac13 ",
-    "⅔": r"\frac23 ", "¼": r"\frac14 ", "¾": r"\frac34 ", "…": "...", "º": "°",
-    **{c: "^" + str(n) for n, c in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}, **{c: "_" + str(n) for n, c in enumerate("₀₁₂₃₄₅₆₇₈₉")}})
+    "⅔": r"\frac23 ", "¼": r"\frac14 ", "¾": r"\frac34 ", "…": "...", "º": "°"})
+_RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+|[₀₁₂₃₄₅₆₇₈₉]+")  # a run is one exponent or subscript: 10¹² is 10^{12}
+_DIGITS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻₀₁₂₃₄₅₆₇₈₉", "0123456789-0123456789")
+
+
+def _raised(match: re.Match) -> str:
+    digits = match[0].translate(_DIGITS)
+    return ("_" if match[0][0] in "₀₁₂₃₄₅₆₇₈₉" else "^") + (digits if len(digits) == 1 else f"{{{digits}}}")
+
+
 _BOLD = re.compile(r"(?<![\w)])\*\*([^*]+)\*\*(?!\w)")
 _MACRO = r"\\(?:(?:text|math)(?:bf|it|rm|sf|tt|normal)?|[fm]box|boxed|operatorname|boldsymbol|bm)\s*"
 _WRAPPED = re.compile(_MACRO + r"\{(.*)\}")
@@ -99,14 +107,15 @@ def plain(text: str) -> str:
     if len(text) > MAX_CHARS:
         return ""
     if not text.isascii():
-        text = text.translate(_UNICODE)
+        text = _RAISED.sub(_raised, text.translate(_UNICODE))
         if len(text) > MAX_CHARS:  # some signs stand for many letters
             return ""
     text = " ".join(text.split())
     if "\\" in text:
         text = text.replace("\\$", "¤").replace("\\%", "%").replace("\\&", "&")
     if "$" in text:
-        text = text.replace("$", "¤" if text.count("$") == 1 else " ")  # a single $ is money, pairs enclose formulas
+        money = text.count("$") == 1  # pairs enclose formulas
+        text = " ".join(text.replace("$", "¤" if money else " ").split())
     if "**" in text:
         text = re.sub(r"(?<=[\w)]) ?\*\* ?(?=[\w(-])", "^", _BOLD.sub(r"\1", text))  # **bold**, then 2**3
     if "\\" in text or "~" in text or "{,}" in text or "{:}" in text:
@@ -120,7 +129,7 @@ def plain(text: str) -> str:
         text = _COMPOUND.sub(lambda match: str(_NUMBERS[match[1].lower()] + _NUMBERS[match[2].lower()]), text)
         text = _LARGE.sub(lambda match: f"*10^{_ZEROS[match[1].lower()]}", text)
     text = _PREAMBLE.sub("", text.strip("*_` ").rstrip("\\ ")).strip("*_` ")
-    text = text if text.endswith("...") else text.rstrip(". ")
+    text = text if text.endswith("...") else text.rstrip(".,; ")
     if single := _SINGLE.fullmatch(text) or _BUILDER.fullmatch(text):  # (B), (-3), but not the pair (1,234)
         text = single[single.lastindex].strip()                        # {x | x > 3}
     return text
@@ -290,7 +299,9 @@ class Parser:
         """Whether what comes next multiplies what stands before it, without a sign."""
         kind, value = self.peek()
         if kind == "num":  # 2 3, x2 and S3 are no products, 3!7! and \\pi 2 are
-            return self.tokens[self.place - 1][1] == "!" or self.tokens[self.place - 1][0] == "const"
+            before, after = self.tokens[self.place - 1], self.tokens[self.place + 1]
+            return before[1] in ("!", ")", "}") or before[0] == "const" or after == ("sign", "^") and (
+                before[0] == "var" or self.tokens[self.place - 2] == ("sign", "^"))
         return kind in ("var", "const", "function") or kind == "sign" and value in ("(", "{", "frac", "binom", "lfloor",
                                                                                   "lceil", "infty")
 
@@ -333,6 +344,8 @@ class Parser:
     def postfix(self, node: Node) -> Node:
         while True:
             if self.next_is("!"):
+                if self.peek() == ("sign", "!"):  # 5!! = 15 is no factorial of a factorial
+                    raise NotMaths
                 node = ("call", "factorial", node)
             elif self.next_is("°"):
                 node = ("call", "degrees", node)
@@ -427,7 +440,7 @@ class Parser:
             raise NotMaths
         if opening == r"\{" or opening == "{" and len(items) > 1:
             return "set", tuple(items)
-        if len(items) == 1 and opening + closing in ("()", "{}"):
+        if len(items) == 1 and (opening + closing in ("()", "{}") or items[0][0] == "matrix"):
             return items[0]
         if not items:
             raise NotMaths
@@ -712,12 +725,13 @@ def variables(node: Node) -> frozenset[str]:
     return frozenset().union(*map(variables, children(node)))
 
 
-ROUNDS = 10
+ROUNDS = 16
 
 
 def random_point(names: frozenset[str], turn: int) -> dict[str, Value]:
     """Numbers for the variables, the same in every process: small whole ones, for exponents and factorials (at first in
-    the order of the alphabet: k of n), rational ones of both signs, and some between 0 and 1 (for arcsin)."""
+    the order of the alphabet: k of n; at last in the reverse order), rational ones of both signs, and some between 0 and
+    1 (for arcsin)."""
     point = {}
     for rank, name in enumerate(sorted(names)):
         random = zlib.crc32(f"{turn} {name}".encode())
@@ -727,6 +741,8 @@ def random_point(names: frozenset[str], turn: int) -> dict[str, Value]:
             point[name] = 2 + random % 11
         elif turn < 8:
             point[name] = Fraction(random % 60_000 - (30_000 if turn > 5 else -1), 101)
-        else:
+        elif turn < 13:
             point[name] = Fraction(1 + random % 996, 997)
+        else:  # n of m
+            point[name] = 2 + 3 * (len(names) - rank) + random % 4
     return point

@@ -22,7 +22,7 @@ import re
 from collections.abc import Sequence
 
 from equivalence import as_text, is_equivalent, parse_answer, parse_truth
-from formulas import MAX_CHARS, plain
+from formulas import MAX_CHARS, MAX_WORK, plain
 
 __all__ = ["accuracy_reward", "choose", "extract_answer", "is_equivalent"]
 
@@ -51,17 +51,29 @@ def extract_answer(response: str) -> str | None:
     return text if 0 < len(text) <= MAX_CHARS else None
 
 
+_FILLER = ",;:$*( \n\t"
+_OPERATOR_BEHIND = re.compile(r"[\s$)]*[-+/^!](?!\\circ|\{\\circ)")
+_FURTHER_VALUE = re.compile(r"[\s.$*)]*(?:[,;]|or\b|and\b)[\s$]*(?=\S)")
+
+
 def _several(text: str, last: int) -> bool:
-    r"""Whether an <answer> with a box (the last one is at `last`) gives two answers: "\boxed{3} or \boxed{4}",
-    "3 \boxed{4}"; a box inside a box is one."""
+    r"""Whether an <answer> with a box (the last one is at `last`) gives two answers or another one than the box has:
+    "\boxed{3} or \boxed{4}", "3 \boxed{4}", "-\boxed{4}"; a box inside a box is one."""
     first = re.search(r"\\(?:boxed|fbox)", text).start()
     nested = first < last and "box" in (_box_content(text[first:]) or "")
-    return (first < last and not nested) or _is_value(text[:first])
+    if first < last and not nested:
+        return True
+    behind = text[first:].partition(f"{{{_box_content(text[first:])}}}")[2]
+    before = text[:first].rstrip(_FILLER).removesuffix("or").removesuffix("and").rstrip(_FILLER)
+    if before[-1:] in tuple("-+/^{") or _OPERATOR_BEHIND.match(behind) or _is_value(before):
+        return True
+    further = _FURTHER_VALUE.match(behind)
+    return further is not None and _is_value(behind[further.end():])
 
 
 def _is_value(text: str) -> bool:
-    """Whether what stands before a box is an answer of its own, and not "x =" or "The answer is"."""
-    answer = parse_answer(text.rstrip(",;: $"))
+    """Whether what stands beside a box is an answer of its own, and not "x =" or "The answer is"."""
+    answer = parse_answer(text)
     return answer is not None and answer.value is not None and answer.value[0] != "var"
 
 
@@ -83,7 +95,9 @@ def _box_content(text: str) -> str | None:
 _LETTER = re.compile(  # the letter, what sets it off from a text, the text
     r"[(\[]?(?:(?:option|choice) ?:? ?)?[(\[]?([A-P])(?![\w'^])( - |[)\]]{0,2} ?[.:;,]?) ?(.*)", re.IGNORECASE)
 _FURTHER = re.compile(r"(?:^|[,;/&(]|\b(?:or|and)\b) ?\(?([A-P])(?=[).:,;/&]| (?:or|and)\b| ?$)|\b([A-P])[:)]")
-_ECHO = re.compile("B: ?No", re.IGNORECASE)  # the example in the paper's prompts
+_NAMED = re.compile(r"""[(\["']([A-P])[)\]"']|(?:option|choice|answer) ?:? ?([A-P])\b""", re.IGNORECASE)
+_PARTS = re.compile(r"[,;/=]|\b(?:or|and|but|not)\b")
+_ECHO = re.compile(r"\(?B[:.)]{1,2} ?No", re.IGNORECASE)  # the example in the paper's prompts
 
 
 def choose(answer: str, options: dict[str, str]) -> str | None:
@@ -94,19 +108,22 @@ def choose(answer: str, options: dict[str, str]) -> str | None:
     exact = [letter for letter, option in options.items() if _same_text(answer, option)]
     if len(exact) == 1:
         return exact[0]
-    match = _LETTER.fullmatch(text)
+    match, budget = _LETTER.fullmatch(text), [MAX_WORK]
     if match and match[1].upper() in options:
         letter, delimiter, rest = match[1].upper(), match[2].strip(), match[3].strip()
-        same = [other for other, option in options.items() if is_equivalent(rest, option)]
+        same = [other for other, option in options.items() if is_equivalent(rest, option, budget)]
         if letter in same or not rest:
             return letter
-        further = {a or b for a, b in _FURTHER.findall(rest)} & set(options) - {letter}
+        further = {a or b for a, b in _FURTHER.findall(rest) + _NAMED.findall(rest.upper())} & set(options) - {letter}
+        parts = [part for part in _PARTS.split(rest) if part.strip()]
+        same += [] if len(parts) < 2 else [other for other, option in options.items() if other != letter and any(
+            is_equivalent(part, option, budget) for part in parts)]
         clear = delimiter and (match[1].isupper() or delimiter[0] in ":)]")
         if clear and not same and not further and not _ECHO.fullmatch(text):
             return letter
         if delimiter and match[1].isupper():
             return None  # a letter with another option's text, or several letters
-    equivalent = [letter for letter, option in options.items() if is_equivalent(answer, option)]
+    equivalent = [letter for letter, option in options.items() if is_equivalent(answer, option, budget)]
     return equivalent[0] if len(equivalent) == 1 else None
 
 
@@ -117,11 +134,17 @@ def _same_text(answer: str, option: str) -> bool:
 
 def _rounds_to(answer: str, truth: str, precision: int) -> bool:
     """MathVista's rule for decimals: the answer, rounded, is the truth (its evaluation/calculate_score.py)."""
-    values = [parsed.value for text in (answer, truth) if (parsed := parse_answer(text)) and not parsed.name]
-    if len(values) < 2 or any(value is None or value[0] not in ("num", "neg") for value in values):
+    parsed = [parse_answer(text) for text in (answer, truth)]
+    if None in parsed or any(p.name for p in parsed) or len({p.unit for p in parsed} - {""}) > 1:
         return False
-    one, other = (float(value[1]) if value[0] == "num" else -float(value[1][1]) for value in values)
-    return round(one, precision) == round(other, precision)
+    one, other = (_number(p.value) for p in parsed)
+    return one is not None and other is not None and round(one, precision) == round(other, precision)
+
+
+def _number(value: tuple | None) -> float | None:
+    """Of a plain number with its sign, if it is not huge."""
+    sign, value = (-1, value[1]) if value and value[0] == "neg" else (1, value)
+    return sign * float(value[1]) if value and value[0] == "num" and value[1] < 10**15 else None
 
 
 def accuracy_reward(response: str, truth: str | Sequence[str], options: dict[str, str] | None = None, *,

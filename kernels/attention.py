@@ -5,7 +5,8 @@ D head dim. Every path computes softmax(scale * q k^T + mask) v with one of thre
 
 * causal:      query t sees key s when s <= t + (S - T): bottom-right aligned, so the last query sees every key;
 * key_lengths: row b has key_lengths[b] real keys (a KV cache whose rows are filled to different lengths);
-* cu_seqlens:  row 0 packs several segments end to end, with borders [0, n1, n1+n2, ...]; they do not see one another.
+* cu_seqlens:  row 0 packs several segments end to end, with borders [0, n1, n1+n2, ..., T] and no key_lengths; they do
+               not see one another.
 
 A query that sees no key at all gets zeros (SDPA would give NaN: pytorch#103749).
 """
@@ -16,6 +17,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels.triton_or_none import AVAILABLE, INTERPRETED, tl, triton, wanted_kernels
 
@@ -132,7 +134,7 @@ def make_segments(q: Tensor, k: Tensor, key_lengths: Tensor | None, cu_seqlens: 
         return Segments(torch.zeros_like(starts), starts, lengths, starts, lengths)
     rows = torch.arange(B, dtype=torch.int32, device=q.device)
     zero = torch.zeros_like(rows)
-    keys = torch.full_like(rows, S) if key_lengths is None else key_lengths.to(q.device, torch.int32)
+    keys = torch.full_like(rows, S) if key_lengths is None else key_lengths.to(q.device, torch.int32).contiguous()
     return Segments(rows, zero, torch.full_like(rows, T), zero, keys)
 
 
@@ -153,21 +155,21 @@ def tile_table(lengths: Tensor, most: int, block: int) -> Tensor:
 def _rows(base, token, stride, keep, D1: tl.constexpr, D2: tl.constexpr):
     """Rows of D1 and of D2 more columns (the first part again if D2 is 0); zeros where not keep."""
     column = tl.arange(0, D1)
-    one = tl.load(base + token[:, None] * stride + column[None, :], mask=keep[:, None], other=0.0)
+    one = tl.load(base + token.to(tl.int64)[:, None] * stride + column[None, :], mask=keep[:, None], other=0.0)
     two = one
     if D2 > 0:
         column = D1 + tl.arange(0, D2)
-        two = tl.load(base + token[:, None] * stride + column[None, :], mask=keep[:, None], other=0.0)
+        two = tl.load(base + token.to(tl.int64)[:, None] * stride + column[None, :], mask=keep[:, None], other=0.0)
     return one, two
 
 
 @triton.jit
 def _store(base, token, stride, keep, one, two, D1: tl.constexpr, D2: tl.constexpr):
     column = tl.arange(0, D1)
-    tl.store(base + token[:, None] * stride + column[None, :], one.to(base.dtype.element_ty), mask=keep[:, None])
+    tl.store(base + token.to(tl.int64)[:, None] * stride + column[None, :], one.to(base.dtype.element_ty), mask=keep[:, None])
     if D2 > 0:
         column = D1 + tl.arange(0, D2)
-        tl.store(base + token[:, None] * stride + column[None, :], two.to(base.dtype.element_ty), mask=keep[:, None])
+        tl.store(base + token.to(tl.int64)[:, None] * stride + column[None, :], two.to(base.dtype.element_ty), mask=keep[:, None])
 
 
 @triton.jit
@@ -264,7 +266,7 @@ def _forward_kernel(q, k, v, out, lse, tiles, row, first_query, queries, first_k
 def _delta_kernel(out, d_out, delta, T, H, o_row, o_token, o_head, D1: tl.constexpr, D2: tl.constexpr,
                   BM: tl.constexpr, FLOAT: tl.constexpr):
     """delta [B, H, T] = rowsum(d_out * out): the backward pass of the softmax subtracts it (FlashAttention, app. B)."""
-    token = tl.program_id(0) * BM + tl.arange(0, BM)
+    token = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)  # a whole row's offsets may be beyond 2^31
     b, head = tl.program_id(1).to(tl.int64) // H, tl.program_id(1).to(tl.int64) % H
     inside = token < T
     base = b * o_row + head * o_head
@@ -424,6 +426,7 @@ class TritonAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d_out):
         q, k, v, out, lse, *segments = ctx.saved_tensors
         longest, causal, scale = ctx.options
@@ -463,7 +466,8 @@ def attention_triton(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: fl
     # Only the tile size hangs on it, and the device is not asked: segments of a packed row are taken for windows where
     # they are short on average.
     longest = q.shape[1] if cu_seqlens is None else 1.5 * q.shape[1] / max(1, len(cu_seqlens) - 1)
-    return TritonAttention.apply(q, k, v, segments, longest, causal, q.shape[3] ** -0.5 if scale is None else scale)
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        return TritonAttention.apply(q, k, v, segments, longest, causal, q.shape[3] ** -0.5 if scale is None else scale)
 
 
 # --- Decoding: one query per row --------------------------------------------------------------------------------------
@@ -541,11 +545,13 @@ def attention_decode_triton(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor
     part = torch.empty((B, H, splits, D), dtype=dtype, device=q.device)
     lse = torch.empty((B, H, splits), dtype=dtype, device=q.device)
     out = torch.empty((B, 1, H, D), dtype=q.dtype, device=q.device)
-    _decode_kernel[(B, K, splits)](q, k, v, part, lse, key_lengths, (D**-0.5 if scale is None else scale) * LOG2_E,
-                                   q.stride(0), q.stride(2), *strides(k, v), **kinds, SPLITS=splits,
-                                   BM=max(16, triton.next_power_of_2(group)), BN=64, num_warps=4, num_stages=3)
-    _combine_kernel[(B * H,)](part, lse, out, SPLITS=splits, PADDED=triton.next_power_of_2(splits), D1=kinds["D1"],
-                              D2=kinds["D2"], num_warps=1)
+    with torch.cuda.device_of(q):
+        _decode_kernel[(B, K, splits)](
+            q, k, v, part, lse, key_lengths.contiguous(), (D**-0.5 if scale is None else scale) * LOG2_E, q.stride(0),
+            q.stride(2), *strides(k, v), **kinds, SPLITS=splits, BM=max(16, triton.next_power_of_2(group)), BN=64,
+            num_warps=4, num_stages=3)
+        _combine_kernel[(B * H,)](part, lse, out, SPLITS=splits, PADDED=triton.next_power_of_2(splits), D1=kinds["D1"],
+                                  D2=kinds["D2"], num_warps=1)
     return out
 
 
@@ -567,13 +573,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | N
     On a CPU torch's own paths. On a GPU the Triton kernels where SDPA would need a mask, which its fast back ends
     refuse; whether they are the faster ones without a mask too is for `bench.py attention` to say.
     """
+    q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast RoPE leaves these two in float32
     wanted, masks = wanted_kernels(), dict(key_lengths=key_lengths, cu_seqlens=cu_seqlens)
     one_query = key_lengths is not None and q.shape[1] == 1
     no_mask = key_lengths is None and cu_seqlens is None and (not causal or q.shape[1] == k.shape[1])
     if wanted == "reference":
         return attention_reference(q, k, v, causal=causal, scale=scale, **masks)
     if triton_can(q) and (wanted == "triton" or wanted == "auto" and q.is_cuda and not no_mask):
-        if one_query and not (torch.is_grad_enabled() and q.requires_grad):
+        if one_query and not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
             return attention_decode_triton(q, k, v, key_lengths, scale=scale)
         return attention_triton(q, k, v, causal=causal, scale=scale, **masks)
     if cu_seqlens is not None:

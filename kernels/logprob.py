@@ -411,6 +411,7 @@ def token_log_probs_triton(hidden: Tensor, weight: Tensor, targets: Tensor, *, t
     if masked_ids is not None:
         masked = torch.zeros(len(weight), dtype=torch.uint8, device=weight.device).index_fill_(0, masked_ids, 1)
     hidden, weight = (x if x.stride(1) == 1 else x.contiguous() for x in (hidden, weight))
+    targets = targets.contiguous()
     with torch.cuda.device_of(hidden):  # Triton launches on the current device
         return TritonLogProbs.apply(hidden, weight, targets, masked, temperature, dtype, products)
 

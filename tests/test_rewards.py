@@ -188,6 +188,32 @@ def test_unusable_answers_equal_nothing_not_even_themselves(bad):
     assert accuracy_reward(bad, bad) == accuracy_reward("<answer>5</answer>", bad) == accuracy_reward(bad, "5") == 0.0
 
 
+@pytest.mark.parametrize("answer", [r"\boxed{4} or 3", r"3 or \boxed{4}", r"-\boxed{4}", r"\boxed{4}^2", r"7-\boxed{4}"])
+def test_what_stands_beside_a_box_is_part_of_the_answer(answer):
+    assert accuracy_reward(f"<answer>{answer}</answer>", "4") == 0.0
+
+
+@pytest.mark.parametrize("answer", [r"x = \boxed{4}", r"The answer is $\boxed{4}$.", r"(\boxed{4})", r"\boxed{4} cm",
+                                    r"**\boxed{4}**", r"\[\boxed{4}\]"])
+def test_a_box_amid_words(answer):
+    assert accuracy_reward(f"<answer>{answer}</answer>", "4") == 1.0
+
+
+@pytest.mark.parametrize("answer", ["A: 12 or 24", "A: 12, 24", "A: not 12 but 24", "A: option B", "A: [B]", 'A: "B"',
+                                    "B. No", "(B) No"])
+def test_a_letter_with_more_than_its_own(answer):
+    assert accuracy_reward(f"<answer>{answer}</answer>", "A", {"A": "12", "B": "24", "C": "36"}) == 0.0
+    assert accuracy_reward(f"<answer>{answer}</answer>", "B", {"A": "12", "B": "24", "C": "36"}) == 0.0
+
+
+@pytest.mark.parametrize("answer", ["-x", r"-\infty", r"-\pi", "-2^2", "-(1+2)", "1e400", "9" * 400, "-y", ""])
+def test_precision_never_raises(answer):
+    for truth in (answer, "3.1"):
+        assert accuracy_reward(f"<answer>{answer}</answer>", truth, precision=1) in (0.0, 1.0)
+    assert accuracy_reward("<answer>3.14 cm</answer>", "3.1 m", precision=1) == 0.0
+    assert accuracy_reward("<answer>-3.14</answer>", "-3.1", precision=1) == 1.0
+
+
 def test_truths_that_json_holds_as_numbers():
     assert accuracy_reward("<answer>18</answer>", 18) == accuracy_reward("<answer>1/2</answer>", 0.5) == 1.0
     assert accuracy_reward("<answer>B</answer>", "A", {"A": 3, "B": 4}) == 0.0
