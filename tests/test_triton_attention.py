@@ -164,6 +164,20 @@ def test_the_model_is_the_same_with_kernels(monkeypatch):
         torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kernels", ["sdpa", "triton", "reference"])
+@pytest.mark.parametrize("mask", [dict(cu_seqlens=tensor(0, 4, 9)), dict(key_lengths=tensor(7)), {}], ids=str)
+def test_under_autocast(monkeypatch, kernels, mask):
+    """RoPE leaves q and k in float32 where v is in half precision: as in training and rollouts on a GPU."""
+    monkeypatch.setenv("KERNELS", kernels)
+    T = 1 if "key_lengths" in mask else 9
+    q, k, v = inputs((1, T, 9, 4, 2, 16), torch.float32)
+    q, k, v = q.requires_grad_(), k.requires_grad_(), v.to(torch.bfloat16 if GPU else torch.float16).requires_grad_()
+    mask = {name: value.to(DEVICE) for name, value in mask.items()}
+    out = attention(q, k, v, causal=True, **mask)
+    out.float().sum().backward()
+    assert out.dtype == v.dtype and all(x.grad is not None and x.grad.dtype == x.dtype for x in (q, k, v))
+
+
 def test_a_rollout_with_kernels(monkeypatch):
     """Prefill of packed prompts, the ViT's windows and full attention, decoding over the cache: the same greedy ids."""
     sampler, images = load_sampler(str(MICRO_BASE), DEVICE, "float32", max_batch=3)
