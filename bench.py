@@ -597,8 +597,12 @@ BENCHES = {"rollout": (RolloutOptions, rollout), "rewards": (RewardsOptions, rew
 
 
 def main(argv: list[str]) -> None:
+    names = ", ".join(BENCHES)
+    if argv[:1] in (["-h"], ["--help"]):
+        print(f"{__doc__}\nBenches: {names}. Each has --help.")
+        return
     if not argv or argv[0] not in BENCHES:
-        raise InputError(f"name one of: {', '.join(BENCHES)}")
+        raise InputError(f"name one of: {names}")
     options_class, bench = BENCHES[argv[0]]
     options = parse_options(options_class, argv[1:])
     result = bench(options)

@@ -19,7 +19,7 @@ import tokenizers
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from readers import (Example, InputError, convert_examples, read_examples, read_json,
+from readers import (Example, InputError, convert_examples, read_examples, read_json, repeated_id,
                      report_bad)  # from here on, also for who imports data
 
 

@@ -23,7 +23,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from data import (Example, ImageConfig, InputError, Prompt, convert_examples, format_prompt, make_prompt,
-                  report_bad)
+                  repeated_id, report_bad)
 from model import weight_files
 from records import RecordFile, check_unused, json_lines, when_all_are_there, write_whole
 from rewards import accuracy_reward, extract_answer
@@ -146,7 +146,7 @@ def load_questions(sampler: "Sampler", options: "SampleOptions") -> tuple[list[E
     asked = list(islice(convert_examples(options.data, ask, bad), options.limit))
     report_bad(options.data, bad)
     if len({example.id for example, _ in asked}) < len(asked):
-        raise InputError(f"{options.data}: field 'id' is not unique")
+        raise InputError(f"{options.data}: {repeated_id([example for example, _ in asked])}")
     fitting = [(example, prompt) for example, prompt in asked if sampler.fits(prompt)]
     if not fitting:
         raise InputError(f"{options.data}: no question fits the context of {sampler.context} tokens")
@@ -158,6 +158,8 @@ def load_questions(sampler: "Sampler", options: "SampleOptions") -> tuple[list[E
 
 def distill(sampler: "Sampler", options: "SampleOptions") -> None:
     """Samples, judges, and writes what is kept; after Ctrl-C of the questions that are done."""
+    if not Path(options.out).name:
+        raise InputError(f"--out {options.out!r} is no file name")
     if Path(options.out).resolve() == Path(options.data).resolve():
         raise InputError(f"--out {options.out} is the question file")
     examples, prompts = load_questions(sampler, options)

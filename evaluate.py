@@ -27,7 +27,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from data import (Example, ImageConfig, InputError, Prompt, format_prompt, load_image, make_prompt, read_examples,
-                  report_bad)
+                  repeated_id, report_bad)
 from model import weight_files
 from records import RecordFile, json_lines, when_all_are_there, write_whole
 from rewards import accuracy_reward, extract_answer, is_equivalent
@@ -44,7 +44,7 @@ class EvaluateOptions:
     model: str = option(str(MICRO_BASE), "model folder")
     data: list[str] = option([str(MICRO_DATA / f"{name}.jsonl") for name in MICRO_TESTS], "question files")
     prompt_style: str = option("direct", "how a question is asked", choices=("mcq", "math", "train", "direct"))
-    runs: int = option(1, "responses per question (k)", low=1)
+    runs: int = option(1, "responses per question (k)", low=1, high=1_000_000)
     temperature: float = option(0.0, "0 is greedy", low=0.0)
     max_new_tokens: int = option(256, "response length limit", low=1)
     think_budget: int | None = option(None, "tokens after which </think> is appended if it has not come", low=0)
@@ -206,8 +206,8 @@ def read_answers(path: str) -> dict[bool, Answers]:
             record = json.loads(line)
             answers[bool(record["masked"])][Path(record["file"]).name, record["id"]].append(
                 {"correct": bool(record["correct"]), "vote": record["vote"]})
-    except (ValueError, TypeError, KeyError):
-        raise InputError(f"{path}: line {number}: not a record of evaluate.py --out") from None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise InputError(f"{path}: line {number or 1}: not a record of evaluate.py --out") from None
     return answers
 
 
@@ -229,6 +229,8 @@ def compare_without_images(options: EvaluateOptions) -> None:
     there, from the same two files, compares the models on the rest."""
     if len(options.text_solvable) != 2 or len(options.on) not in (0, 2):
         raise InputError("--text-solvable takes two files, and so does --on")
+    if options.out and Path(options.out).resolve() in [Path(p).resolve() for p in options.text_solvable + options.on]:
+        raise InputError(f"--out {options.out} is one of the files that are compared")
     if options.out and Path(options.out).exists() and not options.overwrite:
         raise InputError(f"{options.out} is there: use --overwrite, or another --out")
     answers = [read_answers(path) for path in options.text_solvable]
@@ -293,7 +295,7 @@ def load_examples(path: str, limit: int | None, bad: list[str] | None = None) ->
     """The file's questions, each with a name of its own. Complaints go to `bad` if it is given."""
     examples = list(islice(read_examples(path, bad), limit))
     if len({example.id for example in examples}) < len(examples):
-        raise InputError(f"{path}: field 'id' is not unique")
+        raise InputError(f"{path}: {repeated_id(examples)}")
     return examples
 
 
@@ -325,7 +327,7 @@ def fitting(sampler: Sampler, images: ImageConfig, path: str, examples: list[Exa
             else:
                 dropped += 1
         except InputError as error:
-            complaint = f"{path}: question {example.id}: {error}"
+            complaint = f"{example.where}: question {example.id}: {error}"
             if bad is None:
                 raise InputError(complaint) from None
             bad.append(complaint)

@@ -45,7 +45,7 @@ class GRPOOptions(TrainOptions):
     rollout_batch: int = option(256, "responses sampled at a time; changes memory, not the samples", low=1)
     questions_per_step: int = option(16, "questions per rollout (B)", low=1)
     max_prompt_tokens: int | None = option(None, "longer questions are dropped; None: what fills the context", low=1)
-    group_size: int = option(8, "responses per question (G)", low=2)
+    group_size: int = option(8, "responses per question (G)", low=2, high=1_000_000)
     max_new_tokens: int = option(160, "response length limit", low=1)
     temperature: float = option(1.0, "of the policy, in sampling and in the loss alike", low=1e-3)
     updates_per_rollout: int = option(1, "optimiser steps per rollout, each on its share of the responses", low=1)

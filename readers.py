@@ -55,6 +55,7 @@ class Example:
     accepted: list[str] = field(default_factory=list)  # other answers that are right as well
     precision: int | None = None  # decimals that count in a numeric answer
     schema: str = field(default="plain", compare=False)  # what the record was recognised as
+    where: str = field(default="", compare=False)  # file and line, for complaints
 
     @property
     def truths(self) -> list[str]:
@@ -85,19 +86,29 @@ def read_examples(path: str | Path, bad: list[str] | None = None) -> Iterator[Ex
 def convert_examples(path: str | Path, convert: Callable[[Example], T], bad: list[str] | None = None) -> Iterator[T]:
     """convert(example) of each example of a file. A complaint of convert's, which need name no file, is one about the
     record: it is raised or, with a list as `bad`, collected."""
-    converted = 0
+    converted, before = 0, len(bad or [])
     for example in read_examples(path, bad):
         try:
             value = convert(example)
         except InputError as error:
             if bad is None:
-                raise InputError(f"{path}: {error}") from None
-            bad.append(f"{path}: {error}")
+                raise InputError(f"{example.where}: {error}") from None
+            bad.append(f"{example.where}: {error}")
         else:
             converted += 1
             yield value
     if not converted:
-        raise InputError(f"{path}: none of the records is good; {bad[-1]}")
+        raise InputError(f"{path}: none of the records is good; {bad[before]}")
+
+
+def repeated_id(examples: list[Example]) -> str:
+    """Complains of the first id that comes again."""
+    seen = set()
+    for example in examples:
+        if example.id in seen:
+            return f"field 'id' is not unique: {reprlib.repr(example.id)} comes again ({example.where})"
+        seen.add(example.id)
+    raise ValueError("all ids are different")
 
 
 def report_bad(path: str | Path, bad: list[str] | None) -> None:
@@ -524,4 +535,4 @@ def _example(record: object, where: str, default_id: str, path: Path) -> Example
         _get(record, "domain", str, where, None),
         {key: value for key, value in record.items()
          if key not in (*PLAIN_FIELDS, *IMAGE_FIELDS) and _is_json(value)},
-        [_get({"accepted": text}, "accepted", str, where) for text in accepted], _precision(record, where), schema)
+        [_get({"accepted": text}, "accepted", str, where) for text in accepted], _precision(record, where), schema, where)

@@ -2,7 +2,6 @@
 import json
 import os
 import sys
-import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -10,16 +9,7 @@ from pathlib import Path
 import torch
 
 from data import InputError, read_json
-from training import git_commit
-
-
-def checksum(path: str | Path) -> int:
-    """CRC-32 of a file's bytes."""
-    crc = 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 24):
-            crc = zlib.crc32(block, crc)
-    return crc
+from training import checksum, git_commit
 
 
 def json_lines(records: Iterable[dict]) -> bytes:
@@ -109,7 +99,7 @@ class RecordFile:
             try:
                 record = json.loads(line)
                 groups[tuple(record[key] for key in self.keys)].append(record)
-            except (ValueError, TypeError, KeyError):
+            except (ValueError, TypeError, KeyError, RecursionError):
                 raise InputError(f"{self.path}: line {number}: not a record of this command") from None
         self.groups = {key: group for key, group in groups.items() if len(group) == self.size}
 

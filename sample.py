@@ -49,7 +49,7 @@ class SamplingParams:
     temperature: float = option(1.0, "0 is greedy", low=0.0)
     top_p: float = option(1.0, "nucleus sampling; 1 is off", low=0.0, high=1.0)
     top_k: int = option(0, "sample from the k most likely tokens; 0 is off", low=0)
-    n: int = option(1, "completions per prompt", low=1)
+    n: int = option(1, "completions per prompt", low=1, high=1_000_000)
     seed: int = option(0, "of the random streams", low=0)
     think_budget: int | None = option(None, "tokens after which </think> is appended if it has not come", low=0)
 

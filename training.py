@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import types
+import zlib
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -70,6 +71,8 @@ def parse_options(cls: type, argv: list[str], recipes: dict[str, dict] | None = 
     options = cls(**{**(recipes[typed.pop("recipe")] if recipes else {}), **typed})
     for f in fields(cls):
         value, low, high = getattr(options, f.name), f.metadata["low"], f.metadata["high"]
+        if type(value) in (int, float) and 1e18 < abs(value) < math.inf:  # torch and islice refuse such numbers in words of their own
+            raise InputError(f"--{f.name.replace('_', '-')} is too large: {value}")
         if isinstance(value, float) and not math.isfinite(value):
             raise InputError(f"--{f.name.replace('_', '-')} must be a finite number, not {value}")
         if value is not None and (low is not None and value < low or high is not None and value > high):
@@ -146,6 +149,15 @@ class TrainOptions:
 
 # --- The run folder ---------------------------------------------------------------------------------------------------
 
+def checksum(path: str | Path) -> int:
+    """CRC-32 of a file's bytes."""
+    crc = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
 class Run:
     """runs/NAME: config.json, metrics.jsonl, samples.jsonl, checkpoint/, model/."""
 
@@ -156,8 +168,9 @@ class Run:
             raise InputError("--out is empty")
         if self.folder.resolve() in (Path(options.model).resolve(), *Path(options.model).resolve().parents):
             raise InputError(f"--out {options.out} holds the model that training starts from: it would be overwritten")
-        config = {"options": asdict(options), "commit": git_commit(), "python": sys.version.split()[0],
-                  "torch": torch.__version__}
+        data = checksum(options.data) if Path(options.data).is_file() else None
+        config = {"options": asdict(options), "data_crc32": data, "commit": git_commit(),
+                  "python": sys.version.split()[0], "torch": torch.__version__}
         if options.resume:
             self.resume(config)
         else:
@@ -171,6 +184,8 @@ class Run:
                 raise InputError(f"{self.folder} holds a run: use --resume, --overwrite, or another --out")
             for name in ("checkpoint", "checkpoint.old", "model"):
                 shutil.rmtree(self.folder / name, ignore_errors=True)
+        elif any((self.folder / name).exists() for name in ("checkpoint", "model", "metrics.jsonl", "samples.jsonl")):
+            raise InputError(f"{self.folder} holds something that is no run: use another --out")
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in ("metrics.jsonl", "samples.jsonl"):
             (self.folder / name).unlink(missing_ok=True)
@@ -178,12 +193,17 @@ class Run:
 
     def resume(self, config: dict) -> None:
         """Finds the checkpoint and drops the metrics of steps that it does not hold."""
-        before, now = read_json(self.folder / "config.json").get("options", {}), config["options"]
+        old = read_json(self.folder / "config.json")
+        before, now = old.get("options", {}), config["options"]
+        if not isinstance(before, dict):
+            raise InputError(f"{self.folder / 'config.json'}: field 'options' must be an object")
         free = ("resume", "overwrite", "save_every", "out", "device", "micro_batch_size")  # may differ
         changed = [f"--{k.replace('_', '-')} was {before.get(k)!r}" for k in now
                    if k not in free and before.get(k) != now[k]]
         if changed:
             raise InputError(f"{self.folder}: cannot resume with other options: {'; '.join(changed)}")
+        if old.get("data_crc32", config["data_crc32"]) != config["data_crc32"]:
+            raise InputError(f"{self.folder}: cannot resume: {self.options.data} has changed since")
         candidates = [self.folder / "checkpoint", self.folder / "checkpoint.old"]
         self.checkpoint = next(filter(Path.exists, candidates), None)
         if self.checkpoint is None:
@@ -193,9 +213,16 @@ class Run:
             raise InputError(f"{self.checkpoint / 'state.json'}: field 'step' is missing or malformed")
         for name in ("metrics.jsonl", "samples.jsonl"):
             if (self.folder / name).exists():
-                lines = (self.folder / name).read_text().splitlines(keepends=True)
-                kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self.step]
-                (self.folder / name).write_text("".join(kept))
+                self.keep_steps(self.folder / name)
+
+    def keep_steps(self, path: Path) -> None:
+        """Drops what a records file holds beyond the checkpoint."""
+        try:
+            lines = path.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self.step]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise InputError(f"{path}: damaged: not a step's record in every line") from None
+        path.write_text("".join(kept))
 
     def log(self, name: str, *records: dict) -> None:
         """Appends records to metrics.jsonl or samples.jsonl."""

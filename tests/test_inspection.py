@@ -46,7 +46,7 @@ def test_the_command(tmp_path, folder):
     assert "records: 5 good, 3 bad; with images 1, with options 1, with a response 4\n" in out
     assert "domains: odd 3, even 2\n" in out
     bad = re.findall("^bad: (.*)", out, re.MULTILINE)
-    assert [line.removeprefix(f"{path}: ").split(":")[0] for line in bad] == ["line 2", "line 4", "question q6"]
+    assert [line.removeprefix(f"{path}: ").split(":")[0] for line in bad] == ["line 2", "line 4", "line 7"]
     assert "gone.png" in bad[2] and "letters from A to P" in bad[1]
     assert [line.split(";")[0] for line in re.findall("^example .*", out, re.MULTILINE)] == [
         "example 1: q1", "example 2: q2", "example 3: q4"]
@@ -89,7 +89,7 @@ def test_the_prompt_style_is_shown_and_applied(tmp_path, folder, capsys):
     inspection.main([str(path), "--model", str(folder), "--prompt-style", "mcq"])
     out = capsys.readouterr().out
     assert "tokens of the prompt (mcq)" in out and "tokens of prompt and response" not in out
-    assert f"bad: {path}: q1: the mcq prompt needs options" in out
+    assert f"bad: {path}: line 1: q1: the mcq prompt needs options" in out
     assert "Options:\n    \n    A: 1\n    B: 2<|im_end|>" in out and "; correct to 1 decimals" in out
 
 
@@ -106,7 +106,7 @@ def test_a_text_only_model_takes_no_images(tmp_path, capsys):
     folder = tiny.make_folder(tmp_path / "text", "text")
     path = written(tmp_path / "d.jsonl", worked(1), worked(2, image="a.png"))
     inspection.main([str(path), "--model", str(folder)])
-    assert f"bad: {path}: question q2: this model has no vision tower" in capsys.readouterr().out
+    assert f"bad: {path}: line 2: question q2: this model has no vision tower" in capsys.readouterr().out
 
 
 def test_histogram_counts_every_example():
@@ -125,7 +125,7 @@ def test_histogram_counts_every_example():
     ([], "the following arguments are required: FILE"),
     (["none.jsonl"], "none.jsonl: cannot be read (No such file"),
     (["d.jsonl", "--max-length", "1"], "--max-length must be at least 2"),
-    (["d.jsonl", "--prompt-style", "mcq"], "d.jsonl: none of the records is good; d.jsonl: q1: the mcq prompt"),
+    (["d.jsonl", "--prompt-style", "mcq"], "d.jsonl: none of the records is good; d.jsonl: line 1: q1: the mcq prompt"),
     (["d.jsonl", "--model", "nowhere"], "nowhere/tokenizer.json"),
     (["d.jsonl", "e.jsonl"], "unrecognized arguments: e.jsonl"),
 ])

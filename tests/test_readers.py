@@ -411,6 +411,13 @@ def test_files_are_streamed(tmp_path):
     assert "line 2" in complaint(next, examples)
 
 
+def test_a_repeated_id_is_named(tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_text("".join(json.dumps({"id": i, "question": "?", "answer": "1"}) + "\n" for i in "abcb"))
+    complaint = readers.repeated_id(list(readers.read_examples(path)))
+    assert complaint == f"field 'id' is not unique: 'b' comes again ({path}: line 4)"
+
+
 def test_what_convert_complains_of_is_a_bad_record(tmp_path):
     def odd(example: Example) -> int:
         if int(example.answer) % 2 == 0:
@@ -418,10 +425,10 @@ def test_what_convert_complains_of_is_a_bad_record(tmp_path):
         return int(example.answer)
 
     path = written(tmp_path, [{"question": "q", "answer": answer} for answer in (1, 2, 3, None, 4)])
-    assert complaint(lambda: list(readers.convert_examples(path, odd))) == f"{path}: d-2: even"
+    assert complaint(lambda: list(readers.convert_examples(path, odd))) == f"{path}: line 2: d-2: even"
     bad = []
     assert list(readers.convert_examples(path, odd, bad)) == [1, 3]
-    assert bad == [f"{path}: d-2: even", f"{path}: line 4: field 'answer' is missing or empty", f"{path}: d-5: even"]
+    assert bad == [f"{path}: line 2: d-2: even", f"{path}: line 4: field 'answer' is missing or empty", f"{path}: line 5: d-5: even"]
     path = written(tmp_path, [{"question": "q", "answer": 2}])
     assert "none of the records is good" in complaint(lambda: list(readers.convert_examples(path, odd, [])))
 

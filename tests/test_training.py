@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -233,6 +233,25 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(options, trained):
     with pytest.raises(InputError, match="diverged"):
         optimizer_step(model, optimizer, 1e-3, 1.0)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_a_folder_of_somebody_elses_is_left_alone(tmp_path):
+    for name in ("metrics.jsonl", "model"):
+        folder = tmp_path / name.split(".")[0]
+        (folder / name).mkdir(parents=True)
+        with pytest.raises(InputError, match="holds something that is no run"):
+            Run(TrainOptions(out=str(folder)))
+        assert (folder / name).is_dir()
+
+
+def test_changed_data_cannot_be_resumed(tmp_path):
+    data = tmp_path / "d.jsonl"
+    data.write_text("1")
+    options = TrainOptions(out=str(tmp_path / "run"), data=str(data))
+    Run(options)
+    data.write_text("2")
+    with pytest.raises(InputError, match="d.jsonl has changed since"):
+        Run(replace(options, resume=True))
 
 
 def test_overwrite_leaves_nothing_of_the_old_run(options, trained):
