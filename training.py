@@ -260,6 +260,8 @@ class Run:
     def save(self, model: Qwen2_5_VL, optimizer: torch.optim.Optimizer, *, last: bool) -> None:
         """Checkpoint and model folder, every `save_every` steps and at the end."""
         if last or self.options.save_every and self.step % self.options.save_every == 0:
+            if not all(p.isfinite().all() for p in model.parameters()):
+                raise InputError(f"step {self.step}: weights are not finite: training has diverged; nothing is saved")
             self.save_model(model)  # first: what is interrupted here is done again after --resume
             self.save_checkpoint(model, optimizer)
 

@@ -235,6 +235,16 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(options, trained):
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
+def test_weights_that_are_not_finite_are_not_saved(options, trained):
+    model, optimizer, run = trained(1)
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.requires_grad).view(-1)[0] = float("inf")
+    run.step = 7
+    with pytest.raises(InputError, match="step 7: weights are not finite"):
+        run.save(model, optimizer, last=True)
+    assert not (run.folder / "model").exists() and not (run.folder / "checkpoint").exists()
+
+
 def test_a_folder_of_somebody_elses_is_left_alone(tmp_path):
     for name in ("metrics.jsonl", "model"):
         folder = tmp_path / name.split(".")[0]
