@@ -154,22 +154,24 @@ def tile_table(lengths: Tensor, most: int, block: int) -> Tensor:
 @triton.jit
 def _rows(base, token, stride, keep, D1: tl.constexpr, D2: tl.constexpr):
     """Rows of D1 and of D2 more columns (the first part again if D2 is 0); zeros where not keep."""
+    offset = token.to(tl.int64)[:, None] * stride  # may be beyond 2^31
     column = tl.arange(0, D1)
-    one = tl.load(base + token.to(tl.int64)[:, None] * stride + column[None, :], mask=keep[:, None], other=0.0)
+    one = tl.load(base + offset + column[None, :], mask=keep[:, None], other=0.0)
     two = one
     if D2 > 0:
         column = D1 + tl.arange(0, D2)
-        two = tl.load(base + token.to(tl.int64)[:, None] * stride + column[None, :], mask=keep[:, None], other=0.0)
+        two = tl.load(base + offset + column[None, :], mask=keep[:, None], other=0.0)
     return one, two
 
 
 @triton.jit
 def _store(base, token, stride, keep, one, two, D1: tl.constexpr, D2: tl.constexpr):
+    offset = token.to(tl.int64)[:, None] * stride  # may be beyond 2^31
     column = tl.arange(0, D1)
-    tl.store(base + token.to(tl.int64)[:, None] * stride + column[None, :], one.to(base.dtype.element_ty), mask=keep[:, None])
+    tl.store(base + offset + column[None, :], one.to(base.dtype.element_ty), mask=keep[:, None])
     if D2 > 0:
         column = D1 + tl.arange(0, D2)
-        tl.store(base + token.to(tl.int64)[:, None] * stride + column[None, :], two.to(base.dtype.element_ty), mask=keep[:, None])
+        tl.store(base + offset + column[None, :], two.to(base.dtype.element_ty), mask=keep[:, None])
 
 
 @triton.jit
@@ -227,6 +229,17 @@ def _segment(tiles, row, first_query, queries, first_key, keys):
 
 
 @triton.jit
+def _key_range(start, N, shift, CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """Of the N keys, those before `whole` lie in tiles that all BM queries from `start` on see, and need no mask; from
+    `end` on no query sees any. Query t sees keys up to t + shift."""
+    whole, end = N // BN * BN, N
+    if CAUSAL:
+        whole = tl.maximum(tl.minimum(N, start + shift + 1), 0) // BN * BN
+        end = tl.maximum(tl.minimum(N, start + BM + shift), 0)
+    return whole, end
+
+
+@triton.jit
 def _forward_kernel(q, k, v, out, lse, tiles, row, first_query, queries, first_key, keys, scale2, T,
                     q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head, o_row, o_token, o_head,
                     HEADS: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, D1: tl.constexpr,
@@ -245,12 +258,8 @@ def _forward_kernel(q, k, v, out, lse, tiles, row, first_query, queries, first_k
         total = tl.zeros([BM], FLOAT)
         acc1 = tl.zeros([BM, D1], FLOAT)
         acc2 = tl.zeros([BM, D2 if D2 > 0 else D1], FLOAT)
-        # Query t sees keys up to t + shift. Whole tiles that all queries see come first, and need no mask.
         shift = N - M
-        end, whole = N, N // BN * BN
-        if CAUSAL:
-            end = tl.maximum(tl.minimum(N, start + BM + shift), 0)
-            whole = tl.maximum(tl.minimum(N, start + shift + 1), 0) // BN * BN
+        whole, end = _key_range(start, N, shift, CAUSAL, BM, BN)
         acc1, acc2, peak, total = _attend(acc1, acc2, peak, total, q1, q2, k, v, k_token, v_token, query, 0, whole, N,
                                           shift, scale2, CAUSAL, False, D1, D2, BN)
         acc1, acc2, peak, total = _attend(acc1, acc2, peak, total, q1, q2, k, v, k_token, v_token, query, whole, end, N,
@@ -317,10 +326,7 @@ def _query_kernel(q, k, v, d_out, dq, lse, delta, tiles, row, first_query, queri
         dq1 = tl.zeros([BM, D1], FLOAT)
         dq2 = tl.zeros([BM, D2 if D2 > 0 else D1], FLOAT)
         shift = N - M
-        end, whole = N, N // BN * BN
-        if CAUSAL:
-            end = tl.maximum(tl.minimum(N, start + BM + shift), 0)
-            whole = tl.maximum(tl.minimum(N, start + shift + 1), 0) // BN * BN
+        whole, end = _key_range(start, N, shift, CAUSAL, BM, BN)
         dq1, dq2 = _walk_keys(dq1, dq2, q1, q2, d1, d2, k, v, k_token, v_token, l, d, query, 0, whole, N, shift,
                               scale2, CAUSAL, False, D1, D2, BN)
         dq1, dq2 = _walk_keys(dq1, dq2, q1, q2, d1, d2, k, v, k_token, v_token, l, d, query, whole, end, N, shift,
@@ -399,8 +405,8 @@ def blocks(D: int, longest: int, kernel: str) -> dict:
     """Tile sizes, warps and pipeline stages of the forward, query and key kernels, by head dim; one choice for each, no
     autotuning at first use. Windows of a ViT are 64 tokens: longer tiles would be half empty.
 
-    Chosen by what Triton 3.9 compiles for sm_90 (`benchmarks/kernel_resources.py`): no spilled registers, but for 52
-    bytes a thread in the key kernel at D = 128 (of 336 with 64 queries at a time). Not yet measured on a GPU.
+    Chosen by what Triton 3.9 compiles for sm_90 (`benchmarks/kernel_resources.py`): nothing is spilled but in the key
+    kernel at D = 128, 88 bytes a thread, and 304 with a window's tiles. Not yet measured on a GPU.
     """
     if longest <= 64:
         return {"BM": 32 if kernel == "key" else 64, "BN": 64, "num_warps": 4, "num_stages": 2}
@@ -466,8 +472,9 @@ def attention_triton(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: fl
     # Only the tile size hangs on it, and the device is not asked: segments of a packed row are taken for windows where
     # they are short on average.
     longest = q.shape[1] if cu_seqlens is None else 1.5 * q.shape[1] / max(1, len(cu_seqlens) - 1)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
     with torch.cuda.device_of(q):  # Triton launches on the current device
-        return TritonAttention.apply(q, k, v, segments, longest, causal, q.shape[3] ** -0.5 if scale is None else scale)
+        return TritonAttention.apply(q, k, v, segments, longest, causal, scale)
 
 
 # --- Decoding: one query per row --------------------------------------------------------------------------------------
