@@ -23,12 +23,15 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from kernels import attention, logprob  # noqa: E402, F401
+import kernels.attention  # noqa: E402
+from kernels import logprob  # noqa: E402
+
+attention = sys.modules["kernels.attention"]  # `kernels.attention` is the function
 
 POINTERS = {"targets": "*i64", "masked": "*u8", "parts": "*fp32", "target_logits": "*fp32", "lse": "*fp32",
             "upstream": "*fp32", "scale": "fp32", "scale2": "fp32", "delta": "*fp32", "part": "*fp32",
             "lengths": "*i64",
-            **dict.fromkeys(("tiles", "row", "first_query", "queries", "first_key", "keys"), "*i32")}
+            "cu_seqlens": "*i32", "key_lengths": "*i32"}
 MATRICES = ("hidden", "weight", "out", "a", "b", "rest", "q", "k", "v", "d_out", "dq", "dk", "dv")
 
 
@@ -43,7 +46,7 @@ def compile_kernel(kernel, element: str, constants: dict, options: dict, contigu
             signature[name], values[name] = "constexpr", 1
         else:
             signature[name] = POINTERS.get(name, f"*{element}" if name in MATRICES else "i32")
-            if signature[name] != "fp32" and name != "TILES":
+            if signature[name] != "fp32" and name not in ("TILES", *attention.NUMBERS):
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs={(names.index(k),): v for k, v in values.items()},
                        attrs=attributes)
@@ -78,20 +81,19 @@ def configurations(element: str, sizes: dict):
 
 def attention_configurations(only_chosen: bool):
     """(name, kernel, constants, options) of the 7B's causal attention (28 heads on 4, D = 128), the ViT's (D = 80)."""
-    kernels = sys.modules["kernels.attention"]
     for D in (128, 80):
-        D1, D2 = kernels.columns(D)
+        D1, D2 = attention.columns(D)
         common = {"HEADS": 28, "GROUP": 7 if D == 128 else 1, "D1": D1, "D2": D2, "FLOAT": triton.language.float32}
         for kind in ("forward", "query", "key"):
-            tried = [kernels.blocks(D, 4096, kind), kernels.blocks(D, 64, kind)]
+            tried = [attention.blocks(D, 4096, kind, torch.bfloat16), attention.blocks(D, 64, kind, torch.bfloat16)]
             if not only_chosen:
                 tried += [{"BM": BM, "BN": BN, "num_warps": w, "num_stages": 2} for BM, BN, w in
                           ((128, 128, 8), (128, 64, 8), (128, 64, 4), (64, 128, 8), (64, 64, 4), (32, 64, 4))]
             for sizes in tried:
-                kernel = getattr(kernels, f"_{kind}_kernel")
-                yield f"attention {kind}, {D}", kernel, {**common, "CAUSAL": D == 128}, sizes
+                kernel = getattr(attention, f"_{kind}_kernel")
+                yield f"attention {kind}, {D}", kernel, {**common, "CAUSAL": D == 128, "PACKED": True, "RAGGED": False}, sizes
         if D == 128:
-            yield f"attention decode, {D}", kernels._decode_kernel, {**common, "SPLITS": 4}, {
+            yield f"attention decode, {D}", attention._decode_kernel, {**common, "SPLITS": 4}, {
                 "BM": 16, "BN": 64, "num_warps": 4, "num_stages": 3}
 
 

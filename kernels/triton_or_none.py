@@ -7,7 +7,10 @@ try:
     import triton
     import triton.language as tl
 except ImportError:
-    triton, tl = SimpleNamespace(jit=lambda function: function), SimpleNamespace(constexpr=None)
+    def unchanged(function=None, **options):
+        return function or unchanged
+
+    triton, tl = SimpleNamespace(jit=unchanged), SimpleNamespace(constexpr=None)
     AVAILABLE = False
 else:
     AVAILABLE = True

@@ -5,8 +5,8 @@ import torch
 
 from data import load_image, make_prompt
 from kernels import attention
-from kernels.attention import (attention_decode_triton, attention_reference, attention_triton, columns, make_segments,
-                               splits_for, tile_table)
+from kernels.attention import (attention_decode_triton, attention_reference, attention_triton, columns,
+                               splits_for)
 from kernels.triton_or_none import AVAILABLE
 from model import Qwen2_5_VL
 from sample import SamplingParams, load_sampler
@@ -124,14 +124,6 @@ def test_decoding(H, K, D, splits, dtype):
 def test_splits():
     assert splits_for(1, 100_000, 132) == 64 and splits_for(512, 4096, 132) == 1
     assert splits_for(16, 4096, 132) == 16 and splits_for(4, 100, 132) == 1
-
-
-def test_tile_table():
-    table = tile_table(tensor(0, 65, 64, 1), 130, 64)
-    assert table[table[:, 0] >= 0].tolist() == [[1, 0], [1, 64], [2, 0], [3, 0]] and len(table) == 130 // 64 + 4
-    q, k = torch.zeros(2, 3, 1, 16), torch.zeros(2, 9, 1, 16)
-    segments = make_segments(q, k, tensor(4, 9), None)
-    assert [part.tolist() for part in segments] == [[0, 1], [0, 0], [3, 3], [0, 0], [4, 9]]
 
 
 def test_columns():
