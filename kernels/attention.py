@@ -337,7 +337,7 @@ def _query_kernel(q, k, v, out, d_out, dq, lse, delta, cu_seqlens, segments, key
 
 @triton.jit
 def _walk_queries(dk1, dk2, dv1, dv2, k1, k2, v1, v2, q, d_out, q_stride, o_stride, lse, delta, key, begin, end, M,
-                  shift, scale2, CAUSAL: tl.constexpr, ALL: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+                  shift, scale2, CAUSAL: tl.constexpr, MASKED: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
                   BM: tl.constexpr):
     """Everything transposed, keys by queries: so p and d_score are left operands of their products, which Hopper's
     tensor cores take from registers. Queries behind the segment's end are zeros, with d_out, lse and delta: they add
@@ -345,11 +345,12 @@ def _walk_queries(dk1, dk2, dv1, dv2, k1, k2, v1, v2, q, d_out, q_stride, o_stri
     for start in range(begin, end, BM):
         query = start + tl.arange(0, BM)
         inside = query < M
-        q1, q2 = _rows(q, query, q_stride, inside, ALL, D1, D2)
-        d1, d2 = _rows(d_out, query, o_stride, inside, ALL, D1, D2)
-        l, d = tl.load(lse + query, mask=inside, other=0.0), tl.load(delta + query, mask=inside, other=0.0)
+        q1, q2 = _rows(q, query, q_stride, inside, not MASKED, D1, D2)
+        d1, d2 = _rows(d_out, query, o_stride, inside, not MASKED, D1, D2)
+        l = tl.load(lse + query, mask=inside, other=0.0)
+        d = tl.load(delta + query, mask=inside, other=0.0)
         p = tl.exp2(_products(k1, k2, q1, q2, D2) * scale2 - l[None, :])                                     # [BN, BM]
-        if CAUSAL:
+        if MASKED and CAUSAL:
             p = tl.where(key[:, None] <= query[None, :] + shift, p, 0.0)
         dv1, dv2 = _add_product(dv1, dv2, p.to(d1.dtype), d1, d2, D2)
         d_score = p * (_products(v1, v2, d1, d2, D2) - d[None, :])
@@ -387,16 +388,14 @@ def _key_kernel(q, k, v, d_out, dk, dv, lse, delta, cu_seqlens, segments, key_le
             q_base = q + b * q_row + first * q_token + head * q_head
             o_base = d_out + b * o_row + first * o_token + head * o_head
             place = (b * HEADS + head) * T + first
-            if CAUSAL:
-                dk1, dk2, dv1, dv2 = _walk_queries(dk1, dk2, dv1, dv2, k1, k2, v1, v2, q_base, o_base, q_token, o_token,
-                                                   lse + place, delta + place, key, begin, whole, M, shift, scale2,
-                                                   True, False, D1, D2, BM)
             dk1, dk2, dv1, dv2 = _walk_queries(dk1, dk2, dv1, dv2, k1, k2, v1, v2, q_base, o_base, q_token, o_token,
                                                lse + place, delta + place, key, whole, full, M, shift, scale2,
-                                               False, True, D1, D2, BM)
-            dk1, dk2, dv1, dv2 = _walk_queries(dk1, dk2, dv1, dv2, k1, k2, v1, v2, q_base, o_base, q_token, o_token,
-                                               lse + place, delta + place, key, full, M, M, shift, scale2,
-                                               False, False, D1, D2, BM)
+                                               CAUSAL, False, D1, D2, BM)
+            for edge in range(0 if CAUSAL else 1, 2):  # where not all is seen, and what does not fill a tile
+                dk1, dk2, dv1, dv2 = _walk_queries(dk1, dk2, dv1, dv2, k1, k2, v1, v2, q_base, o_base, q_token, o_token,
+                                                   lse + place, delta + place, key, begin if edge == 0 else full,
+                                                   whole if edge == 0 else M, M, shift, scale2, CAUSAL, True, D1, D2,
+                                                   BM)
         place = b * d_row + first * d_token + kv_head * d_head
         _store(dk + place, key, d_token, inside, dk1 * scale, dk2 * scale, D1, D2)
         _store(dv + place, key, d_token, inside, dv1, dv2, D1, D2)
