@@ -555,6 +555,11 @@ def splits_for(programs: int, S: int, processors: int) -> int:
     return max(1, min(-(-2 * processors // programs), -(-S // 256), 64))
 
 
+def decode_blocks(dtype: torch.dtype) -> dict:
+    """As `blocks`: tiles of 64 keys, two more of which are on their way."""
+    return {"num_warps": 4, **({"BN": 16, "num_stages": 1} if dtype == torch.float32 else {"BN": 64, "num_stages": 3})}
+
+
 def attention_decode_triton(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor, *, scale: float | None,
                             splits: int | None = None) -> Tensor:
     """One query per row, as `attention_decode`. Keys behind a row's length are never read."""
@@ -567,12 +572,11 @@ def attention_decode_triton(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor
     part = out if splits == 1 else torch.empty((B, H, splits, D), dtype=dtype, device=q.device)
     lse = torch.empty((B, H, splits), dtype=dtype, device=q.device)
     kinds = shape_constants(q, k)
-    sizes = {"BN": 16, "num_stages": 1} if q.dtype == torch.float32 else {"BN": 64, "num_stages": 3}
     with torch.cuda.device_of(q):
         _decode_kernel[(B, K, splits)](
             q, k, v, part, lse, key_lengths.contiguous(), (D**-0.5 if scale is None else scale) * LOG2_E, q.stride(0),
             q.stride(2), *strides(k, v), **kinds, SPLITS=splits, BM=max(16, triton.next_power_of_2(group)),
-            num_warps=4, **sizes)
+            **decode_blocks(q.dtype))
         if splits > 1:
             _combine_kernel[(B * H,)](part, lse, out, SPLITS=splits, PADDED=triton.next_power_of_2(splits),
                                       D1=kinds["D1"], D2=kinds["D2"], num_warps=1)

@@ -95,6 +95,12 @@ def _add_product(total, a, b, size, a_step, b_step, EVEN: tl.constexpr, BK: tl.c
 
 
 @triton.jit
+def _exp(x):
+    """exp(x) as two instructions; tl.exp takes five, to get results below 2^-126 right, which here may be 0."""
+    return tl.exp2(x * 1.4426950408889634)
+
+
+@triton.jit
 def _logits(hidden, weight, token, column, masked, scale, N, V, C, hidden_row, weight_row, MASK: tl.constexpr,
             PRODUCT: tl.constexpr, EVEN: tl.constexpr, NEVER: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr,
             BK: tl.constexpr, FLOAT: tl.constexpr):
@@ -136,14 +142,15 @@ def _statistics_kernel(hidden, weight, targets, masked, parts, target_logits, sc
         column = tile * BV + tl.arange(0, BV)
         logits, _ = _logits(hidden, weight, token, column, masked, scale, N, V, C, hidden_row, weight_row, MASK,
                             PRODUCT, EVEN, NEVER, BN, BV, BK, FLOAT)
-        found = tl.sum(tl.where(column[None, :] == target[:, None], logits, 0.0), 1)
-        tl.store(target_logits + token, found, mask=(token < N) & (target >= tile * BV)
-                 & (target < tl.minimum(tile * BV + BV, V)))
+        here = (target >= tile * BV) & (target < tl.minimum(tile * BV + BV, V))
+        if tl.sum(here.to(tl.int32), 0) > 0:  # few tiles hold a target
+            found = tl.sum(tl.where(column[None, :] == target[:, None], logits, 0.0), 1)
+            tl.store(target_logits + token, found, mask=here & (token < N))
         higher = tl.maximum(peak, tl.max(logits, 1))
         below = logits - higher[:, None]
-        weights = tl.exp(below)
+        weights = _exp(below)
         shift = peak - higher  # a new peak: what was summed so far shrinks by exp(shift), and each l - peak by shift
-        shrink = tl.exp(shift)
+        shrink = _exp(shift)
         spread = shrink * (spread + total * shift) + tl.sum(weights * below, 1)
         total = shrink * total + tl.sum(weights, 1)
         peak = higher
@@ -166,7 +173,7 @@ def _gradient_kernel(hidden, weight, targets, masked, lse, upstream, out, scale,
                              PRODUCT, EVEN, NEVER, BN, BV, BK, FLOAT)
     inside = token < N
     target = tl.load(targets + token, mask=inside, other=-1).to(tl.int32) - first
-    p = tl.exp(logits - tl.load(lse + token, mask=inside, other=0.0)[:, None])
+    p = _exp(logits - tl.load(lse + token, mask=inside, other=0.0)[:, None])
     one_hot = (column[None, :] == target[:, None]).to(FLOAT)
     gradient = (one_hot - p) * (tl.load(upstream + token, mask=inside, other=0.0) * scale)[:, None]
     gradient = tl.where(counts[None, :], gradient, 0.0)
