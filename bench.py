@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import date
+from itertools import cycle
 from pathlib import Path
 from statistics import fmean
 
@@ -406,6 +407,9 @@ def milliseconds(run: Callable[[], object], device: torch.device) -> float:
     """Median of runs for a quarter of a second, after three to warm up."""
     for _ in range(3):
         run()
+    if device.type == "cuda":
+        calls = max(1, min(20, int(20 / gpu_milliseconds(run, 1))))
+        return sorted(gpu_milliseconds(run, calls) for _ in range(9))[4]
     times = []
     while sum(times) < 0.25 or len(times) < 5:
         synchronize(device)
@@ -414,6 +418,18 @@ def milliseconds(run: Callable[[], object], device: torch.device) -> float:
         synchronize(device)
         times.append(time.perf_counter() - started)
     return 1e3 * sorted(times)[len(times) // 2]
+
+
+def gpu_milliseconds(run: Callable[[], object], calls: int) -> float:
+    """Of one of so many calls, on the GPU alone: it sleeps while the host queues them."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(50_000_000)  # cycles: some 30 ms
+    begin.record()
+    for _ in range(calls):
+        run()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / calls
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device, *, less: int) -> int | None:
@@ -436,7 +452,7 @@ def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
 def competitors(shape: AttentionShape, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, Callable]:
     """Functions of (q, k, v) by name. SDPA gets segments, here all of one length, as a batch, which is its best case,
     and also with a mask; keys and values of a group are not copied."""
-    B, T, S, n = shape.B, shape.T, shape.S, shape.segment
+    B, T, S, H, K, n = shape.B, shape.T, shape.S, shape.H, shape.K, shape.segment
     lengths = torch.full((B,), S, device=q.device)
     cu_seqlens = torch.arange(0, T + 1, n, device=q.device) if n else None
 
@@ -445,7 +461,7 @@ def competitors(shape: AttentionShape, q: torch.Tensor, k: torch.Tensor, v: torc
             q, k, v = (x.view(T // n, n, *x.shape[2:]) for x in (q, k, v))
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         causal = shape.causal and T > 1 and mask is None
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=shape.H != shape.K)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=H != K)
 
     def backend(kind):
         def run(q, k, v):
@@ -453,9 +469,9 @@ def competitors(shape: AttentionShape, q: torch.Tensor, k: torch.Tensor, v: torc
                 return sdpa(q, k, v)
         return run
 
-    def masked(q, k, v):
-        mask = visible(T, S, causal=shape.causal, key_lengths=None, cu_seqlens=cu_seqlens, device=q.device)
-        return sdpa(q, k, v, mask)
+    borders = None
+    if n and H == K:  # SDPA's fast back ends take a mask, or groups, not both
+        borders = visible(T, S, causal=shape.causal, key_lengths=None, cu_seqlens=cu_seqlens, device=q.device)
 
     if q.device.type == "cuda" and T == 1:
         found = {"triton": lambda q, k, v: attention_decode_triton(q, k, v, lengths, scale=None)}
@@ -465,8 +481,8 @@ def competitors(shape: AttentionShape, q: torch.Tensor, k: torch.Tensor, v: torc
         found = {"ours": lambda q, k, v: attention(q, k, v, causal=shape.causal, cu_seqlens=cu_seqlens)}
     if q.device.type == "cuda":
         found |= {"flash": backend(SDPBackend.FLASH_ATTENTION), "cudnn": backend(SDPBackend.CUDNN_ATTENTION)}
-    if n and T <= 4096:
-        found["masked sdpa"] = masked
+    if borders is not None:
+        found["masked sdpa"] = lambda q, k, v: sdpa(q, k, v, borders)
     return found | {"sdpa": sdpa}
 
 
@@ -479,6 +495,9 @@ def time_attention(shape: AttentionShape, device: torch.device, dtype: torch.dty
     if decode:  # as a KV cache lies
         k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v))
     upstream = torch.randn_like(q)
+    caches = cycle([(k, v)])
+    if decode and device.type == "cuda":  # several, by turns: more than the L2 cache holds, as between two steps
+        caches = cycle([(k.clone(), v.clone()) for _ in range(-(-2**28 // (k.nbytes + v.nbytes)))])
     for name, function in competitors(shape, q, k, v).items():
         leaves = [x.detach().requires_grad_(not decode) for x in (q, k, v)]
 
@@ -486,7 +505,7 @@ def time_attention(shape: AttentionShape, device: torch.device, dtype: torch.dty
             return torch.autograd.grad(out, leaves, upstream.view(out.shape))
 
         try:
-            forward = milliseconds(lambda: function(*leaves), device)
+            forward = milliseconds(lambda: function(q, *next(caches)) if decode else function(*leaves), device)
             both = None if decode else milliseconds(lambda: backward(function(*leaves)), device)
         except RuntimeError as error:  # a back end that does not take this shape
             print(f"{shape.name:<22}{name:<14}{str(error).splitlines()[0][:70]}")

@@ -7,7 +7,7 @@ takes, and the disassembly what its inner loop is made of. So the tile sizes wer
 
 A multiprocessor has 65,536 registers (255 a thread at most) and 227 KiB of shared memory. "spilled": bytes per thread
 that do not fit into registers, "in loops": how many instructions of the inner loops with products read or write them;
-elsewhere they do no harm. "waits": the tensor cores' products run one by one (ptxas C7515).
+elsewhere they do no harm. "copies": asynchronous ones, behind which it computes. "waits": the tensor cores' products run one by one (ptxas C7515).
 
 "products" and "issue" are cycles of one turn of the leanest inner loop: of the tensor cores (m64nNk16 takes N / 2, if
 shared memory keeps up, which it does from N = 64 on), and of the four schedulers that issue an instruction of a warp each
@@ -68,7 +68,8 @@ def resources(compiled) -> dict:
         command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", source, "-o", source.with_suffix(".cubin")]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     return {"registers": int(re.search(r"Used (\d+) registers", text)[1]), "waits": "C7515" in text,
-            "spilled": int(re.search(r"(\d+) bytes spill stores", text)[1]), "shared": compiled.metadata.shared}
+            "spilled": int(re.search(r"(\d+) bytes spill stores", text)[1]), "shared": compiled.metadata.shared,
+            "copies": compiled.asm["ptx"].count("cp.async.c")}
 
 
 def inner_loops(compiled) -> list[list[str]]:
@@ -150,13 +151,13 @@ def print_row(name: str, element: str, tile: str, warps: int, stages: int, compi
     local = sum("LDL" in line or "STL" in line for loop in loops for line in loop)
     products, issue = cycles(min(loops, key=len), warps) if loops else ("", "")
     print(f"{name:<23}{element:<6}{tile:<15}{warps:>6}{stages:>8}{r['registers']:>11}{r['spilled']:>9}{local:>10}"
-          f"{r['shared'] / 1024:>7.1f}{resident:>8}{products:>10}{issue:>7}{'  waits' * r['waits']}", flush=True)
+          f"{r['shared'] / 1024:>7.1f}{resident:>8}{r['copies']:>8}{products:>10}{issue:>7}{'  waits' * r['waits']}", flush=True)
 
 
 def show(only_chosen: bool) -> None:
     """The table."""
     print(f"{'kernel':<23}{'type':<6}{'tile':<15}{'warps':>6}{'stages':>8}{'registers':>11}{'spilled':>9}{'in loops':>10}"
-          f"{'KiB':>7}{'per SM':>8}{'products':>10}{'issue':>7}   triton {triton.__version__}")
+          f"{'KiB':>7}{'per SM':>8}{'copies':>8}{'products':>10}{'issue':>7}   triton {triton.__version__}")
     for element in ELEMENTS:
         for name, kernel, constants, tile, sizes, contiguous in configurations(element, SHARED[90], only_chosen):
             options = {key: sizes[key] for key in ("num_warps", "num_stages")}

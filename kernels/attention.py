@@ -484,7 +484,7 @@ def constants(q: Tensor, k: Tensor, causal: bool, cu_seqlens: Tensor | None, key
 
 def attention_triton(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | None = None,
                      key_lengths: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
-    """As `attention_reference`, where `triton_can`."""
+    """As `attention_reference`, where `triton_can`; scale > 0."""
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     key_lengths, cu_seqlens = (None if x is None else x.to(q.device, torch.int32).contiguous()
                                for x in (key_lengths, cu_seqlens))
@@ -589,10 +589,9 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def triton_can(q: Tensor, scale: float | None) -> bool:
+def triton_can(q: Tensor) -> bool:
     """Whether the kernels run on this tensor: a GPU's, or any in the interpreter; no float64 on a GPU."""
-    return bool(AVAILABLE and columns(q.shape[3]) and (scale is None or scale > 0)
-                and (INTERPRETED or q.is_cuda and q.dtype != torch.float64))
+    return bool(AVAILABLE and columns(q.shape[3]) and (INTERPRETED or q.is_cuda and q.dtype != torch.float64))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | None = None,
@@ -605,10 +604,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | N
     q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast RoPE leaves these two in float32
     wanted, masks = wanted_kernels(), dict(key_lengths=key_lengths, cu_seqlens=cu_seqlens)
     one_query = key_lengths is not None and q.shape[1] == 1
-    no_mask = key_lengths is None and cu_seqlens is None and (not causal or q.shape[1] == k.shape[1])
+    positive = scale is None or scale > 0  # else our peak is wrong, and SDPA's causal scores become 0 * -inf
+    no_mask = key_lengths is None and cu_seqlens is None and (not causal or q.shape[1] == k.shape[1] and positive)
     if wanted == "reference":
         return attention_reference(q, k, v, causal=causal, scale=scale, **masks)
-    if triton_can(q, scale) and (wanted == "triton" or wanted == "auto" and q.is_cuda and not no_mask):
+    if triton_can(q) and positive and (wanted == "triton" or wanted == "auto" and q.is_cuda and not no_mask):
         if one_query and not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
             return attention_decode_triton(q, k, v, key_lengths, scale=scale)
         return attention_triton(q, k, v, causal=causal, scale=scale, **masks)

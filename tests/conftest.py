@@ -5,3 +5,35 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+def teach_the_interpreter_bfloat16() -> None:
+    """Triton's interpreter holds bfloat16 as 16-bit integers. Its dot multiplies those, and its conversion from float32
+    cuts off what does not fit. Here the first gets float32, and the second rounds to the nearest, as a GPU does."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    dot, truncate = InterpreterBuilder.create_dot, InterpreterBuilder.create_fp_trunc
+
+    def widened(x):
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def rounded(self, x, to):
+        if (x.dtype.scalar, to.scalar) != (tl.float32, tl.bfloat16):
+            return truncate(self, x, to)
+        bits = np.ascontiguousarray(x.data).view(np.uint32)
+        bits = np.where(np.isnan(x.data), 0x7FC00000, bits + 0x7FFF + (bits >> 16 & 1))
+        return TensorHandle((bits >> 16).astype(np.uint16), tl.bfloat16)
+
+    InterpreterBuilder.create_dot = lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest)
+    InterpreterBuilder.create_fp_trunc = rounded
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    try:
+        teach_the_interpreter_bfloat16()
+    except ImportError:
+        pass  # no Triton here: its tests are skipped
