@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from kernels.triton_or_none import AVAILABLE, INTERPRETED, tl, triton, wanted_kernels
+from kernels.triton_or_none import tl, triton, triton_runs_on, wanted_kernels
 
 CHUNK_ELEMENTS = 2**25  # logits in one chunk of the PyTorch path: 128 MiB in float32
 GRADIENT_ELEMENTS = {"triton": 2**24, "cublas": 2**25}  # gradients of logits in one chunk: 32 and 64 MiB in bfloat16
@@ -442,8 +442,7 @@ def pick_path(hidden: Tensor):
     wanted = wanted_kernels()
     if wanted == "reference":
         return token_log_probs_reference
-    runs = AVAILABLE and len(hidden) > 0 and (hidden.is_cuda and hidden.dtype != torch.float64 or INTERPRETED)
-    if runs and (wanted == "triton" or wanted == "auto" and hidden.is_cuda):
+    if triton_runs_on(hidden) and len(hidden) > 0 and (wanted == "triton" or wanted == "auto" and hidden.is_cuda):
         return token_log_probs_triton
     return token_log_probs_torch
 

@@ -1,7 +1,11 @@
 """triton and triton.language where they are installed (there is no Triton for macOS), else stand-ins under which the kernel
 files still import. TRITON_INTERPRET=1, set before the first import, runs kernels on CPU tensors, in numpy."""
 import os
+from functools import lru_cache
 from types import SimpleNamespace
+
+import torch
+from torch import Tensor
 
 try:
     import triton
@@ -24,3 +28,14 @@ def wanted_kernels() -> str:
     if wanted not in ("auto", "triton", "sdpa", "reference"):
         raise ValueError(f"KERNELS must be auto, triton, sdpa or reference, not {wanted}")
     return wanted
+
+
+@lru_cache
+def is_known(device: torch.device) -> bool:
+    """NVIDIA's GPUs from Ampere on: those that the tile sizes fit (`benchmarks/kernel_resources.py --fits`)."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def triton_runs_on(x: Tensor) -> bool:
+    """Whether our kernels run on this tensor: on a GPU's unless it is float64, in the interpreter on any."""
+    return AVAILABLE and (INTERPRETED or x.is_cuda and x.dtype != torch.float64 and is_known(x.device))
