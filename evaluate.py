@@ -29,7 +29,7 @@ from statistics import fmean, stdev
 from data import (Example, ImageConfig, InputError, Prompt, format_prompt, load_image, make_prompt, read_examples,
                   repeated_id, report_bad)
 from model import weight_files
-from records import RecordFile, json_lines, when_all_are_there, write_whole
+from training.journal import RecordFile, json_lines, when_all_are_there, write_whole
 from rewards import accuracy_reward, extract_answer, is_equivalent
 from sample import Completion, Sampler, SamplingParams, load_sampler
 from training import MICRO_BASE, MICRO_DATA, option, parse_options, run_command

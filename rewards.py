@@ -21,8 +21,8 @@ An option letter beats an option whose text is that letter; a letter with anothe
 import re
 from collections.abc import Sequence
 
-from equivalence import as_text, is_equivalent, parse_answer, parse_truth
-from formulas import MAX_CHARS, MAX_WORK, plain
+from answers.equivalence import as_text, is_equivalent, parse_answer, parse_truth
+from answers.formulas import MAX_CHARS, MAX_WORK, plain
 
 __all__ = ["accuracy_reward", "choose", "extract_answer", "is_equivalent"]
 

@@ -30,9 +30,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from chat import chat
+from tools.chat import chat
 from data import ImageConfig, InputError, Prompt, Tokenizer, load_image, make_prompt
-from distill import DistillOptions, check_options, distill
+from tools.distill import DistillOptions, check_options, distill
 from kernels import draw, is_greedy, sampling_log_probs
 from model import Config, KVCache, PromptCache, Qwen2_5_VL, rope_positions
 from training import MICRO_BASE, check_vocabulary, limit_threads, option, parse_options, pick_device, run_command

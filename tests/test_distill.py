@@ -18,7 +18,7 @@ import sample  # noqa: E402
 import sft  # noqa: E402
 import tiny  # noqa: E402
 from data import Example, InputError, read_examples  # noqa: E402
-from distill import as_written, chosen, judge  # noqa: E402
+from tools.distill import as_written, chosen, judge  # noqa: E402
 from sample import Completion, Sampler  # noqa: E402
 from training import MICRO_BASE, MICRO_DATA  # noqa: E402
 

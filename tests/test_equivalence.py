@@ -7,11 +7,11 @@ from fractions import Fraction
 
 import pytest
 
-import bench
-import equivalence
-import formulas
-from equivalence import answers_agree, is_equivalent, parse_answer, parse_truth
-from formulas import (MAX_BITS, MAX_CHARS, MAX_WORK, Approx, Evaluator, NotMaths, NoValue, Parser, approximate, plain,
+from benchmarks import rollout as bench
+from answers import equivalence
+from answers import formulas
+from answers.equivalence import answers_agree, is_equivalent, parse_answer, parse_truth
+from answers.formulas import (MAX_BITS, MAX_CHARS, MAX_WORK, Approx, Evaluator, NotMaths, NoValue, Parser, approximate, plain,
                       tokenise, values_agree, variables)
 
 BLOCKS = bench.answer_blocks()

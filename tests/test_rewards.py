@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-import equivalence
+from answers import equivalence
 import rewards
 from rewards import accuracy_reward, extract_answer, is_equivalent
 

@@ -12,7 +12,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import tiny  # noqa: E402
-from chat import stream  # noqa: E402
+from tools.chat import stream  # noqa: E402
 from data import InputError, Prompt, Tokenizer  # noqa: E402
 from kernels import draw  # noqa: E402
 from kernels import sampling_log_probs as kernel_log_probs  # noqa: E402

@@ -11,10 +11,10 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import inspection  # noqa: E402
+from tools import inspect_data as inspection  # noqa: E402
 import tiny  # noqa: E402
 from data import ImageConfig, Tokenizer, encode_example, load_image, make_prompt, read_examples  # noqa: E402
-from readers import InputError  # noqa: E402
+from data.datasets import InputError  # noqa: E402
 
 
 @pytest.fixture(scope="module")

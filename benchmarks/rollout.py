@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import equivalence
+from answers import equivalence
 from data import ImageConfig, InputError, Prompt, Tokenizer, format_prompt, make_prompt, read_examples
 from kernels import attention, logprob
 from kernels.attention import attention_decode_triton, attention_triton, visible

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from data import (Example, ImageConfig, InputError, Prompt, convert_examples, format_prompt, make_prompt,
                   repeated_id, report_bad)
 from model import weight_files
-from records import RecordFile, check_unused, json_lines, when_all_are_there, write_whole
+from training.journal import RecordFile, check_unused, json_lines, when_all_are_there, write_whole
 from rewards import accuracy_reward, extract_answer
 from training import option
 

@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
 
-from formulas import (MAX_CHARS, MAX_WORK, ROUNDS, THOUSANDS, Evaluator, Node, NotMaths, Parser, approximate, children,
+from answers.formulas import (MAX_CHARS, MAX_WORK, ROUNDS, THOUSANDS, Evaluator, Node, NotMaths, Parser, approximate, children,
                       plain, random_point, tokenise, value_or_none, values_agree, variables)
 
 

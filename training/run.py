@@ -24,7 +24,7 @@ from torch import nn
 from data import InputError, Tokenizer, read_json
 from model import Config, Qwen2_5_VL, copy_side_files
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 MICRO_BASE = ROOT / "micro" / "base"
 MICRO_DATA = ROOT / "micro" / "data"
 

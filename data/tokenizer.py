@@ -19,7 +19,7 @@ import tokenizers
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from readers import (Example, InputError, convert_examples, read_examples, read_json, repeated_id,
+from data.datasets import (Example, InputError, convert_examples, read_examples, read_json, repeated_id,
                      report_bad)  # from here on, also for who imports data
 
 
@@ -383,6 +383,6 @@ def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
 
 
 if __name__ == "__main__":
-    from inspection import main  # it stands on the whole of this file
+    from tools.inspect_data import main  # it stands on the whole of this file
     from training import run_command
     run_command(main)

@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import readers  # noqa: E402
+from data import datasets as readers  # noqa: E402
 from data import load_image  # noqa: E402
-from readers import Example, InputError, read_examples, report_bad  # noqa: E402
+from data.datasets import Example, InputError, read_examples, report_bad  # noqa: E402
 
 
 def complaint(call, *args, **options) -> str:

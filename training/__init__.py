@@ -1,0 +1,2 @@
+"""What both training loops share."""
+from training.run import *  # noqa: F403
