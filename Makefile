@@ -24,12 +24,12 @@ test: .venv/installed
 
 # Shows everything, and keeps the last line, the figures as JSON. PEER="--peer PEER/bin/python" runs the peers too.
 KEEP = | tee benchmarks/last-gpu-output.txt && tail -n 1 benchmarks/last-gpu-output.txt > benchmarks/$(1)-gpu.json
-BENCH_GPU = .venv/bin/python bench.py rollout --device cuda --dtype bfloat16 --samples 1 --json --repeats 2
+BENCH_GPU = .venv/bin/python benchmarks/rollout.py --device cuda --dtype bfloat16 --samples 1 --json --repeats 2
 gpu: .venv/installed
 	.venv/bin/python -m pytest -q tests/test_triton_*.py
 	.venv/bin/python -m pytest -q tests -k gpu
-	.venv/bin/python bench.py attention --device cuda --json $(call KEEP,attention)
-	.venv/bin/python bench.py logprob --device cuda --json $(PEER) $(call KEEP,logprob)
+	.venv/bin/python benchmarks/attention.py --device cuda --json $(call KEEP,attention)
+	.venv/bin/python benchmarks/logprob.py --device cuda --json $(PEER) $(call KEEP,logprob)
 	$(BENCH_GPU) --shape 3b --prompts 1 --new-tokens 256 $(PEER) $(call KEEP,rollout-3b-batch1)
 	$(BENCH_GPU) --shape 7b --prompts 1 --new-tokens 256 $(PEER) $(call KEEP,rollout-7b-batch1)
 	$(BENCH_GPU) --shape 7b --prompts 128 --slots 128 --prompt-tokens 1920 --new-tokens 256 $(PEER) $(call KEEP,rollout-7b-batch128)

@@ -28,11 +28,11 @@ from statistics import fmean, stdev
 
 from data import (Example, ImageConfig, InputError, Prompt, format_prompt, load_image, make_prompt, read_examples,
                   repeated_id, report_bad)
-from model import weight_files
+from hub.options import MICRO_BASE, MICRO_DATA, option, parse_options, run_command
+from hub.weights import weight_files
 from training.journal import RecordFile, json_lines, when_all_are_there, write_whole
 from rewards import accuracy_reward, extract_answer, is_equivalent
 from sample import Completion, Sampler, SamplingParams, load_sampler
-from training import MICRO_BASE, MICRO_DATA, option, parse_options, run_command
 
 MICRO_TESTS = ("test_text", "test_image", "test_text_other", "test_image_other")
 IMAGE_BYTES = 4 << 30  # of preprocessed images that wait at a time: those of a whole benchmark would not fit

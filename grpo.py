@@ -18,12 +18,14 @@ from tqdm import tqdm
 
 from data import (Example, ImageConfig, InputError, Prompt, Tokenizer, convert_examples, epoch_order, format_prompt,
                   make_prompt, report_bad)
+from hub.config import Config
+from hub.options import MICRO_DATA, option, parse_options, run_command
 from kernels import token_log_probs
-from model import Config, Qwen2_5_VL
+from model import Qwen2_5_VL
 from rewards import accuracy_reward, extract_answer
 from sample import Completion, Sampler, SamplingParams
-from training import (MICRO_DATA, Run, TrainOptions, autocast, load_for_training, make_optimizer, option,
-                      optimizer_step, parse_options, run_command)
+from training.optimizer import autocast, load_for_training, make_optimizer, optimizer_step
+from training.run import Run, TrainOptions
 
 # The paper leaves open what its batch of 128 counts (here: questions, as in verl, which it used), the upper clip bound
 # (here: DAPO's 0.28) and whether the KL term stayed (here: on, at the appendix's 1e-2; --kl-coef 0 drops it).

@@ -8,166 +8,19 @@ Rows are padded on the right: attention is causal, so no real token ever sees th
 """
 import json
 import os
-import shutil
-from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from data import InputError, read_json
+from hub.config import Config
+from hub.errors import InputError
+from hub.weights import read_weights
 from kernels import PackedLinear, attention, can_pack, packed_twin
-from vision import GatedMLP, Grid, RMSNorm, VisionConfig, VisionTower, apply_rope
+from vision import GatedMLP, Grid, RMSNorm, VisionTower, apply_rope
 
-
-@dataclass(frozen=True)
-class Config:
-    """The decoder's fields as named in the hub's config.json, and the vision tower's (None for text-only Qwen2.5)."""
-    hidden_size: int                    # C
-    intermediate_size: int              # MLP
-    num_hidden_layers: int
-    num_attention_heads: int            # H
-    num_key_value_heads: int            # K
-    vocab_size: int                     # V: rows of the embedding; more than the tokenizer has ids
-    rms_norm_eps: float
-    rope_theta: float
-    max_position_embeddings: int        # tokens that fit
-    tie_word_embeddings: bool           # the head is the embedding
-    torch_dtype: str = "float32"        # of the weights on disk
-    eos_token_id: int | None = None
-    image_token_id: int | None = None   # one per merged cell of an image
-    video_token_id: int | None = None   # recognised only to be refused
-    vision_start_token_id: int | None = None
-    vision_end_token_id: int | None = None
-    mrope_section: tuple[int, ...] | None = None  # rotary frequencies that turn with time, height, width
-    vision: VisionConfig | None = None
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "Config":
-        path = Path(folder) / "config.json"
-        return cls.from_dict(read_json(path), str(path))
-
-    @classmethod
-    def from_dict(cls, raw: dict, name: str = "config.json") -> "Config":
-        """Reads the hub's flat config, a re-saved nested one (`text_config`), and both spellings of the rotary fields.
-
-        Raises InputError naming `name` and the field, for what is missing, of the wrong type, or not supported here.
-        """
-        kind = raw.get("model_type")
-        if kind not in ("qwen2_5_vl", "qwen2"):
-            raise InputError(f"{name}: model_type {kind!r} is not supported (qwen2_5_vl, or qwen2 for text only)")
-        text = section(raw, "text_config", name)
-        flat = {**raw, **{k: v for k, v in text.items() if v is not None}}  # re-saves leave nulls behind
-        # newer saves have the flag at the top, older ones inside text_config beside the top's default
-        flat["tie_word_embeddings"] = raw.get("tie_word_embeddings") or text.get("tie_word_embeddings") or False
-        if isinstance(flat.get("eos_token_id"), list) and flat["eos_token_id"]:
-            flat["eos_token_id"] = flat["eos_token_id"][0]
-        flat["torch_dtype"] = raw.get("torch_dtype") or raw.get("dtype") or flat.get("dtype") or "float32"
-        rope = section(flat, "rope_parameters", name) or section(flat, "rope_scaling", name)
-        rope_kind = rope.get("rope_type", rope.get("type", "default"))
-        if rope_kind not in ("mrope", "default"):
-            raise InputError(f"{name}: rope_scaling type {rope_kind!r} is not supported (mrope or default)")
-        flat["rope_theta"] = rope.get("rope_theta", flat.get("rope_theta"))
-        flat["mrope_section"], flat["vision"] = None, None
-        if kind == "qwen2_5_vl":
-            flat["mrope_section"] = rope.get("mrope_section")
-            flat["vision"] = read_fields(VisionConfig, vision_fields(raw, name), f"{name}: vision_config")
-        for field, wanted in (("hidden_act", "silu"), ("use_sliding_window", False)):
-            if flat.get(field, wanted) != wanted:
-                raise InputError(f"{name}: {field} {flat[field]!r} is not supported (only {wanted!r})")
-        config = read_fields(cls, flat, name)
-        config.check(name)
-        return config
-
-    def check(self, name: str) -> None:
-        """Raises InputError where the fields contradict one another."""
-        def require(condition: bool, message: str) -> None:
-            if not condition:
-                raise InputError(f"{name}: {message}")
-
-        require(self.hidden_size % (2 * self.num_attention_heads) == 0,
-                "hidden_size is not an even multiple of num_attention_heads")
-        require(self.num_attention_heads % self.num_key_value_heads == 0,
-                "num_attention_heads is not a multiple of num_key_value_heads")
-        require(self.torch_dtype in ("float32", "float16", "bfloat16"),
-                f"torch_dtype {self.torch_dtype!r} is not supported")
-        if self.vision is not None:
-            require(len(self.mrope_section or ()) == 3 and sum(self.mrope_section) * 2 == self.head_dim,
-                    f"mrope_section {self.mrope_section} is not three numbers of sum {self.head_dim // 2}")
-            require(self.vision.out_hidden_size == self.hidden_size,
-                    "vision_config: out_hidden_size is not hidden_size")
-            require(self.vision.hidden_size % (4 * self.vision.num_heads) == 0,
-                    "vision_config: hidden_size is not a multiple of 4 * num_heads")
-            require(self.vision.window_size >= self.vision.patch_size * self.vision.spatial_merge_size,
-                    "vision_config: window_size is smaller than a merged cell")
-            for field in ("image_token_id", "video_token_id"):
-                require(getattr(self, field) is not None, f"{field} is missing")
-                require(getattr(self, field) < self.vocab_size, f"{field} is not below vocab_size")
-
-    def to_dict(self) -> dict:
-        """The hub's flat config.json."""
-        raw = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("vision", "mrope_section")}
-        raw = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu",
-               "use_sliding_window": False, **{k: v for k, v in raw.items() if v is not None}}
-        if self.vision is not None:
-            vision = {f.name: getattr(self.vision, f.name) for f in fields(VisionConfig)}
-            vision["in_chans"] = vision.pop("in_channels")
-            raw |= {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl",
-                    "rope_scaling": {"type": "mrope", "mrope_section": self.mrope_section},
-                    "vision_config": {"hidden_act": "silu", "tokens_per_second": 2, **vision}}
-        return raw
-
-
-def section(raw: dict, field: str, name: str) -> dict:
-    """An object inside the config; empty where it is missing or null."""
-    value = raw.get(field) or {}
-    if not isinstance(value, dict):
-        raise InputError(f"{name}: {field} has a bad value: {value!r}")
-    return value
-
-
-def vision_fields(raw: dict, name: str) -> dict:
-    """The config's `vision_config`, with `in_chans` under its newer name."""
-    vision = section(raw, "vision_config", name)
-    if not vision:
-        raise InputError(f"{name}: vision_config is missing")
-    if vision.get("hidden_act", "silu") != "silu":
-        raise InputError(f"{name}: vision_config: hidden_act {vision['hidden_act']!r} is not supported (only 'silu')")
-    return {**vision, "in_channels": vision.get("in_channels", vision.get("in_chans", 3))}
-
-
-def read_fields(cls: type, raw: dict, name: str):
-    """Builds a config dataclass from the fields that it defines; numbers must be positive, or InputError."""
-    values = {}
-    for field in fields(cls):
-        value = raw.get(field.name)
-        if value is None:
-            continue
-        if field.type is int or field.type == int | None:
-            good = type(value) is int and (value > 0 or field.name.endswith("_token_id") and value >= 0)
-        elif field.type is float:
-            good = type(value) in (int, float) and 0 < value < float("inf")
-        elif field.type in (bool, str):
-            good = isinstance(value, field.type)
-        elif field.type == (VisionConfig | None):
-            good = True
-        else:  # a tuple of ints
-            good = isinstance(value, (list, tuple)) and all(type(v) is int and v >= 0 for v in value)
-            value = tuple(value) if good else value
-        if not good:
-            raise InputError(f"{name}: {field.name} has a bad value: {value!r}")
-        values[field.name] = value
-    try:
-        return cls(**values)
-    except TypeError as error:  # "missing 2 required positional arguments: 'a' and 'b'"
-        raise InputError(f"{name}: missing {str(error).rpartition(': ')[2]}") from None
 
 
 class KVCache:
@@ -429,68 +282,3 @@ class Qwen2_5_VL(nn.Module):
         for name in ("model.safetensors", "config.json"):
             os.replace(folder / f"{name}.tmp", folder / name)
         (folder / "model.safetensors.index.json").unlink(missing_ok=True)  # of shards that stood here before
-
-
-SIDE_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-              "merges.txt", "preprocessor_config.json", "generation_config.json", "chat_template.json",
-              "chat_template.jinja")
-
-
-def copy_side_files(source: str | Path, folder: str | Path) -> None:
-    """Copies what a model folder holds besides config and weights."""
-    for name in SIDE_FILES:
-        if (Path(source) / name).exists() and Path(source).resolve() != Path(folder).resolve():
-            shutil.copyfile(Path(source) / name, Path(folder) / name)
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The folder's safetensors files: one, or the shards that the index names."""
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return [folder / "model.safetensors"]
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise InputError(f"{index}: weight_map is missing or malformed")
-    return [folder / Path(name).name for name in sorted(set(weight_map.values()))]  # .name: never outside the folder
-
-
-def published_key(key: str) -> str:
-    """transformers >= 4.52 nests the decoder and the tower under `model.`; the published layout does not."""
-    return key.replace("model.language_model.", "model.", 1).replace("model.visual.", "visual.", 1)
-
-
-def read_weights(folder: Path, wanted: dict[str, Tensor], config: Config, device,
-                 dtype: torch.dtype) -> dict[str, Tensor]:
-    """All tensors of a model folder under their published names. Every missing, unexpected, misshapen or non-finite
-    one is listed in one InputError."""
-    state, seen, problems = {}, set(), []
-    for path in weight_files(folder):
-        try:
-            with safe_open(path, framework="pt") as shard:
-                for key in shard.keys():
-                    name, tensor = published_key(key), shard.get_tensor(key)
-                    seen.add(name)
-                    if name == "lm_head.weight" and config.tie_word_embeddings:
-                        state[name] = tensor  # some re-saves write the tied head: it must then be the embedding
-                    elif name not in wanted:
-                        problems.append(f"{path.name}: unexpected {key}")
-                    elif tensor.shape != wanted[name].shape:
-                        expected = list(wanted[name].shape)
-                        problems.append(f"{path.name}: {key} has shape {list(tensor.shape)}, expected {expected}")
-                    elif not tensor.isfinite().all():
-                        problems.append(f"{path.name}: {key} has NaN or infinite values")
-                    else:
-                        state[name] = tensor.to(device=device, dtype=dtype)
-        except FileNotFoundError:
-            raise InputError(f"{path}: no such file") from None
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{path}: not a readable safetensors file: {error}") from None
-    if config.tie_word_embeddings and (head := state.pop("lm_head.weight", None)) is not None:
-        embedding = state.get("model.embed_tokens.weight", torch.empty(0, device=device))
-        if not torch.equal(head.to(device=device, dtype=dtype), embedding):
-            problems.append("lm_head.weight differs from the embedding although tie_word_embeddings is true")
-    problems += [f"missing {key}" for key in wanted if key not in seen]
-    if problems:
-        shown = "; ".join(problems[:10]) + (f"; and {len(problems) - 10} more" if len(problems) > 10 else "")
-        raise InputError(f"{folder}: {shown}")
-    return state

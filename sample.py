@@ -1,8 +1,6 @@
-"""Sampling: the rollout engine that GRPO and every evaluation use, and a chat.
+"""Sampling: the rollout engine that GRPO and every evaluation use.
 
-    python sample.py --model micro/base                                              # chat; /image FILE, /reset, /quit
     python sample.py --model Qwen2.5-VL-7B-Instruct --image cat.png --prompt "What is this?" --temperature 0 --json
-    python sample.py --model QwQ-32B --data medqa.jsonl --n 8 --keep-correct --out sft.jsonl    # see distill.py
 
 How it is fast, from top to bottom:
 * a fixed number of slots decode together, a token each per step, and a slot whose sequence has ended goes to the next
@@ -23,19 +21,18 @@ import time
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from tools.chat import chat
-from data import ImageConfig, InputError, Prompt, Tokenizer, load_image, make_prompt
-from tools.distill import DistillOptions, check_options, distill
+from data import ImageConfig, InputError, Prompt, Tokenizer, check_vocabulary, load_image, make_prompt
+from hub.config import Config
+from hub.options import MICRO_BASE, limit_threads, option, parse_options, pick_device, run_command
 from kernels import draw, is_greedy, sampling_log_probs
-from model import Config, KVCache, PromptCache, Qwen2_5_VL, rope_positions
-from training import MICRO_BASE, check_vocabulary, limit_threads, option, parse_options, pick_device, run_command
+from model import KVCache, PromptCache, Qwen2_5_VL, rope_positions
 
 END_OF_THOUGHT = "</think>"
 TAG_GRACE = 8  # tokens that a half-written </think> may still take when the think budget is used up
@@ -399,10 +396,10 @@ class Rollout:
 # --- The command ------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
-class SampleOptions(DistillOptions, SamplingParams):
-    """Sample from a model folder: answer --prompt, distil the answers to --data, or chat."""
+class SampleOptions(SamplingParams):
+    """Sample answers to a prompt, text or with images."""
     model: str = option(str(MICRO_BASE), "model folder")
-    prompt: str | None = option(None, "the user's text; images stand before it")
+    prompt: str = option("", "the user's text; images stand before it")
     image: list[str] = option([], "image files")
     system: str | None = option(None, "system prompt (default: the template's)")
     json: bool = option(False, "print one JSON object")
@@ -448,18 +445,11 @@ def load_sampler(folder: str, device: str, dtype: str, **options) -> tuple[Sampl
 
 
 def main(argv: list[str]) -> None:
-    """Answers --prompt, distils the answers to --data, or talks."""
     options = parse_options(SampleOptions, argv)
-    if options.prompt is None and (options.json or options.image):
-        raise InputError("--json and --image need a --prompt")
-    check_options(options)
+    if not options.prompt:
+        raise InputError("--prompt is missing (tools/chat.py talks)")
     sampler, images = load_sampler(options.model, options.device, options.dtype, max_batch=options.max_batch)
-    if options.data is not None:
-        distill(sampler, options)
-    elif options.prompt is not None:
-        sample_once(sampler, options, images)
-    else:
-        chat(sampler, replace(options, n=1), images, options.system)
+    sample_once(sampler, options, images)
 
 
 if __name__ == "__main__":

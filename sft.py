@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import (Example, InputError, Row, Tokenizer, collate, collate_packed, convert_examples, encode_example,
-                  epoch_order, make_row, pack, report_bad)
+from data import (Example, InputError, Row, Tokenizer, check_vocabulary, collate, collate_packed, convert_examples,
+                  encode_example, epoch_order, make_row, pack, report_bad)
+from hub.options import MICRO_DATA, option, parse_options, run_command
 from kernels import token_log_probs
 from model import Qwen2_5_VL
-from training import (MICRO_DATA, Run, TrainOptions, autocast, check_vocabulary, load_for_training, make_optimizer,
-                      option, optimizer_step, parse_options, run_command)
+from training.optimizer import autocast, load_for_training, make_optimizer, optimizer_step
+from training.run import Run, TrainOptions
 
 PAPER = {"epochs": 4, "max_steps": None, "batch_size": 128, "max_length": 4096, "learning_rate": 1e-5, "lr_decay": 0.8,
          "micro_batch_size": 1, "pack_tokens": 4096, "save_every": 100}

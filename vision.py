@@ -8,37 +8,14 @@ Most blocks attend inside windows of 112 x 112 pixels (4 x 4 merged cells), whic
 area; every eighth block attends to the whole image. Patches are reordered window by window once, before the first
 block, and put back after the merger.
 """
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hub.config import VisionConfig
 from kernels import attention
 
 Grid = tuple[int, int, int]  # (t, h, w) in patches
-
-
-@dataclass(frozen=True)
-class VisionConfig:
-    """Fields as in the hub's `vision_config` (whose `in_chans` is in_channels here). Re-saved configs leave out the
-    defaults, which are the 7B's. The weights' shapes are checked against all but num_heads, window_size and
-    fullatt_block_indexes."""
-    hidden_size: int                    # C
-    out_hidden_size: int = 3584         # the decoder's width
-    depth: int = 32                     # blocks
-    num_heads: int = 16                 # H
-    intermediate_size: int = 3420       # MLP
-    in_channels: int = 3
-    patch_size: int = 14                # pixels
-    temporal_patch_size: int = 2        # frames; an image is repeated
-    spatial_merge_size: int = 2         # patches, in each direction, that make one image token
-    window_size: int = 112              # pixels
-    fullatt_block_indexes: tuple[int, ...] = (7, 15, 23, 31)
-
-    @property
-    def patch_dim(self) -> int:
-        return self.in_channels * self.temporal_patch_size * self.patch_size**2
 
 
 class RMSNorm(nn.Module):

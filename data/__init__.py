@@ -1,3 +1,10 @@
 """Everything between a file on disk and the tensors of the model."""
-from data.datasets import *  # noqa: F403
-from data.tokenizer import *  # noqa: F403
+from data.datasets import Example, convert_examples, read_examples, repeated_id, report_bad
+from data.images import MERGE, PATCH, ImageConfig, load_image, preprocess_image, smart_resize
+from data.prompts import Prompt, chat_prompt, format_prompt, make_prompt, question_text
+from data.sequences import (Row, collate, collate_packed, encode_example, epoch_order, make_row,
+                            pack)
+from data.tokenizer import Tokenizer, check_vocabulary, render_chat
+from hub.errors import InputError, read_json
+
+__all__ = [name for name in dir() if not name.startswith("_")]

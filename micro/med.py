@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 from data import InputError  # noqa: E402
 from micro.reproduce import Table, measure, print_claims, print_table, run  # noqa: E402
 from micro.world import GRAPH_DEPTHS, SFT_BUCKETS, draw_question, record, text_prompt  # noqa: E402
-from training import MICRO_BASE, MICRO_DATA, run_command  # noqa: E402
+from hub.options import MICRO_BASE, MICRO_DATA, run_command  # noqa: E402
 
 TEACHER_COUNT, TEACHER_STEPS = 1280, 20  # worked questions that the teacher sees, one time each
 BEFORE, AFTER = "X-Reasoner", "+ Med SFT + Med GRPO"
@@ -50,8 +50,8 @@ def train(model: Path, out: Path, seed: int) -> dict[str, Path]:
     write_lessons(out / "teacher.jsonl", seed)
     run("sft.py", model=MICRO_BASE, data=out / "teacher.jsonl", out=out / "teacher", max_steps=TEACHER_STEPS, seed=seed,
         overwrite=True)
-    run("sample.py", model=out / "teacher/model", data=questions, n=4, temperature=1, max_new_tokens=160, seed=seed,
-        keep_correct=True, out=out / "distilled.jsonl", overwrite=True)
+    run("tools/distill.py", model=out / "teacher/model", data=questions, n=4, temperature=1, max_new_tokens=160, seed=seed,
+        out=out / "distilled.jsonl", overwrite=True)
     run("sft.py", model=model, data=out / "distilled.jsonl", out=out / "sft", max_steps=20, learning_rate=1e-4,
         seed=seed, overwrite=True)
     run("grpo.py", model=out / "sft/model", data=questions, out=out / "grpo", max_steps=50, seed=seed, overwrite=True)

@@ -36,7 +36,8 @@ from data import ImageConfig, Tokenizer, make_prompt, preprocess_image, render_c
 from micro.tokenizer import write_tokenizer
 from micro.world import (CELLS, DOMAINS, GLYPHS, MAX_DEPTH, TEST_BUCKETS, Question, Walk,
                          draw_image, draw_question, facts, image_prompt, max_depth, text_prompt)
-from model import Config, Qwen2_5_VL
+from hub.config import Config
+from model import Qwen2_5_VL
 from rewards import accuracy_reward
 from sample import Sampler, SamplingParams
 

@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from evaluate import EvaluateOptions, evaluate, load_examples, summarise  # noqa: E402
 from sample import load_sampler  # noqa: E402
-from training import MICRO_BASE, MICRO_DATA  # noqa: E402
+from hub.options import MICRO_BASE, MICRO_DATA  # noqa: E402
 
 COLUMNS = {"A text": "test_text", "A image": "test_image", "L text": "test_text_other", "L image": "test_image_other",
            "G text": "test_text_graph", "G image": "test_image_graph", "reading": "test_transcription"}

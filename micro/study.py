@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from micro.reproduce import COLUMNS, LIMIT, claims, pooled  # noqa: E402
-from training import git_commit  # noqa: E402
+from training.journal import git_commit  # noqa: E402
 
 BASES = {"none": "no complete chain", "text": "complete chains on text only",
          "both": "complete chains on text and images"}

@@ -30,7 +30,7 @@ from micro.world import (MAX_OPERAND, TEST_BUCKETS, Question, draw_image, draw_q
 from model import Qwen2_5_VL  # noqa: E402
 from rewards import extract_answer  # noqa: E402
 from sample import Sampler, SamplingParams  # noqa: E402
-from training import MICRO_BASE  # noqa: E402
+from hub.options import MICRO_BASE  # noqa: E402
 
 DEPTHS, COUNT = (3, 4, 5, 6), 400  # questions of all depths together
 NOISE = (0.02, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4)  # the share of an image's pixels that are noise; training: the first

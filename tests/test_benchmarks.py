@@ -1,4 +1,4 @@
-"""bench.py's commands run, and say what is wrong; what they measure is for its own output."""
+"""The benches run, and say what is wrong; what they measure is for its own output."""
 import json
 import subprocess
 import sys
@@ -10,8 +10,9 @@ ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--prompts", "2", "--samples", "2", "--new-tokens", "6", "--natural-tokens", "6", "--repeats", "1", "--threads", "1"]
 
 
-def bench(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(ROOT / "bench.py"), *arguments], capture_output=True, text=True)
+def bench(name: str, *arguments: str) -> subprocess.CompletedProcess:
+    script = str(ROOT / "benchmarks" / f"{name}.py")
+    return subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
 
 
 def test_logprob_on_a_cpu():
@@ -32,7 +33,7 @@ def test_rollout_without_a_peer():
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ([], "name one of: rollout"), (["speed"], "name one of: rollout"), (["rollout", "--wrong"], "--wrong"),
+    (["rollout", "--wrong"], "--wrong"),
     (["rollout", "--shape", "9b"], "0.5b"), (["rollout", "--prompts", "100000"], "questions only"),
     (["rollout", *SMALL, "--peer", "/no/such/python"], "--peer /no/such/python"),
     (["logprob", "--device", "cpu", "--tokens", "9", "--peer", "false"], "--peer false"),

@@ -23,11 +23,13 @@ import grpo  # noqa: E402
 import sample  # noqa: E402
 import sft  # noqa: E402
 import tiny  # noqa: E402
-import training  # noqa: E402
+from tools import chat  # noqa: E402
+from hub import options as hub_options  # noqa: E402
+from training import run as run_folder  # noqa: E402
 from model import Qwen2_5_VL  # noqa: E402
 from sample import Sampler  # noqa: E402
 
-COMMANDS = {"sample": sample, "sft": sft, "grpo": grpo, "evaluate": evaluate}
+COMMANDS = {"sample": sample, "chat": chat, "sft": sft, "grpo": grpo, "evaluate": evaluate}
 SFT_FIELDS = {"step", "epoch", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "seconds"}
 GRPO_FIELDS = SFT_FIELDS | {
     "reward", "reward_std", "zero_std_groups", "advantage_mean", "response_length", "clipped_responses", "entropy", "kl",
@@ -40,7 +42,8 @@ GRPO_RUN = ["--epochs", "4", "--max-steps", "5", "--questions-per-step", "3", "-
 
 def run_process(command: str, *argv, stdin: str = "", cwd: Path) -> subprocess.CompletedProcess:
     """The command as a user starts it."""
-    return subprocess.run([sys.executable, ROOT / f"{command}.py", *map(str, argv)], cwd=cwd, input=stdin, text=True,
+    folder = ROOT / "tools" if command == "chat" else ROOT
+    return subprocess.run([sys.executable, folder / f"{command}.py", *map(str, argv)], cwd=cwd, input=stdin, text=True,
                           capture_output=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
@@ -51,7 +54,7 @@ def run(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [f"/somewhere/{command}.py", *map(str, argv)])
         code = 0
         try:
-            training.run_command(COMMANDS[command].main)
+            hub_options.run_command(COMMANDS[command].main)
         except SystemExit as stop:
             code = stop.code
         out, err = capsys.readouterr()
@@ -224,7 +227,7 @@ def test_sample_text(run, shop):
 def test_chat(shop):
     picture = shop.picture()
     lines = ["hello", f"/image {picture}", "what is it?", "/image nowhere.png", "", "/reset", "hello", "/quit", "never read"]
-    done = run_process("sample", "--model", shop.model(), "--temperature", "0", "--max-new-tokens", "5",
+    done = run_process("chat", "--model", shop.model(), "--temperature", "0", "--max-new-tokens", "5",
                        stdin="\n".join(lines), cwd=shop.path)
     assert done.returncode == 0, done.stderr
     assert [line for line in done.stderr.splitlines() if "error" in line] == [
@@ -243,7 +246,7 @@ def test_chat_remembers_images_and_turns_until_reset(run, shop, monkeypatch):
     monkeypatch.setattr(sample.Sampler, "generate", spy)
     raw = "\n".join(lines).encode("utf-8", "surrogateescape")  # one line is not UTF-8
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw), "utf-8"))
-    code, out, err = run("sample", "--model", shop.model(), "--temperature", "0", "--max-new-tokens", "5", "--system", "Hm.")
+    code, out, err = run("chat", "--model", shop.model(), "--temperature", "0", "--max-new-tokens", "5", "--system", "Hm.")
     (first, answer), (second, _), (third, _), (_, _), (after_reset, answer_again) = asked
     assert code == 0
     assert not first.grids and len(second.grids) == 1 and third.grids == second.grids
@@ -316,14 +319,14 @@ class Killed(Exception):
 
 def kill_at(monkeypatch, step: int) -> None:
     """The run dies behind the metrics of a step, before anything of it is saved."""
-    log = training.Run.log
+    log = run_folder.Run.log
 
     def dying_log(self, name, *lines):
         log(self, name, *lines)
         if name == "metrics.jsonl" and lines[0]["step"] == step:
             raise Killed
 
-    monkeypatch.setattr(training.Run, "log", dying_log)
+    monkeypatch.setattr(run_folder.Run, "log", dying_log)
 
 
 def assert_same_run(one: Path, other: Path) -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import datasets as readers  # noqa: E402
+from data import schemas  # noqa: E402
 from data import load_image  # noqa: E402
 from data.datasets import Example, InputError, read_examples, report_bad  # noqa: E402
 
@@ -162,7 +163,7 @@ def test_no_schema_hides_another():
     """Every published record meets its own schema first, and those that come before it name fields that it lacks."""
     for name, (record, _) in SCHEMAS.items():
         if isinstance(record, dict):
-            names = [schema.name for schema in readers.SCHEMAS
+            names = [schema.name for schema in schemas.SCHEMAS
                      if schema.fields <= record.keys() and not schema.lacks & record.keys()]
             assert names[:1] == [name.split()[0]] or not names and name.split()[0] in ("plain", "gsm8k")
 

@@ -1,4 +1,4 @@
-"""Rejection-sampling distillation: what is kept, in which form, and whole runs of `sample.py --keep-correct`."""
+"""Rejection-sampling distillation: what is kept, in which form, and whole runs of `tools/distill.py`."""
 import json
 import os
 import re
@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import sample  # noqa: E402
+from tools import distill  # noqa: E402
 import sft  # noqa: E402
 import tiny  # noqa: E402
 from data import Example, InputError, read_examples  # noqa: E402
 from tools.distill import as_written, chosen, judge  # noqa: E402
 from sample import Completion, Sampler  # noqa: E402
-from training import MICRO_BASE, MICRO_DATA  # noqa: E402
+from hub.options import MICRO_BASE, MICRO_DATA  # noqa: E402
 
 # --- The form ---
 
@@ -113,7 +113,7 @@ def script(monkeypatch, answers: dict[str, list[str]]) -> None:
 
 
 def command(folder: Path, questions: Path, out: Path, *arguments: str) -> list[str]:
-    return ["--model", str(folder), "--data", str(questions), "--keep-correct", "--out", str(out), "--device", "cpu",
+    return ["--model", str(folder), "--data", str(questions), "--out", str(out), "--device", "cpu",
             "--max-new-tokens", "4", *arguments]
 
 
@@ -126,7 +126,7 @@ def test_accept_rates_by_domain_and_what_is_written(folder, questions, tmp_path,
     script(monkeypatch, {"a": [RIGHT, RIGHT, WRONG, other], "b": [WRONG, BARE, WRONG, WRONG],
                          "c": [BARE, RIGHT, RIGHT, RIGHT]})
     out = tmp_path / "sft.jsonl"
-    sample.main(command(folder, questions, out, "--n", "4", "--max-per-question", "2"))
+    distill.main(command(folder, questions, out, "--n", "4", "--max-per-question", "2"))
     table = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert table == [
         ["domain", "questions", "solved", "accepted", "wrong", "malformed", "unfinished", "written"],
@@ -142,7 +142,7 @@ def test_accept_rates_by_domain_and_what_is_written(folder, questions, tmp_path,
         ("b", 2, "wrong"), ("b", 3, "wrong"), ("c", 0, "malformed"), ("c", 1, None), ("c", 2, None), ("c", 3, None)]
     # how many are written does not change what was sampled: another number may be asked for later
     script(monkeypatch, {})
-    sample.main(command(folder, questions, out, "--n", "4", "--max-per-question", "1", "--resume"))
+    distill.main(command(folder, questions, out, "--n", "4", "--max-per-question", "1", "--resume"))
     assert [r["id"] for r in lines(out)] == ["a-0", "c-1"]
 
 
@@ -153,7 +153,7 @@ def test_prefill_and_system_prompt_reach_the_teacher(folder, questions, tmp_path
         asked.extend(self.tokenizer.decode(p.ids) for p in prompts), generate(self, prompts, params, **rest))[1])
     script(monkeypatch, {i: ["sum\n</think>\n\n\\boxed{4}"] for i in "abc"})
     out = tmp_path / "sft.jsonl"
-    sample.main(command(folder, questions, out, "--prefill", "<think>\n", "--system", "Think hard.", "--prompt-style",
+    distill.main(command(folder, questions, out, "--prefill", "<think>\n", "--system", "Think hard.", "--prompt-style",
                         "train"))
     assert asked[0].startswith("system\nThink hard.\nuser\nYou will solve")
     assert asked[0].endswith("assistant\n<think>\n")
@@ -166,25 +166,24 @@ def test_over_long_and_bad_questions(folder, questions, tmp_path, monkeypatch, c
     script(monkeypatch, {i: [RIGHT] for i in "abc"})
     with questions.open("a") as file:
         file.write(json.dumps({"id": "d", "question": "why? " * 200, "answer": "4"}) + "\n")
-    sample.main(command(folder, questions, tmp_path / "one.jsonl"))
+    distill.main(command(folder, questions, tmp_path / "one.jsonl"))
     assert "1 of 4 questions dropped: they do not fit the context of 512 tokens\n" in capsys.readouterr().out
     with questions.open("a") as file:
         file.write('{"id": "e", "question": "?"}\n{"id": "f", "question": "?", "answer": "4", "image": "x.png"}\n')
     with pytest.raises(InputError, match="questions.jsonl: line 5: field 'answer' is missing"):
-        sample.main(command(folder, questions, tmp_path / "two.jsonl"))
-    sample.main(command(folder, questions, tmp_path / "two.jsonl", "--skip-bad-lines"))
+        distill.main(command(folder, questions, tmp_path / "two.jsonl"))
+    distill.main(command(folder, questions, tmp_path / "two.jsonl", "--skip-bad-lines"))
     assert "questions.jsonl: 2 bad records left out" in (error := capsys.readouterr().err) and "has an image" in error
     assert (tmp_path / "two.jsonl").read_text() == (tmp_path / "one.jsonl").read_text()
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--data", "q.jsonl"], "go together"), (["--keep-correct"], "go together"), (["--out", "o.jsonl"], "go together"),
-    (["--data", "q.jsonl", "--keep-correct", "--out", "o.jsonl", "--prompt", "hi"], "without a --prompt"),
-    (["--data", "q.jsonl", "--keep-correct", "--out", "q.jsonl"], "--out q.jsonl is the question file"),
-    (["--data", "q.jsonl", "--keep-correct", "--out", "o.jsonl", "--prompt-style", "mcq"], "needs options"),
-    (["--data", "q.jsonl", "--keep-correct", "--out", "o.jsonl", "--resume"], "nothing to resume"),
-    (["--data", "same.jsonl", "--keep-correct", "--out", "o.jsonl"], "field 'id' is not unique"),
-    (["--data", "q.jsonl", "--keep-correct", "--out", "mine.jsonl", "--overwrite"], "no such command has written it"),
+    (["--data", "q.jsonl"], "--out"), (["--out", "o.jsonl"], "--data"),
+    (["--data", "q.jsonl", "--out", "q.jsonl"], "--out q.jsonl is the question file"),
+    (["--data", "q.jsonl", "--out", "o.jsonl", "--prompt-style", "mcq"], "needs options"),
+    (["--data", "q.jsonl", "--out", "o.jsonl", "--resume"], "nothing to resume"),
+    (["--data", "same.jsonl", "--out", "o.jsonl"], "field 'id' is not unique"),
+    (["--data", "q.jsonl", "--out", "mine.jsonl", "--overwrite"], "no such command has written it"),
 ])
 def test_bad_commands(folder, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
@@ -193,7 +192,7 @@ def test_bad_commands(folder, tmp_path, monkeypatch, arguments, message):
     Path("same.jsonl").write_text('{"id": "a", "question": "2+2?", "answer": "4"}\n' * 2)
     Path("mine.jsonl").write_text("mine")
     with pytest.raises(InputError, match=message):
-        sample.main(["--model", str(folder), "--device", "cpu", *arguments])
+        distill.main(["--model", str(folder), "--device", "cpu", *arguments])
     assert not Path("o.jsonl").exists() and Path("mine.jsonl").read_text() == "mine"
 
 
@@ -232,7 +231,7 @@ def solve(teacher: Path, questions: Path, out: Path, *arguments: str) -> list[st
 
 def test_a_text_only_teacher_and_a_student_that_reads_it(teacher, solvable, tmp_path):
     out = tmp_path / "sft.jsonl"
-    sample.main(solve(teacher, solvable, out))
+    distill.main(solve(teacher, solvable, out))
     written, truths = list(read_examples(out)), {e.id: e for e in read_examples(solvable)}
     solved = {e.id.rpartition("-")[0] for e in written}
     assert len(solved) >= 10 and all(truths[i].meta["depth"] == 2 for i in solved)
@@ -247,9 +246,9 @@ def test_a_text_only_teacher_and_a_student_that_reads_it(teacher, solvable, tmp_
 
 def test_kill_9_then_resume_gives_the_same_files(teacher, solvable, tmp_path, capsys):
     whole, out = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
-    sample.main(solve(teacher, solvable, whole))
+    distill.main(solve(teacher, solvable, whole))
     table, samples = capsys.readouterr().out, out.with_suffix(".samples.jsonl")
-    process = subprocess.Popen([sys.executable, ROOT / "sample.py", *solve(teacher, solvable, out)],
+    process = subprocess.Popen([sys.executable, ROOT / "tools" / "distill.py", *solve(teacher, solvable, out)],
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                                env={**os.environ, "OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 60
@@ -258,13 +257,13 @@ def test_kill_9_then_resume_gives_the_same_files(teacher, solvable, tmp_path, ca
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL and not out.exists(), "killed too late"
     assert 16 <= samples.read_bytes().count(b"\n") < 64
-    sample.main(solve(teacher, solvable, out, "--resume"))
+    distill.main(solve(teacher, solvable, out, "--resume"))
     assert capsys.readouterr().out == table and out.read_text() == whole.read_text()
     assert samples.read_text() == (tmp_path / "whole.samples.jsonl").read_text()
     with pytest.raises(InputError, match="cannot resume with other options: --seed was 0"):
-        sample.main(solve(teacher, solvable, out, "--resume", "--seed", "1"))
+        distill.main(solve(teacher, solvable, out, "--resume", "--seed", "1"))
     with pytest.raises(InputError, match="holds results"):
-        sample.main(solve(teacher, solvable, out))
+        distill.main(solve(teacher, solvable, out))
 
 
 def test_ctrl_c_writes_what_is_done(teacher, solvable, tmp_path, monkeypatch, capsys):
@@ -278,10 +277,10 @@ def test_ctrl_c_writes_what_is_done(teacher, solvable, tmp_path, monkeypatch, ca
 
     monkeypatch.setattr(Sampler, "forward", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        sample.main(solve(teacher, solvable, out))
+        distill.main(solve(teacher, solvable, out))
     monkeypatch.undo()
     some, whole = lines(out), tmp_path / "whole.jsonl"
     assert 0 < len(some)
-    sample.main(solve(teacher, solvable, out, "--resume"))
-    sample.main(solve(teacher, solvable, whole))
+    distill.main(solve(teacher, solvable, out, "--resume"))
+    distill.main(solve(teacher, solvable, whole))
     assert len(some) < len(lines(out)) and out.read_text() == whole.read_text()

@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import pytest
 
-from benchmarks import rollout as bench
+from benchmarks import rewards as bench
 from answers import equivalence
 from answers import formulas
 from answers.equivalence import answers_agree, is_equivalent, parse_answer, parse_truth

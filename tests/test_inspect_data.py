@@ -1,4 +1,4 @@
-"""`python data.py FILE`, as a user starts it, and its figures against counts by hand."""
+"""`python tools/inspect_data.py FILE`, as a user starts it, and its figures against counts by hand."""
 import json
 import re
 import subprocess
@@ -38,7 +38,7 @@ def test_the_command(tmp_path, folder):
     path = written(tmp_path / "d.jsonl", worked(1), "{", worked(2, image="a.png"), worked(3, options={"3": "x"}),
                    worked(4), worked(5, response=None), worked(6, image="gone.png"),
                    worked(7, options={"A": "7", "B": "8"}))
-    done = subprocess.run([sys.executable, ROOT / "data.py", path, "--model", folder, "--max-length", "120"],
+    done = subprocess.run([sys.executable, ROOT / "tools" / "inspect_data.py", path, "--model", folder, "--max-length", "120"],
                           cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
     out = done.stdout
@@ -139,14 +139,14 @@ def test_wrong_inputs(tmp_path, monkeypatch, argv, expected):
 
 def test_a_reader_who_has_seen_enough(tmp_path):
     written(tmp_path / "d.jsonl", *(worked(i) for i in range(30)))
-    done = subprocess.run(f"{sys.executable} {ROOT / 'data.py'} d.jsonl | true", shell=True, cwd=tmp_path, text=True,
+    done = subprocess.run(f"{sys.executable} {ROOT / 'tools' / 'inspect_data.py'} d.jsonl | true", shell=True, cwd=tmp_path, text=True,
                           capture_output=True, timeout=120)
     assert (done.stdout, done.stderr) == ("", "")
 
 
 def test_wrong_inputs_through_a_process(tmp_path):
     written(tmp_path / "d.jsonl", "{")
-    done = subprocess.run([sys.executable, ROOT / "data.py", "d.jsonl"], cwd=tmp_path, capture_output=True, text=True,
+    done = subprocess.run([sys.executable, ROOT / "tools" / "inspect_data.py", "d.jsonl"], cwd=tmp_path, capture_output=True, text=True,
                           timeout=120)
     assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("data.py: error: d.jsonl: none of the 1 records is good; d.jsonl: line 1: malformed")
+    assert done.stderr.startswith("inspect_data.py: error: d.jsonl: none of the 1 records is good; d.jsonl: line 1: malformed")

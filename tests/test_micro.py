@@ -13,7 +13,8 @@ from PIL import Image
 from data import ImageConfig, Tokenizer, load_image, preprocess_image, read_examples, render_chat
 from micro import pretrain, world
 from micro.tokenizer import write_tokenizer
-from model import Config, Qwen2_5_VL
+from hub.config import Config
+from model import Qwen2_5_VL
 from rewards import accuracy_reward
 
 MICRO = Path(__file__).resolve().parents[1] / "micro"

@@ -17,7 +17,7 @@ from data import InputError, Tokenizer
 from micro import med, pretrain, reproduce, study, why, world
 from model import Qwen2_5_VL
 from sample import Sampler
-from training import MICRO_BASE
+from hub.options import MICRO_BASE
 
 
 @pytest.fixture(scope="module")

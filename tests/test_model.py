@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from data import InputError
-from model import Config, KVCache, PromptCache, Qwen2_5_VL, check_images, copy_side_files, rope_positions
+from hub.config import Config
+from hub.weights import copy_side_files
+from model import KVCache, PromptCache, Qwen2_5_VL, check_images, rope_positions
 
 GOLDEN = Path(__file__).parent / "golden"
 OUTPUTS, GRADS = np.load(GOLDEN / "model_outputs.npz"), np.load(GOLDEN / "model_grads.npz")

@@ -15,8 +15,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import sft  # noqa: E402
 import tiny  # noqa: E402
 from data import InputError, Tokenizer, collate, collate_packed  # noqa: E402
-from model import Qwen2_5_VL, copy_side_files  # noqa: E402
-from training import load_for_training  # noqa: E402
+from hub.weights import copy_side_files  # noqa: E402
+from model import Qwen2_5_VL  # noqa: E402
+from training.optimizer import load_for_training  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden" / "model_sft.npz"
 

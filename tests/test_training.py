@@ -14,11 +14,16 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import grpo  # noqa: E402
 import sft  # noqa: E402
 import tiny  # noqa: E402
-import training  # noqa: E402
+from hub import options as hub_options  # noqa: E402
+from training import journal, optimizer, run as run_folder  # noqa: E402
 from data import InputError  # noqa: E402
-from model import SIDE_FILES, Qwen2_5_VL  # noqa: E402
-from training import Run, TrainOptions, load_for_training, make_optimizer, option  # noqa: E402
-from training import optimizer_step, parse_options  # noqa: E402
+from hub.weights import SIDE_FILES  # noqa: E402
+from model import Qwen2_5_VL  # noqa: E402
+from hub.options import option  # noqa: E402
+from training.optimizer import load_for_training, make_optimizer  # noqa: E402
+from training.run import Run, TrainOptions  # noqa: E402
+from hub.options import parse_options  # noqa: E402
+from training.optimizer import optimizer_step  # noqa: E402
 
 
 # --- Options ---
@@ -102,7 +107,7 @@ def test_every_recipe_is_valid_and_help_explains_every_option(cls, recipes, caps
 
 
 def test_commands_turn_errors_into_one_line_and_exit_code_2(tmp_path):
-    root = Path(training.__file__).parent
+    root = Path(sft.__file__).parent
     done = subprocess.run(
         [sys.executable, str(root / "sft.py"), "--model", str(tmp_path / "none")], capture_output=True, text=True
     )
@@ -123,16 +128,16 @@ def test_run_command_passes_other_errors_on(monkeypatch, capsys):
 
     for error in (InputError("two\n  lines"), PermissionError(13, "Permission denied", "out")):
         with pytest.raises(SystemExit) as caught:
-            training.run_command(fails(error))
+            hub_options.run_command(fails(error))
         assert caught.value.code == 2 and capsys.readouterr().err.count("\n") == 1
     with pytest.raises(ZeroDivisionError):  # a bug of ours keeps its traceback
-        training.run_command(fails(ZeroDivisionError()))
+        hub_options.run_command(fails(ZeroDivisionError()))
 
 
 def test_devices():
-    assert training.pick_device("cpu").type == "cpu"
+    assert hub_options.pick_device("cpu").type == "cpu"
     with pytest.raises(InputError, match="--device must be auto, cpu or cuda, not abacus"):
-        training.pick_device("abacus")
+        hub_options.pick_device("abacus")
 
 
 # --- The run folder ---
@@ -427,7 +432,7 @@ def test_optimizer_step_clips_the_gradient_and_says_its_norm(max_norm, factor):
 def test_autocast_decides_the_precision_of_the_forward_pass(options, dtype, wanted):
     o = options(dtype=dtype)
     model = load_for_training(o)
-    with training.autocast(model, o):
+    with optimizer.autocast(model, o):
         assert torch.nn.functional.linear(torch.ones(1, model.config.hidden_size), model.head_weight).dtype == wanted
     assert model.head_weight.dtype == torch.float32
 

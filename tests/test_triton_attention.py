@@ -5,12 +5,12 @@ import torch
 
 from data import load_image, make_prompt
 from kernels import attention
-from kernels.attention import (attention_decode_triton, attention_reference, attention_triton, columns,
-                               splits_for)
+from kernels.attention import attention_reference
+from kernels.attention_triton import attention_decode_triton, attention_triton, columns, splits_for
 from kernels.triton_or_none import AVAILABLE
 from model import Qwen2_5_VL
 from sample import SamplingParams, load_sampler
-from training import MICRO_BASE, MICRO_DATA
+from hub.options import MICRO_BASE, MICRO_DATA
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="Triton is not installed")
 GPU = torch.cuda.is_available()

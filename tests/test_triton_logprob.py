@@ -15,7 +15,7 @@ from kernels.logprob import (chunk_width, pick_path, tile_sizes, tiles_per_progr
 from kernels.triton_or_none import AVAILABLE
 from model import Qwen2_5_VL
 from sft import sft_loss
-from training import MICRO_BASE
+from hub.options import MICRO_BASE
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="Triton is not installed")
 ROOT = Path(__file__).resolve().parent.parent

@@ -7,7 +7,8 @@ import torch
 
 import tiny
 from model import Qwen2_5_VL
-from vision import VisionConfig, VisionTower, merged_positions, rope_2d, window_layout
+from hub.config import VisionConfig
+from vision import VisionTower, merged_positions, rope_2d, window_layout
 
 CONFIG = VisionConfig(hidden_size=1280)
 GOLDEN = np.load(Path(__file__).parent / "golden" / "model_outputs.npz")

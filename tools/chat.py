@@ -1,14 +1,28 @@
-"""The conversation of `python sample.py`."""
+"""A conversation in the terminal.
+
+    python tools/chat.py --model micro/base              # /image FILE, /reset, /quit
+"""
 import sys
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from data import ImageConfig, InputError, Prompt, chat_prompt, load_image
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-if TYPE_CHECKING:  # sample.py imports this file
-    from sample import Sampler, SamplingParams
+from data import ImageConfig, InputError, Prompt, chat_prompt, load_image  # noqa: E402
+from hub.options import MICRO_BASE, option, parse_options, run_command  # noqa: E402
+from sample import Sampler, SamplingParams, load_sampler  # noqa: E402
 
 
-def chat(sampler: "Sampler", params: "SamplingParams", image_config: ImageConfig, system: str | None) -> None:
+@dataclass(frozen=True)
+class ChatOptions(SamplingParams):
+    """Talk to a model."""
+    model: str = option(str(MICRO_BASE), "model folder")
+    system: str | None = option(None, "system prompt (default: the template's)")
+    device: str = option("auto", "auto, cpu or cuda")
+    dtype: str = option("auto", "auto is the one on disk", choices=("auto", "float32", "bfloat16"))
+
+
+def chat(sampler: Sampler, params: SamplingParams, image_config: ImageConfig, system: str | None) -> None:
     """A conversation in the terminal: the answer appears as it is sampled. `/image FILE` puts an image before the next
     message, `/reset` forgets everything, `/quit` or Ctrl-D ends."""
     print("/image FILE adds an image to your next message, /reset starts again, /quit ends.", file=sys.stderr)
@@ -40,7 +54,7 @@ def chat(sampler: "Sampler", params: "SamplingParams", image_config: ImageConfig
             print(f"error: {error}", file=sys.stderr)
 
 
-def stream(sampler: "Sampler", params: "SamplingParams", prompt: Prompt) -> str:
+def stream(sampler: Sampler, params: SamplingParams, prompt: Prompt) -> str:
     """One answer, printed as far as its text is certain (a character may take several tokens)."""
     shown = 0
 
@@ -54,3 +68,13 @@ def stream(sampler: "Sampler", params: "SamplingParams", prompt: Prompt) -> str:
     [[completion]] = sampler.generate([prompt], params, on_token=show)
     print(completion.text[shown:], flush=True)
     return completion.text
+
+
+def main(argv: list[str]) -> None:
+    options = parse_options(ChatOptions, argv)
+    sampler, images = load_sampler(options.model, options.device, options.dtype)
+    chat(sampler, replace(options, n=1), images, options.system)
+
+
+if __name__ == "__main__":
+    run_command(main)

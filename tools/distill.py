@@ -1,6 +1,6 @@
 r"""Rejection-sampling distillation: SFT data from a teacher's right answers (paper: X-Reasoner-Med's first stage).
 
-    python sample.py --model QwQ-32B --data medqa.jsonl --prompt-style mcq --n 8 --temperature 0.7 --keep-correct \
+    python tools/distill.py --model QwQ-32B --data medqa.jsonl --prompt-style mcq --n 8 --temperature 0.7 \
         --max-new-tokens 8192 --prefill $'<think>\n' --out sft.jsonl
 
 Every question is answered n times. A response is kept if it ended by itself, has thoughts and an answer, and the answer
@@ -14,30 +14,35 @@ were trained with other system prompts than Qwen2.5-VL's default: --system sets 
 sft.jsonl has our plain schema. Beside it, sft.samples.jsonl keeps every sample with its verdict, also for --resume.
 """
 import re
+import sys
 import zlib
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING
 
-from data import (Example, ImageConfig, InputError, Prompt, convert_examples, format_prompt, make_prompt,
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data import (Example, ImageConfig, InputError, Prompt, convert_examples, format_prompt, make_prompt,  # noqa: E402
                   repeated_id, report_bad)
-from model import weight_files
-from training.journal import RecordFile, check_unused, json_lines, when_all_are_there, write_whole
-from rewards import accuracy_reward, extract_answer
-from training import option
+from hub.options import MICRO_BASE, option, parse_options, run_command  # noqa: E402
+from hub.weights import weight_files  # noqa: E402
+from rewards import accuracy_reward, extract_answer  # noqa: E402
+from sample import Completion, Sampler, SamplingParams, load_sampler  # noqa: E402
+from training.journal import RecordFile, check_unused, json_lines, when_all_are_there, write_whole  # noqa: E402
 
-if TYPE_CHECKING:  # sample.py imports this file
-    from sample import Completion, Sampler, SampleOptions
 
 @dataclass(frozen=True)
-class DistillOptions:
-    """What `sample.py` takes for this, beside model and sampling."""
-    data: str | None = option(None, "questions to answer, for --keep-correct")
-    keep_correct: bool = option(False, "write SFT data from the right answers to the questions of --data")
-    out: str | None = option(None, "JSONL file for them")
+class DistillOptions(SamplingParams):
+    """SFT data from a teacher's right answers."""
+    model: str = option(str(MICRO_BASE), "the teacher's model folder")
+    system: str | None = option(None, "system prompt (default: the template's)")
+    max_batch: int = option(256, "sequences sampled at a time", low=1)
+    device: str = option("auto", "auto, cpu or cuda")
+    dtype: str = option("auto", "auto is the one on disk", choices=("auto", "float32", "bfloat16"))
+    data: str = option("", "questions to answer")
+    out: str = option("", "JSONL file for the right answers")
     max_per_question: int = option(1, "right answers written per question, at most", low=1)
     prompt_style: str = option("direct", "how a question is asked", choices=("mcq", "math", "train", "direct"))
     prefill: str = option("", "what every response to a question begins with; QwQ wants $'<think>\\n'")
@@ -73,7 +78,7 @@ def as_written(response: str) -> str | None:
     return f"<think>\n{thought.strip()}\n</think> <answer>{answer}</answer>"
 
 
-def judge(example: Example, number: int, completion: "Completion", prefill: str) -> dict:
+def judge(example: Example, number: int, completion: Completion, prefill: str) -> dict:
     """The record of one sample. `reason` says why it is not kept: unfinished (cut at its length, or its thoughts at the
     think budget), malformed, wrong; None if it is."""
     response = as_written(prefill + completion.text)
@@ -104,7 +109,7 @@ def sft_record(example: Example, sample: dict) -> dict:
     return {name: value for name, value in fields.items() if value not in (None, {})}
 
 
-def print_accepted(examples: list[Example], groups: dict[tuple, list[dict]], options: "SampleOptions") -> None:
+def print_accepted(examples: list[Example], groups: dict[tuple, list[dict]], options: DistillOptions) -> None:
     """One line per domain: how many samples and questions gave SFT data."""
     domains = defaultdict(list)
     for example in examples:
@@ -123,16 +128,13 @@ def print_accepted(examples: list[Example], groups: dict[tuple, list[dict]], opt
               f"{share['malformed']:>10.1f}%{share['unfinished']:>11.1f}%{written:>9}")
 
 
-def check_options(options: "SampleOptions") -> None:
+def check_options(options: DistillOptions) -> None:
     """Raises InputError for options that do not go together."""
-    given = {options.data is not None, options.keep_correct, options.out is not None}
-    if given != {False} and (given != {True} or options.prompt is not None):
-        raise InputError("--data, --keep-correct and --out go together, without a --prompt")
-    if given == {False} and (options.resume or options.overwrite):
-        raise InputError("--resume and --overwrite go with --data, --keep-correct and --out")
+    if not options.data or not options.out:
+        raise InputError("--data and --out are needed")
 
 
-def load_questions(sampler: "Sampler", options: "SampleOptions") -> tuple[list[Example], list[Prompt]]:
+def load_questions(sampler: Sampler, options: DistillOptions) -> tuple[list[Example], list[Prompt]]:
     """Questions and prompts; those that do not fit the context are dropped and counted."""
     def ask(example: Example) -> tuple[Example, Prompt]:
         if example.images:
@@ -156,7 +158,7 @@ def load_questions(sampler: "Sampler", options: "SampleOptions") -> tuple[list[E
     return [example for example, _ in fitting], [prompt for _, prompt in fitting]
 
 
-def distill(sampler: "Sampler", options: "SampleOptions") -> None:
+def distill(sampler: Sampler, options: DistillOptions) -> None:
     """Samples, judges, and writes what is kept; after Ctrl-C of the questions that are done."""
     if not Path(options.out).name:
         raise InputError(f"--out {options.out!r} is no file name")
@@ -169,7 +171,7 @@ def distill(sampler: "Sampler", options: "SampleOptions") -> None:
                          keys=("id",), size=options.n)
     left = [i for i, example in enumerate(examples) if (example.id,) not in samples.groups]
 
-    def keep(i: int, group: list["Completion"]) -> None:
+    def keep(i: int, group: list[Completion]) -> None:
         example = examples[left[i]]
         samples.append([judge(example, number, c, options.prefill) for number, c in enumerate(group)])
 
@@ -189,3 +191,14 @@ def distill(sampler: "Sampler", options: "SampleOptions") -> None:
     if interrupted:
         raise KeyboardInterrupt
     samples.finish([(example.id,) for example in examples])
+
+
+def main(argv: list[str]) -> None:
+    options = parse_options(DistillOptions, argv)
+    check_options(options)
+    sampler, _ = load_sampler(options.model, options.device, options.dtype, max_batch=options.max_batch)
+    distill(sampler, options)
+
+
+if __name__ == "__main__":
+    run_command(main)

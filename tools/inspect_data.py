@@ -1,19 +1,26 @@
-"""What `python data.py FILE` shows: how a data file is read, what the model gets to see of it, and what is too long.
+"""How a data file is read, what the model gets to see of it, and what is too long.
+
+    python tools/inspect_data.py medqa.jsonl
+    python tools/inspect_data.py openthoughts.jsonl --model Qwen2.5-VL-7B-Instruct --prompt-style train
 
 The file is streamed: of a record nothing is kept but the numbers that are counted here, and the first three are shown.
 """
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 
 from tqdm import tqdm
 
-from data import (MERGE, PATCH, Example, ImageConfig, InputError, Tokenizer, convert_examples, format_prompt,
-                  load_image, render_chat, smart_resize)
-from model import Config
-from training import MICRO_BASE, option, parse_options
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data import (MERGE, PATCH, Example, ImageConfig, InputError, Tokenizer, convert_examples,  # noqa: E402
+                  format_prompt, load_image, render_chat, smart_resize)
+from hub.config import Config  # noqa: E402
+from hub.options import MICRO_BASE, option, parse_options, run_command  # noqa: E402
 
 SHOWN = 3
 
@@ -21,7 +28,7 @@ SHOWN = 3
 @dataclass
 class DataOptions:
     """Shows how a data file is read: schema, counts, the first examples as the model sees them, lengths in tokens."""
-    file: str = option("", "JSONL, JSON, TSV or Parquet, in any of the schemas of readers.py", positional=True)
+    file: str = option("", "JSONL, JSON, TSV or Parquet, in any of the schemas of data/schemas.py", positional=True)
     model: str = option(str(MICRO_BASE), "model folder: its tokenizer counts, and its image size")
     prompt_style: str = option("direct", "how a question is asked", choices=("direct", "train", "mcq", "math"))
     max_length: int = option(4096, "tokens that a sequence may have", low=2)
@@ -183,3 +190,7 @@ def main(argv: list[str]) -> None:
         if number <= SHOWN:
             show(encoded, tokenizer, number)
     show_statistics(found, bad, options)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,2 +1,1 @@
-"""What both training loops share."""
-from training.run import *  # noqa: F403
+"""What both training loops share: the run folder, its checkpoints and journal, the optimiser."""

@@ -1,15 +1,36 @@
 """A JSONL file that a long command fills question by question, so that --resume goes on where it was stopped."""
 import json
 import os
+import subprocess
 import sys
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 
-from data import InputError, read_json
-from training import checksum, git_commit
+from hub.errors import InputError, read_json
+from hub.options import ROOT
+
+
+
+def checksum(path: str | Path) -> int:
+    """CRC-32 of a file's bytes."""
+    crc = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+def git_commit() -> str | None:
+    """Of this code; None where it is no checkout, or there is no git."""
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
 
 
 def json_lines(records: Iterable[dict]) -> bytes:

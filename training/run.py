@@ -3,123 +3,22 @@
 A run is a function of its options: data order and sampling seeds are computed from (seed, step), so no random state
 outlives a step, and a checkpoint needs no more than weights, optimiser state and the number of steps done.
 """
-import argparse
-import contextlib
 import json
-import math
-import os
 import shutil
-import subprocess
 import sys
-import types
-import zlib
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
-from data import InputError, Tokenizer, read_json
-from model import Config, Qwen2_5_VL, copy_side_files
+from hub.errors import InputError, read_json
+from hub.options import MICRO_BASE, option
+from hub.weights import copy_side_files
+from model import Qwen2_5_VL
+from training.journal import checksum, git_commit
 
-ROOT = Path(__file__).resolve().parent.parent
-MICRO_BASE = ROOT / "micro" / "base"
-MICRO_DATA = ROOT / "micro" / "data"
-
-
-# --- Options ----------------------------------------------------------------------------------------------------------
-
-def option(default, text: str, *, low=None, high=None, choices=None, positional=False):
-    """A field of an options dataclass: its default, its help, what it may be, and whether it goes without its name."""
-    metadata = {"help": text, "low": low, "high": high, "choices": choices, "positional": positional}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise InputError(message)
-
-
-def parse_options(cls: type, argv: list[str], recipes: dict[str, dict] | None = None):
-    """An options dataclass from the command line: its defaults, then those of --recipe, then what was typed.
-
-    `--some-name` sets the field some_name. Raises InputError for an unknown option or a malformed value.
-    """
-    parser = OneLineParser(description=cls.__doc__, allow_abbrev=False)
-    if recipes:
-        parser.add_argument("--recipe", default="micro", choices=list(recipes), help="a set of defaults (micro)")
-    for f in fields(cls):
-        kind = f.type.__args__[0] if isinstance(f.type, types.UnionType) else f.type  # of `int | None`, int
-        default = f.default if f.default is not MISSING else f.default_factory()
-        choices = f.metadata["choices"]
-        extra = {"help": f"{f.metadata['help']} ({default})", "default": argparse.SUPPRESS}
-        if kind is bool:
-            extra["action"] = argparse.BooleanOptionalAction
-        elif kind == list[str]:
-            extra |= {"nargs": "+", "metavar": "VALUE"}
-        else:
-            extra |= {"type": kind, "choices": choices, "metavar": None if choices else kind.__name__.upper()}
-        if f.metadata["positional"]:
-            parser.add_argument(f.name, **extra | {"help": f.metadata["help"], "metavar": f.name.upper()})
-        else:
-            parser.add_argument("--" + f.name.replace("_", "-"), **extra)
-    typed = vars(parser.parse_args(argv))
-    options = cls(**{**(recipes[typed.pop("recipe")] if recipes else {}), **typed})
-    for f in fields(cls):
-        value, low, high = getattr(options, f.name), f.metadata["low"], f.metadata["high"]
-        if type(value) in (int, float) and 1e18 < abs(value) < math.inf:  # torch and islice refuse such numbers in words of their own
-            raise InputError(f"--{f.name.replace('_', '-')} is too large: {value}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise InputError(f"--{f.name.replace('_', '-')} must be a finite number, not {value}")
-        if value is not None and (low is not None and value < low or high is not None and value > high):
-            limits = f"at least {low}" if high is None else f"between {low} and {high}"
-            raise InputError(f"--{f.name.replace('_', '-')} must be {limits}, not {value}")
-    return options
-
-
-def run_command(main) -> None:
-    """Runs a command. What the user can mend is one line on stderr and exit code 2."""
-    try:
-        main(sys.argv[1:])
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader of `... | head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except (InputError, OSError, SafetensorError) as error:  # the last: a disk that fills up
-        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-def pick_device(name: str) -> torch.device:
-    """auto: a GPU if there is one."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.split(":")[0] not in ("cpu", "cuda"):
-        raise InputError(f"--device must be auto, cpu or cuda, not {name}")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
-
-
-def limit_threads(config: Config) -> None:
-    """One CPU thread for models of the micro one's size. Their matrix products are over before a second thread has
-    begun, and where the machine is busy, threads that wait for one another are many times slower (LOG.md)."""
-    if config.hidden_size <= 256:
-        torch.set_num_threads(1)
-
-
-def check_vocabulary(tokenizer: Tokenizer, config: Config) -> None:
-    """Raises InputError where text could turn into ids that the model has no row for."""
-    if tokenizer.vocab_size > config.vocab_size:
-        raise InputError(f"tokenizer.json has ids up to {tokenizer.vocab_size - 1}, "
-                         f"config.json a vocab_size of {config.vocab_size} only")
 
 
 @dataclass
@@ -145,17 +44,6 @@ class TrainOptions:
     device: str = option("auto", "auto, cpu or cuda")
     dtype: str = option("auto", "of the forward pass; weights are float32. auto: bfloat16 on a GPU",
                         choices=("auto", "float32", "bfloat16"))
-
-
-# --- The run folder ---------------------------------------------------------------------------------------------------
-
-def checksum(path: str | Path) -> int:
-    """CRC-32 of a file's bytes."""
-    crc = 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 24):
-            crc = zlib.crc32(block, crc)
-    return crc
 
 
 class Run:
@@ -264,53 +152,3 @@ class Run:
                 raise InputError(f"step {self.step}: weights are not finite: training has diverged; nothing is saved")
             self.save_model(model)  # first: what is interrupted here is done again after --resume
             self.save_checkpoint(model, optimizer)
-
-
-def git_commit() -> str | None:
-    """Of this code; None where it is no checkout, or there is no git."""
-    try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    except OSError:
-        return None
-    return done.stdout.strip() or None
-
-
-# --- Model and optimiser ----------------------------------------------------------------------------------------------
-
-def load_for_training(options: TrainOptions) -> Qwen2_5_VL:
-    """The model with float32 master weights (an update of 3e-6 is lost in bfloat16) and the vision tower frozen."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise InputError("training on several processes is not supported yet: run without torchrun")
-    model = Qwen2_5_VL.from_pretrained(options.model, device=pick_device(options.device))
-    limit_threads(model.config)
-    if model.config.vision is not None:
-        model.visual.requires_grad_(False)
-    return model
-
-
-def make_optimizer(model: nn.Module, options: TrainOptions) -> torch.optim.Optimizer:
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(parameters, lr=options.learning_rate, betas=(options.beta1, options.beta2),
-                             weight_decay=options.weight_decay)
-
-
-def autocast(model: Qwen2_5_VL, options: TrainOptions):
-    """The forward pass's precision: the one place that decides it."""
-    device = model.head_weight.device.type
-    if options.dtype == "float32" or options.dtype == "auto" and device == "cpu":
-        return contextlib.nullcontext()
-    return torch.autocast(device, torch.bfloat16)
-
-
-def optimizer_step(model: nn.Module, optimizer: torch.optim.Optimizer, learning_rate: float,
-                   max_grad_norm: float) -> float:
-    """One step at the given rate, the gradient clipped; returns its norm before that. Raises InputError if that is not
-    finite, before any weight is changed."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-    norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], max_grad_norm)
-    if not norm.isfinite():
-        raise InputError(f"the gradient's norm is {norm.item()}: training has diverged; try a lower --learning-rate")
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm.item()

@@ -1,0 +1,78 @@
+"""The paper's prompts, and a question with its images as the model gets it."""
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from PIL import Image
+
+from data.datasets import Example
+from data.images import MERGE, ImageConfig, preprocess_image
+from data.tokenizer import DEFAULT_SYSTEM, Tokenizer, render_chat
+from hub.errors import InputError
+
+
+
+TRAIN_PROMPT = (
+    "You will solve a problem/request. You should provide your thoughts within <think> </think> tags before providing "
+    "the answer.\nWrite your final answer within <answer> </answer> tags. Here is the question: ")
+MCQ_PROMPT = (
+    "You should provide your thoughts within <think> </think> tags, then answer with just one of the options below "
+    "within <answer> </answer> tags (For example, if the question is \n'Is the earth flat?\n A: Yes \nB: No', you "
+    "should answer with <think>...</think> <answer>B: No </answer>). Here is the question: ")
+MATH_PROMPT = (
+    "A conversation between User and Assistant. The user asks a question, and you as the assistant solves it. You "
+    "should first think about the reasoning process in the mind and then provide the user with the answer. The "
+    "reasoning process and answer are enclosed within <think> </think> and <answer> </answer> tags, respectively, "
+    "i.e., <think> reasoning process here </think><answer> the final answer as the option letter or the number "
+    "depending on the question </answer> (For example, if the question is \n'Is the earth flat?\n A: Yes \nB: No', you "
+    "should answer with <think> your reasoning </think> <answer>B: No</answer>. If the question is 'What is 1+1?', you "
+    "should answer with <think> your reasoning </think> <answer>2 </answer>).\n\nHere is the question: ")
+
+
+def _option_lines(example: Example) -> str:
+    return "\n".join(f"{letter}: {text}" for letter, text in example.options.items())
+
+
+def question_text(example: Example) -> str:
+    """The question, and its options (if any) as lines "A: text"."""
+    return f"{example.question}\n{_option_lines(example)}" if example.options else example.question
+
+
+def format_prompt(example: Example, style: str) -> str:
+    """The user's text in one of the paper's prompts (train, mcq, math), or the bare question (direct).
+
+    The paper ends its math prompt with " Options:\\n\\n{options}", which we leave off where there are none.
+    """
+    if style == "mcq" and not example.options:
+        raise InputError(f"{example.id}: the mcq prompt needs options")
+    if style in ("mcq", "math"):
+        options = f" Options:\n\n{_option_lines(example)}" if example.options else ""
+        return (MCQ_PROMPT if style == "mcq" else MATH_PROMPT) + example.question + options
+    if style not in ("train", "direct"):
+        raise InputError(f"prompt style must be train, mcq, math or direct, not {style!r}")
+    return (TRAIN_PROMPT if style == "train" else "") + question_text(example)
+
+
+@dataclass
+class Prompt:
+    """What a response is sampled after."""
+    ids: list[int]
+    patches: torch.Tensor | None = None  # [P, 1176], the rows of all images one after the other
+    grids: list[tuple[int, int, int]] = field(default_factory=list)  # per image
+
+
+def chat_prompt(messages: Sequence[dict], images: Sequence[Image.Image], tokenizer: Tokenizer,
+                image_config: ImageConfig) -> Prompt:
+    """A conversation, ready for the assistant to go on; `images` in the order of the messages' image parts."""
+    pairs = [preprocess_image(image, image_config) for image in images]
+    image_tokens = [rows * columns // MERGE**2 for _, (_, rows, columns) in pairs]
+    ids, _ = render_chat(messages, tokenizer, image_tokens=image_tokens, add_generation_prompt=True)
+    return Prompt(ids, torch.cat([patches for patches, _ in pairs]) if pairs else None, [grid for _, grid in pairs])
+
+
+def make_prompt(text: str, images: Sequence[Image.Image], tokenizer: Tokenizer, image_config: ImageConfig, *,
+                system: str | None = None) -> Prompt:
+    """One user turn, the images before the text, ready for the assistant to go on."""
+    messages = [{"role": "system", "content": DEFAULT_SYSTEM if system is None else system},
+                {"role": "user", "content": [{"type": "image"}] * len(images) + [{"type": "text", "text": text}]}]
+    return chat_prompt(messages, images, tokenizer, image_config)

@@ -1,0 +1,21 @@
+"""The one exception for what users can mend, and the reader of JSON files that raises it."""
+import json
+from pathlib import Path
+
+
+
+class InputError(ValueError):
+    """Something that the user gave us is wrong. The message is one line that names the file, the line and the field."""
+
+
+def read_json(path: str | Path) -> dict:
+    """The object in a JSON file; InputError names the file and what is wrong."""
+    try:
+        raw = json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: malformed JSON ({error})") from None
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: not a JSON object")
+    return raw
