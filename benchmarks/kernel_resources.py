@@ -29,10 +29,10 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-import kernels.attention  # noqa: E402
-from kernels import logprob  # noqa: E402
+import kernels.attention_triton  # noqa: E402
+from kernels import logprob_triton as logprob  # noqa: E402
 
-attention = sys.modules["kernels.attention"]  # `kernels.attention` is the function
+attention = kernels.attention_triton  # `kernels.attention` is the function
 SHARED = {80: 166_912, 86: 101_376, 90: 232_448}  # bytes a program may have: A100; RTX 30, and 40 and 50 too; H100
 ELEMENTS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 POINTERS = {"targets": "*i64", "masked": "*u8", "parts": "*fp32", "target_logits": "*fp32", "lse": "*fp32",

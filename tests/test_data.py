@@ -15,6 +15,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data  # noqa: E402
+from data.images import IMAGE_MEAN, IMAGE_STD  # noqa: E402
 from data import Example, ImageConfig, InputError, Tokenizer  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -160,7 +161,7 @@ def test_patch_order():
         for column in range(4):
             image.paste(row * 4 + column, (column * 14, row * 14, column * 14 + 14, row * 14 + 14))
     patches, grid = data.preprocess_image(image)
-    red = patches.view(16, 3, 2, 14, 14)[:, 0] * data.IMAGE_STD[0] + data.IMAGE_MEAN[0]
+    red = patches.view(16, 3, 2, 14, 14)[:, 0] * IMAGE_STD[0] + IMAGE_MEAN[0]
     assert grid == (1, 4, 4)
     assert (red * 255).round().mean((1, 2, 3)).tolist() == [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15]
     frames = data.preprocess_image(picture(56, 56))[0].view(16, 3, 2, 14, 14)
@@ -272,7 +273,7 @@ def test_bad_image_sources(source, expected):
 
 
 @pytest.mark.parametrize("raw, expected", [
-    ({"min_pixels": 3136, "max_pixels": 50000, "patch_size": 14, "image_mean": list(data.IMAGE_MEAN)}, (3136, 50000)),
+    ({"min_pixels": 3136, "max_pixels": 50000, "patch_size": 14, "image_mean": list(IMAGE_MEAN)}, (3136, 50000)),
     ({"size": {"shortest_edge": 262144, "longest_edge": 262144}}, (262144, 262144)),
     ({"min_pixels": None, "max_pixels": 50000, "size": {"shortest_edge": 784, "longest_edge": 9}}, (784, 50000)),
 ])

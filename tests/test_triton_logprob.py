@@ -9,9 +9,9 @@ import torch
 
 import grpo
 from data import collate, make_row
-from kernels import logprob
-from kernels.logprob import (chunk_width, pick_path, tile_sizes, tiles_per_program, token_log_probs_reference,
-                             token_log_probs_torch, token_log_probs_triton)
+from kernels import logprob, logprob_triton
+from kernels.logprob import pick_path, token_log_probs_reference, token_log_probs_torch
+from kernels.logprob_triton import chunk_width, tile_sizes, tiles_per_program, token_log_probs_triton
 from kernels.triton_or_none import AVAILABLE
 from model import Qwen2_5_VL
 from sft import sft_loss
@@ -31,9 +31,9 @@ WAYS = ["triton", "cublas"]
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Several chunks of ids also in small vocabularies."""
-    monkeypatch.setattr(logprob, "LEAST_WIDTH", 256)
-    monkeypatch.setattr(logprob, "GRADIENT_ELEMENTS", {"triton": 1, "cublas": 1})
-    monkeypatch.setattr(logprob, "CUBLAS_ELEMENTS", 1)
+    monkeypatch.setattr(logprob_triton, "LEAST_WIDTH", 256)
+    monkeypatch.setattr(logprob_triton, "GRADIENT_ELEMENTS", {"triton": 1, "cublas": 1})
+    monkeypatch.setattr(logprob_triton, "CUBLAS_ELEMENTS", 1)
 
 
 def inputs(N, C, V, dtype, *, scale=1.0):
@@ -129,7 +129,7 @@ def test_sums_over_chunks_are_not_rounded(small_chunks, products, monkeypatch):
     wanted = run(token_log_probs_reference, hidden.double(), weight.double(), targets, upstream)[2]
     errors = []
     for width in (256, 4096):
-        monkeypatch.setattr(logprob, "LEAST_WIDTH", width)
+        monkeypatch.setattr(logprob_triton, "LEAST_WIDTH", width)
         found = run(token_log_probs_triton, hidden, weight, targets, upstream, products=products)[2]
         errors.append((found.double() - wanted).square().mean().sqrt().item())
     assert errors[0] < 1.02 * errors[1]
@@ -191,8 +191,8 @@ def test_autocast(small_chunks, products, monkeypatch):
     dtype = torch.bfloat16
     rounded = [x.to(dtype).double() for x in (hidden, weight)]
     wanted = run(token_log_probs_reference, *rounded, targets, upstream)
-    widths, original = [], logprob.chunks
-    monkeypatch.setattr(logprob, "chunks", lambda w, width, dtype: widths.append(width) or original(w, width, dtype))
+    widths, original = [], logprob_triton.chunks
+    monkeypatch.setattr(logprob_triton, "chunks", lambda w, width, dtype: widths.append(width) or original(w, width, dtype))
     with torch.autocast(DEVICE, dtype):
         found = run(token_log_probs_triton, hidden, weight, targets, upstream, products=products)
     assert widths == [256, 256] and all(x.dtype == torch.float32 for x in found)
@@ -231,9 +231,9 @@ def test_no_tensor_of_all_logits_is_made(small_chunks, products, monkeypatch):
 def test_how_the_work_is_cut():
     assert tiles_per_program(64, 594, 132) == 18
     assert tiles_per_program(1, 594, 132) == 5 and tiles_per_program(1, 1, 132) == 1
-    assert chunk_width(152_064, 2**24, 8192) == 2048 and chunk_width(152_064, 2**24, 10**6) == logprob.LEAST_WIDTH
+    assert chunk_width(152_064, 2**24, 8192) == 2048 and chunk_width(152_064, 2**24, 10**6) == logprob_triton.LEAST_WIDTH
     assert chunk_width(152_064, 2**24, 100) == 152_064 and chunk_width(152_064, 2**24, 100, 3584) == 4608
-    for shared in (logprob.H100_SHARED, 166_912, 101_376):  # H100, A100, RTX 4090
+    for shared in (logprob_triton.H100_SHARED, 166_912, 101_376):  # H100, A100, RTX 4090
         sizes = tile_sizes(torch.bfloat16, 8192, shared)
         bytes_used = sizes["num_stages"] * (sizes["BN"] + sizes["BV"]) * sizes["BK"] * 2
         assert bytes_used <= shared and sizes["num_stages"] >= 3
