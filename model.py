@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hub.config import Config
 from hub.errors import InputError
 from hub.weights import read_weights
-from kernels import PackedLinear, attention, can_pack, packed_twin
+from kernels import PackedLinear, attention, can_pack, packed_twin, token_log_probs
 from vision import GatedMLP, Grid, RMSNorm, VisionTower, apply_rope
 
 
@@ -282,3 +282,16 @@ class Qwen2_5_VL(nn.Module):
         for name in ("model.safetensors", "config.json"):
             os.replace(folder / f"{name}.tmp", folder / name)
         (folder / "model.safetensors.index.json").unlink(missing_ok=True)  # of shards that stood here before
+
+
+def score(model: Qwen2_5_VL, pack, *, temperature: float = 1.0,
+          masked_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Returns the log-prob of each scored token of a pack (data.Pack), given those before it, and the entropy there.
+
+    Both [N] for N scored tokens, in nats, at the temperature and without `masked_ids`: what SFT, the policy, the old
+    policy and the reference are all measured by. The head sees the N positions alone, so [T, V] never exists.
+    """
+    hidden = model(pack.input_ids, position_ids=pack.position_ids, cu_seqlens=pack.cu_seqlens)
+    scored = pack.scored[0, 1:]
+    return token_log_probs(hidden[0, :-1][scored], model.head_weight, pack.input_ids[0, 1:][scored],
+                           temperature=temperature, masked_ids=masked_ids)

@@ -13,8 +13,11 @@ import reprlib
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
+
+from tqdm import tqdm
 
 from data.schemas import (IMAGE_FIELDS, PLAIN_FIELDS, _get, _images, _is_json, _letter_of, _options, _plain,
                           _precision)
@@ -83,6 +86,33 @@ def convert_examples(path: str | Path, convert: Callable[[Example], T], bad: lis
             yield value
     if not converted:
         raise InputError(f"{path}: none of the records is good; {bad[before]}")
+
+
+class Loaded(NamedTuple):
+    """What `load_examples` made of a file."""
+    items: list
+    dropped: int  # examples that were too long
+    bad: int  # records that were left out
+
+
+def load_examples(path: str | Path, convert: Callable[[Example], T | None], *, skip_bad: bool = False,
+                  limit: int | None = None, too_long: str) -> Loaded:
+    """Returns convert(example) of the examples of a file, the first `limit` of them.
+
+    Where convert returns None, the example is too long: it is dropped, counted, and stderr says `too_long`. A record
+    that is bad, to the reader or to convert, raises InputError; with skip_bad it is left out, counted and shown.
+    Raises InputError where nothing is left.
+    """
+    bad = [] if skip_bad else None
+    found = list(tqdm(islice(convert_examples(path, convert, bad), limit), desc="reading", unit=" examples", delay=5))
+    report_bad(path, bad)
+    items = [item for item in found if item is not None]
+    dropped = len(found) - len(items)
+    if not items:
+        raise InputError(f"{path}: no example is left: {too_long}")
+    if dropped:
+        print(f"{path}: {dropped} of {len(found)} examples dropped: {too_long}", file=sys.stderr)
+    return Loaded(items, dropped, len(bad or []))
 
 
 def repeated_id(examples: list[Example]) -> str:

@@ -112,6 +112,16 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+Grid = tuple[int, int, int]  # (1, rows, columns) of patches
+ImageSource = str | Path | bytes | Image.Image  # a path or data URI, a path, a file's bytes, a decoded image
+
+
+def image_grid(image: Image.Image, config: ImageConfig = ImageConfig()) -> Grid:
+    """Returns the grid (1, rows, columns) of patches that `preprocess_image` cuts an image into."""
+    height, width = smart_resize(image.height, image.width, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
+    return 1, height // PATCH, width // PATCH
+
+
 def preprocess_image(image: Image.Image,
                      config: ImageConfig = ImageConfig()) -> tuple[torch.Tensor, tuple[int, int, int]]:
     """Patches float32 [P, 1176] and the grid (1, rows, columns), bit-equal to transformers' Qwen2VLImageProcessor.

@@ -3,10 +3,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from PIL import Image
 
 from data.datasets import Example
-from data.images import MERGE, ImageConfig, preprocess_image
+from data.images import MERGE, Grid, ImageConfig, ImageSource, image_grid, load_image, preprocess_image
 from data.tokenizer import DEFAULT_SYSTEM, Tokenizer, render_chat
 from hub.errors import InputError
 
@@ -55,24 +54,39 @@ def format_prompt(example: Example, style: str) -> str:
 
 @dataclass
 class Prompt:
-    """What a response is sampled after."""
+    """What a response is sampled after: token ids, and the images that stand at their <|image_pad|> tokens.
+
+    Images are kept as they came (a path, bytes, a PIL image), and preprocessed when the prompt is run: patches take 24
+    bytes a pixel, and a benchmark's would not fit into memory together.
+    """
     ids: list[int]
-    patches: torch.Tensor | None = None  # [P, 1176], the rows of all images one after the other
-    grids: list[tuple[int, int, int]] = field(default_factory=list)  # per image
+    images: list[ImageSource] = field(default_factory=list)
+    grids: list[Grid] = field(default_factory=list)  # of each image: (1, rows, columns) of patches
+    image_config: ImageConfig = ImageConfig()
+
+    def pixel_values(self) -> torch.Tensor | None:
+        """Returns the patches of all images, float32 [P, 1176]; None for a text."""
+        if not self.images:
+            return None
+        return torch.cat([preprocess_image(load_image(image), self.image_config)[0] for image in self.images])
 
 
-def chat_prompt(messages: Sequence[dict], images: Sequence[Image.Image], tokenizer: Tokenizer,
+def chat_prompt(messages: Sequence[dict], images: Sequence[ImageSource], tokenizer: Tokenizer,
                 image_config: ImageConfig) -> Prompt:
-    """A conversation, ready for the assistant to go on; `images` in the order of the messages' image parts."""
-    pairs = [preprocess_image(image, image_config) for image in images]
-    image_tokens = [rows * columns // MERGE**2 for _, (_, rows, columns) in pairs]
+    """Returns a conversation, ready for the assistant to go on; `images` in the order of the messages' image parts.
+
+    Raises InputError for an image that cannot be read: each is decoded once here, so that a damaged file is found
+    before anything is sampled.
+    """
+    grids = [image_grid(load_image(image), image_config) for image in images]
+    image_tokens = [rows * columns // MERGE**2 for _, rows, columns in grids]
     ids, _ = render_chat(messages, tokenizer, image_tokens=image_tokens, add_generation_prompt=True)
-    return Prompt(ids, torch.cat([patches for patches, _ in pairs]) if pairs else None, [grid for _, grid in pairs])
+    return Prompt(ids, list(images), grids, image_config)
 
 
-def make_prompt(text: str, images: Sequence[Image.Image], tokenizer: Tokenizer, image_config: ImageConfig, *,
+def make_prompt(text: str, images: Sequence[ImageSource], tokenizer: Tokenizer, image_config: ImageConfig, *,
                 system: str | None = None) -> Prompt:
-    """One user turn, the images before the text, ready for the assistant to go on."""
+    """Returns one user turn, the images before the text, ready for the assistant to go on."""
     messages = [{"role": "system", "content": DEFAULT_SYSTEM if system is None else system},
                 {"role": "user", "content": [{"type": "image"}] * len(images) + [{"type": "text", "text": text}]}]
     return chat_prompt(messages, images, tokenizer, image_config)

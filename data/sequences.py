@@ -1,9 +1,17 @@
-"""Training sequences: rows of ids with their loss masks, padded or packed, and the order of an epoch."""
+"""Training sequences: an example as a row of token ids, and rows packed end to end for one forward pass.
+
+A row of T tokens is `ids` [T] and `scored` [T]: true on the tokens that the loss is about, which are those of the
+response. A pack is several rows in one, [1, T], that do not see one another. SFT and GRPO train on packs alone: there
+is no padding, and `--pack-tokens` is the one number that decides how much memory a forward pass takes.
+"""
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from data.datasets import Example
 from data.prompts import format_prompt
@@ -11,71 +19,104 @@ from data.tokenizer import Tokenizer, render_chat
 from hub.errors import InputError
 
 
+class Row(NamedTuple):
+    """One training sequence, five bytes a token (as Python lists it would be 44)."""
 
-def encode_example(example: Example, tokenizer: Tokenizer, *, style: str, max_length: int,
-                   answer_only: bool = False) -> tuple[list[int], list[bool]]:
-    """(ids, loss mask) of a text example, cut to max_length; the paper's non-CoT ablation trains on the answer only.
+    ids: Tensor  # int32 [T]
+    scored: Tensor  # bool [T]: the tokens whose log-probs the loss takes
 
-    What is cut has no <|im_end|>, so nothing teaches the model to stop there. Where the prompt alone fills max_length,
-    the mask is all false: such rows are for the caller to drop.
+
+def make_row(ids: Sequence[int], scored: Sequence[bool]) -> Row:
+    """Returns the row of a sequence's ids and the mask of its scored tokens.
+
+    A first token follows nothing, so nothing predicts it: it is never scored.
+    """
+    row = Row(torch.tensor(ids, dtype=torch.int32), torch.tensor(scored, dtype=torch.bool))
+    row.scored[:1] = False
+    return row
+
+
+def encode_example(
+    example: Example,
+    tokenizer: Tokenizer,
+    *,
+    style: str,
+    max_length: int,
+    answer_only: bool = False,
+) -> tuple[list[int], list[bool]]:
+    """Returns (ids, loss mask) of a text example for SFT, cut to max_length tokens.
+
+    What is cut has no <|im_end|>, so nothing teaches the model to stop there. Where the prompt
+    alone fills max_length, the mask is all false: such rows are for the caller to drop.
+    `answer_only` leaves the thoughts out: the paper's ablation without chains of thought.
     """
     if example.images:
         raise InputError(f"{example.id}: SFT is on text, but field 'image' is given")
     response = f"<answer>{example.answer}</answer>" if answer_only else example.response
     if response is None:
         raise InputError(f"{example.id}: field 'response' is missing")
-    ids, mask = render_chat([{"role": "user", "content": format_prompt(example, style)},
-                             {"role": "assistant", "content": response}], tokenizer)
+    question = {"role": "user", "content": format_prompt(example, style)}
+    answer = {"role": "assistant", "content": response}
+    ids, mask = render_chat([question, answer], tokenizer)
     return ids[:max_length], mask[:max_length]
 
 
-Row = tuple[torch.Tensor, torch.Tensor]  # a sequence as it is kept: ids int32 [T] and loss mask bool [T]
+@dataclass
+class Pack:
+    """Rows end to end in one, with no padding. Positions restart at 0 in each."""
+
+    input_ids: Tensor  # [1, T]
+    scored: Tensor  # bool [1, T]
+    position_ids: Tensor  # [3, 1, T]
+    cu_seqlens: Tensor  # int32 [rows + 1]: the borders 0, T1, T1 + T2, ..., T, across which nothing is seen
+
+    @property
+    def num_scored(self) -> int:
+        """Returns the number of tokens that are scored."""
+        return int(self.scored.sum())
+
+    def to(self, device: torch.device | str) -> "Pack":
+        """Returns the same pack on a device."""
+        return Pack(*(tensor.to(device) for tensor in vars(self).values()))
 
 
-def make_row(ids: Sequence[int], mask: Sequence[bool]) -> Row:
-    """Five bytes a token; as Python lists they would be 44."""
-    return torch.tensor(ids, dtype=torch.int32), torch.tensor(mask, dtype=torch.bool)
+def make_pack(rows: Sequence[Row]) -> Pack:
+    """Returns the pack of these rows."""
+    lengths = [len(row.ids) for row in rows]
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    return Pack(
+        input_ids=torch.cat([row.ids for row in rows]).long()[None],
+        scored=torch.cat([row.scored for row in rows])[None],
+        position_ids=positions.expand(3, 1, -1),
+        cu_seqlens=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
+    )
 
 
-def collate(rows: Sequence[Row], pad_id: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """input_ids [B, T] and bool loss_mask [B, T], padded on the right (attention is causal: any pad id will do)."""
-    length = max(len(ids) for ids, _ in rows)
-    input_ids = torch.full((len(rows), length), pad_id)
-    loss_mask = torch.zeros(len(rows), length, dtype=torch.bool)
-    for b, (ids, mask) in enumerate(rows):
-        input_ids[b, :len(ids)], loss_mask[b, :len(mask)] = ids, mask
-    return input_ids, loss_mask
+def deal(lengths: Sequence[int], pack_tokens: int) -> list[list[int]]:
+    """Deals sequences of these lengths out to packs of at most `pack_tokens` tokens.
 
-
-def collate_packed(rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """All rows end to end in one, with no padding: input_ids and loss_mask [1, T], position_ids [3, 1, T], cu_seqlens.
-
-    Positions restart at 0 with each sequence, and cu_seqlens [N + 1] holds the borders across which nothing is seen. A
-    first token follows nothing, so it carries no loss: its prediction would be the sequence before's.
+    Returns the sequences' numbers, pack by pack. First-fit decreasing: each goes, the longest
+    first, to the first pack that has room for it. That makes at most 11/9 of the fewest possible
+    packs, and one more (Johnson, 1973). A sequence that is longer than a pack gets one of its own.
     """
-    lengths = [len(ids) for ids, _ in rows]
-    cu_seqlens = torch.tensor([0, *accumulate(lengths)])
-    input_ids, loss_mask = (torch.cat(parts)[None] for parts in zip(*rows))
-    loss_mask[:, cu_seqlens[:-1]] = False
-    position_ids = torch.cat([torch.arange(length) for length in lengths]).expand(3, 1, -1)
-    return input_ids.long(), loss_mask, position_ids, cu_seqlens
-
-
-def pack(rows: Sequence[Row], size: int) -> list[list[Row]]:
-    """Deals rows out to packs of up to `size` tokens, by first-fit decreasing: each goes, the longest first, to the
-    first pack with room for it. That makes at most 11/9 of the fewest possible packs, and one more (Johnson, 1973)."""
-    packs, room = [], []
-    for row in sorted(rows, key=lambda row: -len(row[0])):
-        length = len(row[0])
-        place = next((i for i, left in enumerate(room) if length <= left), len(packs))
-        if place == len(packs):
+    packs: list[list[int]] = []
+    room: list[int] = []  # tokens left in each
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        for place, left in enumerate(room):
+            if lengths[i] <= left:
+                break
+        else:
+            place = len(packs)
             packs.append([])
-            room.append(size)
-        packs[place].append(row)
-        room[place] -= length
+            room.append(pack_tokens)
+        packs[place].append(i)
+        room[place] -= lengths[i]
     return packs
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
-    """The order of n examples in an epoch: a function of (seed, epoch) alone, so that a resumed run sees the same."""
+    """Returns the order of n examples in an epoch.
+
+    It is a function of (seed, epoch) alone, so that a resumed run sees the same.
+    """
     return random.Random(f"{seed}/{epoch}").sample(range(n), n)
