@@ -1,138 +1,158 @@
-"""Stage 1: supervised fine-tuning on long chains of thought, text only (paper: section 3.1, appendix A).
+"""Stage 1: supervised fine-tuning on long chains of thought, text only.
 
-    python sft.py                                                       # micro base on micro data, on a CPU, in minutes
-    python sft.py --recipe paper --model Qwen2.5-VL-7B-Instruct --data openthoughts.jsonl --out runs/sft-7b
-    python sft.py --answer-only --out runs/sft-answer-only              # the paper's ablation without thinking
-    python sft.py --resume                                              # go on after an interruption, bit for bit
+    python sft.py                               # micro base on micro data, on a CPU, in minutes
+    python sft.py --recipe paper --model Qwen2.5-VL-7B-Instruct --data openthoughts.jsonl
+    python sft.py --answer-only --out runs/sft-answer-only      # the ablation without thinking
+    python sft.py --resume                      # goes on after an interruption, bit for bit
 
-The vision tower is frozen and no image is seen.
+Paper: section 3.1, appendix A. The vision tower is frozen and no image is seen. A step: take a
+batch of worked responses, pack them end to end, and lower -log p of the response tokens.
 """
+
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import (Example, InputError, Row, Tokenizer, check_vocabulary, collate, collate_packed, convert_examples,
-                  encode_example, epoch_order, make_row, pack, report_bad)
+from data.datasets import Example, load_examples
+from data.sequences import Pack, Row, batches, deal, encode_example, make_pack, make_row, num_steps
+from data.tokenizer import Tokenizer, check_vocabulary
+from hub.errors import InputError
 from hub.options import MICRO_DATA, option, parse_options, run_command
-from kernels import token_log_probs
-from model import Qwen2_5_VL
+from model import Qwen2_5_VL, score
 from training.optimizer import autocast, load_for_training, make_optimizer, optimizer_step
 from training.run import Run, TrainOptions
 
-PAPER = {"epochs": 4, "max_steps": None, "batch_size": 128, "max_length": 4096, "learning_rate": 1e-5, "lr_decay": 0.8,
-         "micro_batch_size": 1, "pack_tokens": 4096, "save_every": 100}
-RECIPES = {"micro": {}, "paper": {"prompt_style": "train", **PAPER}, "med": {"prompt_style": "mcq", **PAPER}}
+PAPER = {
+    "epochs": 4,
+    "max_steps": None,
+    "batch_size": 128,
+    "max_length": 4096,
+    "learning_rate": 1e-5,
+    "lr_decay": 0.8,
+    "save_every": 100,
+}
+RECIPES = {
+    "micro": {},
+    "paper": {"prompt_style": "train", **PAPER},
+    "med": {"prompt_style": "mcq", **PAPER},
+}
 
 
 @dataclass
 class SFTOptions(TrainOptions):
     """Fine-tune on worked responses. The loss is on the response only."""
+
     data: str = option(str(MICRO_DATA / "sft.jsonl"), "questions with worked responses")
     out: str = option("runs/sft", "run folder")
     learning_rate: float = option(2e-4, "learning rate of the first epoch", low=0.0)
+    lr_decay: float = option(1.0, "factor on it after each epoch", low=0.0, high=1.0)
     epochs: int = option(2, "passes over the data", low=1)
-    lr_decay: float = option(1.0, "factor on the learning rate after each epoch", low=0.0, high=1.0)
+    max_steps: int | None = option(80, "stop after so many optimiser steps", low=1)
     batch_size: int = option(64, "sequences per optimiser step", low=1)
     max_length: int = option(1024, "longer sequences are cut to so many tokens", low=2)
-    pack_tokens: int = option(0, "pack sequences, which do not see one another, into forward passes of so many tokens; "
-                                 "0: pad --micro-batch-size of them. The gradient is the same", low=0)
-    max_steps: int | None = option(80, "stop after so many optimiser steps", low=1)
     answer_only: bool = option(False, "train on question -> answer with no thinking")
 
 
-def sft_loss(model: Qwen2_5_VL, input_ids: Tensor, loss_mask: Tensor, position_ids: Tensor | None = None,
-             cu_seqlens: Tensor | None = None) -> Tensor:
-    """Sum (not mean) of -log p over the tokens of input_ids [B, T] that loss_mask marks, each given those before it.
+def sft_loss(model: Qwen2_5_VL, pack: Pack) -> Tensor:
+    """Returns the sum (not the mean) of -log p over the pack's scored tokens: its responses'.
 
-    The caller divides by the loss tokens of the whole optimiser batch, so that the gradient does not depend on how the
-    batch is split (the mean of micro-batch means would weigh a token by its neighbours' number: TRL#3231).
-    position_ids and cu_seqlens: of a packed row (`collate_packed`).
+    The caller divides by the scored tokens of the whole batch, so that the gradient does not depend
+    on how the batch is split into forward passes (the mean of their means would weigh a token by
+    the number of its neighbours: huggingface/trl#3231).
     """
-    device = model.head_weight.device
-    input_ids, loss_mask = input_ids.to(device), loss_mask.to(device)
-    position_ids = None if position_ids is None else position_ids.to(device)  # the borders stay where Python reads them
-    hidden = model(input_ids, position_ids=position_ids, cu_seqlens=cu_seqlens)
-    hidden = hidden[:, :-1][loss_mask[:, 1:]]                                              # [N, C]: only what is scored
-    log_probs, _ = token_log_probs(hidden, model.head_weight, input_ids[:, 1:][loss_mask[:, 1:]])
+    log_probs, _ = score(model, pack)
     return -log_probs.sum()
 
 
-def load_rows(options: SFTOptions, tokenizer: Tokenizer) -> list[Row]:
-    """All examples as tokens, read one by one: of the text nothing is kept. Those whose prompt alone fills max_length
-    are dropped and counted."""
-    def encode(example: Example) -> Row:
-        return make_row(*encode_example(example, tokenizer, style=options.prompt_style, max_length=options.max_length,
-                                        answer_only=options.answer_only))
-
-    bad = [] if options.skip_bad_lines else None
-    rows, dropped = [], 0
-    for row in tqdm(convert_examples(options.data, encode, bad), desc="reading", unit=" examples", delay=5):
-        if row[1][1:].any():
-            rows.append(row)
-        else:
-            dropped += 1
-    report_bad(options.data, bad)
-    if not rows:
-        raise InputError(f"{options.data}: no example fits --max-length {options.max_length}")
-    if dropped:
-        print(f"{dropped} of {len(rows) + dropped} examples dropped: the prompt fills {options.max_length} tokens")
-    return rows
-
-
-def micro_batches(rows: list[Row], options: SFTOptions) -> Iterator[tuple[Tensor, ...]]:
-    """What sft_loss takes, one forward pass after the other: packed rows, or padded ones of like length."""
-    if options.pack_tokens:
-        yield from map(collate_packed, pack(rows, options.pack_tokens))
-        return
-    rows = sorted(rows, key=lambda row: len(row[0]))
-    for start in range(0, len(rows), options.micro_batch_size):
-        yield collate(rows[start:start + options.micro_batch_size])
-
-
-def train_step(model: Qwen2_5_VL, optimizer: torch.optim.Optimizer, rows: list[Row], learning_rate: float,
-               options: SFTOptions) -> dict:
-    """One optimiser step on a batch of rows, in as many forward passes as it takes."""
-    num_tokens = sum(int(mask[1:].sum()) for _, mask in rows)
+def train_step(
+    model: Qwen2_5_VL,
+    optimizer: torch.optim.Optimizer,
+    rows: list[Row],
+    learning_rate: float,
+    options: SFTOptions,
+) -> dict:
+    """Takes one optimiser step on a batch of rows. Returns its metrics."""
+    device = model.head_weight.device
+    # 1. The loss is a mean over all response tokens of the batch, however it is packed.
+    num_tokens = sum(int(row.scored.sum()) for row in rows)
     total = 0.0
-    for inputs in micro_batches(rows, options):
+    # 2. Packs are as many forward and backward passes as memory asks for; gradients add up.
+    for chosen in deal([len(row.ids) for row in rows], options.pack_tokens):
+        pack = make_pack([rows[i] for i in chosen]).to(device)
         with autocast(model, options):
-            loss = sft_loss(model, *inputs) / num_tokens
+            loss = sft_loss(model, pack) / num_tokens
         loss.backward()
         total += loss.item()
+    # 3. One step of AdamW on the sum.
     grad_norm = optimizer_step(model, optimizer, learning_rate, options.max_grad_norm)
-    return {"loss": total, "lr": learning_rate, "grad_norm": grad_norm, "tokens": sum(len(ids) for ids, _ in rows)}
+    return {
+        "loss": total,
+        "lr": learning_rate,
+        "grad_norm": grad_norm,
+        "tokens": sum(len(row.ids) for row in rows),
+    }
+
+
+def load_rows(options: SFTOptions, tokenizer: Tokenizer) -> list[Row]:
+    """Returns all examples as rows of tokens.
+
+    Those whose prompt alone fills max_length have no token to score: they are dropped and counted.
+    """
+
+    def convert(example: Example) -> Row | None:
+        ids, mask = encode_example(
+            example,
+            tokenizer,
+            style=options.prompt_style,
+            max_length=options.max_length,
+            answer_only=options.answer_only,
+        )
+        row = make_row(ids, mask)
+        return row if row.scored.any() else None
+
+    too_long = f"the prompt fills --max-length {options.max_length}"
+    return load_examples(
+        options.data, convert, skip_bad=options.skip_bad_lines, too_long=too_long
+    ).items
 
 
 def train(options: SFTOptions) -> None:
-    """The whole run: from the options to the run folder."""
-    if 0 < options.pack_tokens < options.max_length:
-        raise InputError(f"--pack-tokens {options.pack_tokens} is less than --max-length {options.max_length}")
+    """Runs the whole stage: from the options to the run folder."""
+    if options.pack_tokens < options.max_length:
+        raise InputError(
+            f"--pack-tokens {options.pack_tokens} is less than --max-length {options.max_length}"
+        )
+    # 1. Refuse an occupied folder before anything is read; load; only then touch the disk.
+    run = Run(options)
     tokenizer = Tokenizer.from_pretrained(options.model)
     rows = load_rows(options, tokenizer)
     model = load_for_training(options)
     check_vocabulary(tokenizer, model.config)
-    run = Run(options)
     optimizer = make_optimizer(model, options)
+    run.begin()
     if options.resume:
         run.load_checkpoint(model, optimizer)
-    steps_per_epoch = -(-len(rows) // options.batch_size)  # the last batch of an epoch may be smaller
-    total_steps = min(options.epochs * steps_per_epoch, options.max_steps or 10**12)
-    progress = tqdm(range(run.step, total_steps), initial=run.step, total=total_steps, desc="sft", unit="step")
-    for step in progress:
+
+    # 2. Steps.
+    size = options.batch_size
+    total_steps = num_steps(len(rows), size, options.epochs, options.max_steps)
+    stream = batches(len(rows), size, options.seed, first_step=run.step)
+    progress = tqdm(initial=run.step, total=total_steps, desc="sft", unit="step")
+    while run.step < total_steps:
         started = time.perf_counter()
-        epoch, place = divmod(step, steps_per_epoch)
-        chosen = epoch_order(len(rows), options.seed, epoch)[place * options.batch_size:][:options.batch_size]
+        epoch, chosen = next(stream)
         learning_rate = options.learning_rate * options.lr_decay**epoch
         metrics = train_step(model, optimizer, [rows[i] for i in chosen], learning_rate, options)
+        run.step += 1
         seconds = time.perf_counter() - started
-        run.step = step + 1
-        run.log("metrics.jsonl", {"step": run.step, "epoch": epoch, **metrics,
-                                  "tokens_per_second": metrics["tokens"] / seconds, "seconds": seconds})
-        progress.set_postfix(loss=f"{metrics['loss']:.3f}")
+        metrics["tokens_per_second"] = metrics["tokens"] / seconds
+        metrics["seconds"] = seconds
+        run.log("metrics.jsonl", {"step": run.step, "epoch": epoch, **metrics})
+        progress.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
+        progress.update()
         run.save(model, optimizer, last=run.step == total_steps)
 
 

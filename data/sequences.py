@@ -1,13 +1,15 @@
-"""Training sequences: an example as a row of token ids, and rows packed end to end for one forward pass.
+"""Training sequences: an example as a row of token ids, and rows packed end to end.
 
-A row of T tokens is `ids` [T] and `scored` [T]: true on the tokens that the loss is about, which are those of the
-response. A pack is several rows in one, [1, T], that do not see one another. SFT and GRPO train on packs alone: there
-is no padding, and `--pack-tokens` is the one number that decides how much memory a forward pass takes.
+A row of T tokens is `ids` [T] and `scored` [T]: true on the tokens that the loss is about, those of
+the response. A pack is several rows in one, [1, T], that do not see one another. SFT and GRPO train
+on packs alone: there is no padding, and `--pack-tokens` alone decides how much memory a forward
+pass takes.
 """
+
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, count
 from typing import NamedTuple
 
 import torch
@@ -68,7 +70,9 @@ class Pack:
     input_ids: Tensor  # [1, T]
     scored: Tensor  # bool [1, T]
     position_ids: Tensor  # [3, 1, T]
-    cu_seqlens: Tensor  # int32 [rows + 1]: the borders 0, T1, T1 + T2, ..., T, across which nothing is seen
+    cu_seqlens: (
+        Tensor  # int32 [rows + 1]: the borders 0, T1, T1 + T2, ..., T, across which nothing is seen
+    )
 
     @property
     def num_scored(self) -> int:
@@ -120,3 +124,25 @@ def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
     It is a function of (seed, epoch) alone, so that a resumed run sees the same.
     """
     return random.Random(f"{seed}/{epoch}").sample(range(n), n)
+
+
+def num_steps(n: int, size: int, epochs: int, max_steps: int | None) -> int:
+    """Returns how many batches of `size` the epochs over n examples make, at most max_steps."""
+    steps = epochs * -(-n // size)
+    return steps if max_steps is None else min(steps, max_steps)
+
+
+def batches(
+    n: int, size: int, seed: int, *, first_step: int = 0
+) -> Iterator[tuple[int, list[int]]]:
+    """Yields (epoch, the numbers of a batch's examples) for each step from first_step on, for ever.
+
+    Every epoch goes through all n examples, so its last batch may be smaller.
+    """
+    steps_per_epoch = -(-n // size)
+    first_epoch, skipped = divmod(first_step, steps_per_epoch)
+    for epoch in count(first_epoch):
+        order = epoch_order(n, seed, epoch)
+        start = skipped * size if epoch == first_epoch else 0
+        for begin in range(start, n, size):
+            yield epoch, order[begin : begin + size]

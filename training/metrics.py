@@ -1,0 +1,51 @@
+"""What metrics.jsonl and samples.jsonl say of a rollout (paper: figure 5)."""
+
+from statistics import fmean
+
+from torch import Tensor
+
+from rewards import extract_answer
+
+
+def rollout_metrics(
+    groups: list[list], rewards: Tensor, advantages: Tensor, seconds: float
+) -> dict:
+    """Returns a rollout's metrics from its completions, rewards and advantages [B, G]."""
+    completions = [completion for group in groups for completion in group]
+    lengths = Tensor([len(completion.ids) for completion in completions])
+    num_tokens = lengths.sum()
+    std = rewards.std(dim=1)
+    # A long response weighs more in the loss: this mean is over tokens, so it need not be 0.
+    advantage_mean = (advantages.flatten() * lengths).sum() / num_tokens
+    return {
+        "reward": rewards.mean().item(),
+        "reward_std": std.mean().item(),
+        "zero_std_groups": (std <= 1e-3).float().mean().item(),  # those that teach nothing
+        "advantage_mean": advantage_mean.item(),
+        "response_length": lengths.mean().item(),
+        "clipped_responses": fmean(c.finish_reason == "length" for c in completions),
+        "rollout_seconds": seconds,
+        "rollout_tokens_per_second": num_tokens.item() / seconds,
+    }
+
+
+def sample_records(step: int, pairs: list[tuple], rewards: Tensor) -> list[dict]:
+    """Returns a record per response: what was asked, answered, extracted and rewarded.
+
+    `pairs` holds each question with its group of completions, `rewards` [B, G] theirs.
+    """
+    records = []
+    for (question, group), values in zip(pairs, rewards.tolist()):
+        for completion, value in zip(group, values):
+            record = {
+                "step": step,
+                "id": question.example.id,
+                "question": question.example.question,
+                "response": completion.text,
+                "extracted": extract_answer(completion.text),
+                "answer": question.example.answer,
+                "reward": value,
+                "finish_reason": completion.finish_reason,
+            }
+            records.append(record)
+    return records
