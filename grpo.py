@@ -359,8 +359,8 @@ class Trainer:
         #    share, the other metrics over those that were run.
         metrics = {name: [] for name in MEASURED}
         for share, packs in zip(shares, packs_of):
-            num_tokens = sum(len(response.sampler_log_probs) for response in share)
-            num_run = sum(len(part.advantages) for part in packs)
+            num_tokens = max(1, sum(len(response.sampler_log_probs) for response in share))
+            num_run = max(1, sum(len(part.advantages) for part in packs))
             sums = Counter()
             for part in packs:
                 sums.update(self.accumulate(part, num_tokens))

@@ -19,7 +19,6 @@ from tqdm import tqdm
 from data.datasets import Example, load_examples
 from data.sequences import Pack, Row, batches, deal, encode_example, make_pack, make_row, num_steps
 from data.tokenizer import Tokenizer, check_vocabulary
-from hub.errors import InputError
 from hub.options import MICRO_DATA, option, parse_options, run_command
 from model import Qwen2_5_VL, score
 from training.optimizer import autocast, load_for_training, make_optimizer, optimizer_step
@@ -121,10 +120,6 @@ def load_rows(options: SFTOptions, tokenizer: Tokenizer) -> list[Row]:
 
 def train(options: SFTOptions) -> None:
     """Runs the whole stage: from the options to the run folder."""
-    if options.pack_tokens < options.max_length:
-        raise InputError(
-            f"--pack-tokens {options.pack_tokens} is less than --max-length {options.max_length}"
-        )
     # 1. Refuse an occupied folder before anything is read; load; only then touch the disk.
     run = Run(options)
     tokenizer = Tokenizer.from_pretrained(options.model)

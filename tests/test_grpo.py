@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import grpo  # noqa: E402
 import tiny  # noqa: E402
+
+import grpo  # noqa: E402
 from data import Example, ImageConfig, InputError, Prompt, Tokenizer, make_prompt  # noqa: E402
-from grpo import grpo_loss, group_advantages, kl_penalty, make_batch  # noqa: E402
+from grpo import group_advantages, grpo_loss, kl_penalty  # noqa: E402
 from sample import Completion  # noqa: E402
 
 CLIP = {"clip_eps_low": 0.2, "clip_eps_high": 0.28}
@@ -32,7 +33,11 @@ def logs(rows: list[list[float]]) -> torch.Tensor:
 def loss_and_gradient(probs, old, advantages, mask, **options):
     log_probs = logs(probs)
     loss, metrics = grpo_loss(
-        log_probs, logs(old).detach(), torch.tensor(advantages), torch.tensor(mask), **{**CLIP, **options}
+        log_probs,
+        logs(old).detach(),
+        torch.tensor(advantages),
+        torch.tensor(mask),
+        **{**CLIP, **options},
     )
     loss.backward()
     return loss.item(), log_probs.grad, metrics
@@ -86,7 +91,9 @@ def test_loss_with_stale_log_probs_by_hand():
     )
     assert loss == pytest.approx(-(1.2 + 1.28 + 0.6 - 0.7 - 0.4) / 5)  # -0.396
     assert torch.allclose(grad, torch.tensor([[-0.24, 0.0, -0.12], [0.14, 0.0, 0.0]]), atol=1e-6)
-    assert metrics["ratio_mean"] == pytest.approx(1.04) and metrics["clip_fraction"] == pytest.approx(2 / 5)
+    assert metrics["ratio_mean"] == pytest.approx(1.04) and metrics[
+        "clip_fraction"
+    ] == pytest.approx(2 / 5)
 
 
 @pytest.mark.parametrize(
@@ -111,17 +118,28 @@ def test_clipping_on_both_sides_of_both_bounds(ratio, advantage, gradient):
 def test_clip_higher_moves_only_the_upper_bound():
     for ratio, symmetric, higher in ((1.25, 0.0, -1.25), (1.19, -1.19, -1.19)):
         for eps_high, wanted in ((0.2, symmetric), (0.28, higher)):
-            grad = loss_and_gradient([[0.4 * ratio]], [[0.4]], [1.0], [[True]], clip_eps_high=eps_high)[1]
+            grad = loss_and_gradient(
+                [[0.4 * ratio]], [[0.4]], [1.0], [[True]], clip_eps_high=eps_high
+            )[1]
             assert grad.item() == pytest.approx(wanted, rel=1e-5)
     for eps_high in (0.2, 0.28):  # the lower bound stays at 0.8
-        assert loss_and_gradient([[0.4 * 0.79]], [[0.4]], [-1.0], [[True]], clip_eps_high=eps_high)[1].item() == 0.0
+        assert (
+            loss_and_gradient([[0.4 * 0.79]], [[0.4]], [-1.0], [[True]], clip_eps_high=eps_high)[
+                1
+            ].item()
+            == 0.0
+        )
 
 
 def test_a_step_raises_good_tokens_and_lowers_bad_ones():
     logits = torch.zeros(2, 5, requires_grad=True)
     log_probs = logits.log_softmax(-1)[:, :1]  # each response is the one token 0
     loss, _ = grpo_loss(
-        log_probs, log_probs.detach(), torch.tensor([1.0, -1.0]), torch.ones(2, 1, dtype=torch.bool), **CLIP
+        log_probs,
+        log_probs.detach(),
+        torch.tensor([1.0, -1.0]),
+        torch.ones(2, 1, dtype=torch.bool),
+        **CLIP,
     )
     loss.backward()
     after = (logits - 0.1 * logits.grad).softmax(-1)[:, 0]
@@ -142,7 +160,9 @@ def test_groups_without_spread_count_in_the_denominator():
 def test_everything_masked_is_zero_loss_and_zero_gradient():
     loss, grad, metrics = loss_and_gradient([[0.5, 0.2]], [[0.1, 0.9]], [1.0], [[False, False]])
     assert loss == 0.0 and not grad.any() and all(value == 0.0 for value in metrics.values())
-    loss, grad, _ = loss_and_gradient([[0.5, 0.2]], [[0.1, 0.9]], [1.0], [[False, False]], num_tokens=0)
+    loss, grad, _ = loss_and_gradient(
+        [[0.5, 0.2]], [[0.1, 0.9]], [1.0], [[False, False]], num_tokens=0
+    )
     assert loss == 0.0 and not grad.any()
 
 
@@ -154,14 +174,17 @@ def test_values_at_masked_positions_do_not_leak(bad, kl_type):
     names = ("log_probs", "old_log_probs", "ref_log_probs")
     results = []
     for subset in ((), names, names[:1], names[1:2], names[2:]):
-        spoilt = {k: v.masked_fill(hidden, bad) if k in subset else v.clone() for k, v in batch.items()}
+        spoilt = {
+            k: v.masked_fill(hidden, bad) if k in subset else v.clone() for k, v in batch.items()
+        }
         spoilt["log_probs"].requires_grad_()
         loss, metrics = grpo_loss(**spoilt, **CLIP, kl_coef=0.5, kl_type=kl_type)
         loss.backward()
         assert not spoilt["log_probs"].grad[hidden].any()
         results.append((loss.item(), metrics, spoilt["log_probs"].grad))
     assert all(
-        loss == results[0][0] and m == results[0][1] and torch.equal(g, results[0][2]) for loss, m, g in results[1:]
+        loss == results[0][0] and m == results[0][1] and torch.equal(g, results[0][2])
+        for loss, m, g in results[1:]
     )
 
 
@@ -182,22 +205,30 @@ def test_loss_metrics_and_gradient_do_not_depend_on_micro_batches(size):
     ]
     loss = sum(p[0] for p in parts)
     (found,) = torch.autograd.grad(loss, batch["log_probs"])
-    assert loss.item() == pytest.approx(whole.item(), rel=1e-12) and torch.allclose(found, wanted, rtol=1e-12, atol=0)
+    assert loss.item() == pytest.approx(whole.item(), rel=1e-12) and torch.allclose(
+        found, wanted, rtol=1e-12, atol=0
+    )
     assert {k: sum(p[1][k] for p in parts) for k in metrics} == pytest.approx(metrics, rel=1e-12)
-    assert metrics.keys() == {"ratio_mean", "clip_fraction", "kl"} and 0 < metrics["clip_fraction"] < 1
+    assert (
+        metrics.keys() == {"ratio_mean", "clip_fraction", "kl"} and 0 < metrics["clip_fraction"] < 1
+    )
 
 
 def test_mask_may_be_of_numbers():
     batch = random_batch()
     wanted, _ = grpo_loss(**batch, **CLIP)
-    assert grpo_loss(**{**batch, "completion_mask": batch["completion_mask"].long()}, **CLIP)[0] == wanted
+    assert (
+        grpo_loss(**{**batch, "completion_mask": batch["completion_mask"].long()}, **CLIP)[0]
+        == wanted
+    )
 
 
 # --- The KL penalty ---
 
 
 @pytest.mark.parametrize(
-    "kl_type, value, gradient", [("k1", 0.6931472, 1.0), ("k2", 0.2402265, 0.6931472), ("k3", 0.1931472, 0.5)]
+    "kl_type, value, gradient",
+    [("k1", 0.6931472, 1.0), ("k2", 0.2402265, 0.6931472), ("k3", 0.1931472, 0.5)],
 )
 def test_kl_estimators_by_hand(kl_type, value, gradient):
     """p = 1/2, r = 1/4: log p/r = log 2; k2 = log^2 2 / 2; k3 = 1/2 - 1 + log 2. d/dlog p: 1; log 2; 1 - r/p."""
@@ -217,7 +248,9 @@ def test_kl_estimators_by_hand(kl_type, value, gradient):
     assert torch.allclose(log_probs.grad, torch.tensor([[0.1 * gradient, 0.0]]))
 
 
-def expected_gradient(kl_type: str, logits: torch.Tensor, ref: torch.Tensor) -> tuple[torch.Tensor, float]:
+def expected_gradient(
+    kl_type: str, logits: torch.Tensor, ref: torch.Tensor
+) -> tuple[torch.Tensor, float]:
     """Exactly, over all actions sampled from the policy: the estimator's gradient as a loss, and its value."""
     leaf = logits.clone().requires_grad_()
     log_probs = leaf.log_softmax(-1)
@@ -234,9 +267,13 @@ def test_expected_gradients_of_the_kl_estimators():
     reverse, forward = (log_p.exp() * (log_p - log_r)).sum(), (log_r.exp() * (log_r - log_p)).sum()
     (reverse_gradient,) = torch.autograd.grad(reverse, leaf, retain_graph=True)
     (forward_gradient,) = torch.autograd.grad(forward, leaf)
-    assert (reverse_gradient - forward_gradient).abs().max() > 0.05  # they differ: the test can tell them apart
+    assert (
+        reverse_gradient - forward_gradient
+    ).abs().max() > 0.05  # they differ: the test can tell them apart
     gradient, value = expected_gradient("k1", logits, ref)
-    assert gradient.abs().max() < 1e-15 and value == pytest.approx(reverse.item())  # right value, no gradient
+    assert gradient.abs().max() < 1e-15 and value == pytest.approx(
+        reverse.item()
+    )  # right value, no gradient
     assert torch.allclose(expected_gradient("k2", logits, ref)[0], reverse_gradient)
     gradient, value = expected_gradient("k3", logits, ref)
     assert torch.allclose(gradient, forward_gradient) and value == pytest.approx(reverse.item())
@@ -250,7 +287,9 @@ def test_k3_is_never_negative_and_stays_finite():
 
 def test_kl_needs_its_reference_and_zero_weight_needs_none():
     log_probs, mask = logs([[0.5]]), torch.ones(1, 1, dtype=torch.bool)
-    with pytest.raises(ValueError, match="ref_log_probs"):  # a coefficient that does nothing would go unseen
+    with pytest.raises(
+        ValueError, match="ref_log_probs"
+    ):  # a coefficient that does nothing would go unseen
         grpo_loss(log_probs, log_probs.detach(), torch.ones(1), mask, **CLIP, kl_coef=0.1)
     assert "kl" not in grpo_loss(log_probs, log_probs.detach(), torch.ones(1), mask, **CLIP)[1]
 
@@ -263,7 +302,9 @@ def test_group_advantages_by_hand():
     found = group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]]))
     a = 0.5 / (1 / 3) ** 0.5
     assert torch.allclose(found, torch.tensor([[1.5, -0.5, -0.5, -0.5], [a, a, -a, -a]]))
-    found = group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]]), normalize_std=False)
+    found = group_advantages(
+        torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]]), normalize_std=False
+    )
     assert torch.equal(found, torch.tensor([[0.75, -0.25, -0.25, -0.25], [0.5, 0.5, -0.5, -0.5]]))
 
 
@@ -294,7 +335,14 @@ def data(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("data") / "rl.jsonl"
     path.write_text(
         "".join(
-            json.dumps({"id": f"q{i}", "question": "the " * i + f"sum of {i} and {i}", "answer": str(2 * i)}) + "\n"
+            json.dumps(
+                {
+                    "id": f"q{i}",
+                    "question": "the " * i + f"sum of {i} and {i}",
+                    "answer": str(2 * i),
+                }
+            )
+            + "\n"
             for i in range(1, 6)
         )
     )
@@ -326,256 +374,344 @@ def options(folder, data, tmp_path):
 @pytest.fixture
 def rewarded(monkeypatch):
     """About half of the responses are right."""
-    monkeypatch.setattr(grpo, "accuracy_reward", lambda response, *_, **__: sum(map(ord, response)) % 2.0)
+    monkeypatch.setattr(
+        grpo, "accuracy_reward", lambda response, *_, **__: sum(map(ord, response)) % 2.0
+    )
 
 
 def metrics(o: grpo.GRPOOptions, name: str = "metrics.jsonl") -> list[dict]:
     return [json.loads(line) for line in (Path(o.out) / name).read_text().splitlines()]
 
 
+def make_trainer(o: grpo.GRPOOptions) -> tuple[grpo.Trainer, list[grpo.Question]]:
+    tokenizer = Tokenizer.from_pretrained(o.model)
+    return grpo.Trainer(o, tokenizer), grpo.load_questions(o, tokenizer)
+
+
+def rollout(
+    trainer: grpo.Trainer, questions: list[grpo.Question], number: int = 0
+) -> tuple[list[grpo.Response], dict, list[dict]]:
+    """A step without its update: the responses that it would learn from, its metrics and records."""
+    seen, update = [], trainer.update
+    trainer.update = lambda responses, learning_rate: seen.extend(responses) or {}
+    metrics, records = trainer.step(questions, number, 1e-3)
+    trainer.update = update
+    return seen, metrics, records
+
+
 def naive_log_probs(trainer: grpo.Trainer, ids: list[int], temperature: float) -> torch.Tensor:
     """Of every id given those before, by one full log-softmax [T]; entry 0 is 0."""
     logits = trainer.model.logits(trainer.model(torch.tensor([ids])))[0].clone()
-    logits[:, trainer.masked_ids] = float("-inf")
+    logits[:, trainer.sampler.masked_ids] = float("-inf")
     log_probs = (logits / temperature).log_softmax(-1)
-    return torch.cat((torch.zeros(1), log_probs[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]))
+    following = torch.tensor(ids[1:])[:, None]
+    return torch.cat((torch.zeros(1), log_probs[:-1].gather(1, following)[:, 0]))
 
 
 def completion(ids: list[int], forced: list[int] = ()) -> Completion:
     return Completion(ids, [-0.5] * len(ids), [i in forced for i in range(len(ids))], "", "stop")
 
 
-def test_completion_log_probs_equal_a_full_log_softmax(options):
-    trainer = grpo.Trainer(options(temperature=0.7))
-    prompts, groups = (
-        [Prompt(tiny.row(1, 5)), Prompt(tiny.row(2, 9))],
-        [[completion(tiny.row(3, 4))], [completion(tiny.row(4, 2))]],
-    )
-    batch = make_batch(prompts, groups, torch.zeros(2), torch.device("cpu"))
-    found, entropy = grpo.completion_log_probs(trainer.model, batch, 0.7, trainer.masked_ids)
-    for row, (prompt, group) in enumerate(zip(prompts, groups)):
-        start, end = len(prompt.ids), len(prompt.ids) + len(group[0].ids)
-        wanted = naive_log_probs(trainer, prompt.ids + group[0].ids, 0.7)
-        assert torch.allclose(found[row, start:end], wanted[start:], atol=1e-5)
-        assert not found[row, :start].any() and not found[row, end:].any()
-    assert 0 < entropy.item() < 6 * math.log(tiny.VOCAB_ROWS) and not entropy.requires_grad
-    assert torch.allclose(trainer.score(trainer.model, batch), found, atol=1e-6)
+def respond(prompt: list[int], ids: list[int], advantage: float = 0.0, forced: list[int] = ()):
+    return grpo.make_response(Prompt(prompt), completion(ids, forced), advantage)
+
+
+def one_pack(responses: list[grpo.Response]) -> grpo.ResponsePack:
+    (pack,) = grpo.make_response_packs(responses, 10**6, torch.device("cpu"))
+    return pack
+
+
+def packed_order(responses: list[grpo.Response]) -> list[int]:
+    """A single pack holds the longest first."""
+    return sorted(range(len(responses)), key=lambda i: -len(responses[i].row.ids))
+
+
+def test_scores_equal_a_full_log_softmax(options):
+    trainer, _ = make_trainer(options(temperature=0.7))
+    pairs = [(tiny.row(1, 5), tiny.row(3, 4)), (tiny.row(2, 9), tiny.row(4, 2))]
+    responses = [respond(prompt, ids) for prompt, ids in pairs]
+    found, entropy = trainer.score(trainer.model, one_pack(responses).pack)
+    wanted = [naive_log_probs(trainer, prompt + ids, 0.7)[len(prompt) :] for prompt, ids in pairs]
+    wanted = torch.cat([wanted[i] for i in packed_order(responses)])
+    assert found.shape == wanted.shape == (6,) and torch.allclose(found, wanted, atol=1e-5)
+    assert 0 < entropy.sum().item() < 6 * math.log(tiny.VOCAB_ROWS) and not entropy.requires_grad
 
 
 def test_one_token_completion_is_scored_where_it_stands(options):
-    trainer = grpo.Trainer(options())
+    trainer, _ = make_trainer(options())
     prompt, token = tiny.row(1, 7), 42
-    batch = make_batch([Prompt(prompt)], [[completion([token])]], torch.zeros(1), torch.device("cpu"))
-    found, _ = grpo.completion_log_probs(trainer.model, batch, 1.0, trainer.masked_ids)
-    logits = trainer.model.logits(trainer.model(torch.tensor([prompt])))[
-        0, -1
-    ].clone()  # behind the prompt's last token
-    logits[trainer.masked_ids] = float("-inf")
-    assert found.sum().item() == pytest.approx(logits.log_softmax(-1)[token].item(), abs=1e-5)
-    assert batch.completion_mask.tolist() == [[False] * 7 + [True]]
+    response = respond(prompt, [token])
+    found, _ = trainer.score(trainer.model, one_pack([response]).pack)
+    # Its distribution is the one behind the prompt's last token.
+    logits = trainer.model.logits(trainer.model(torch.tensor([prompt])))[0, -1].clone()
+    logits[trainer.sampler.masked_ids] = float("-inf")
+    assert found.tolist() == pytest.approx([logits.log_softmax(-1)[token].item()], abs=1e-5)
+    assert response.row.scored.tolist() == [False] * 7 + [True]
 
 
-def test_mask_holds_the_stop_tokens_and_not_forced_ids_or_padding():
+def test_stop_tokens_are_scored_and_forced_ids_are_not():
     ids = tiny.special_ids()
-    pad_like = ids["endoftext"]
-    prompts = [Prompt([1, pad_like]), Prompt([1, 2, 3])]
-    groups = [
-        [completion([5, ids["im_end"]]), completion([6, pad_like])],
-        [completion([7, 8, 9, 10], forced=[1, 2]), completion([0])],
-    ]
-    batch = make_batch(prompts, groups, torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.device("cpu"))
+    end = ids["endoftext"]
     o, x = True, False
-    assert batch.completion_mask.tolist() == [
-        [x, x, o, o, x, x, x],
-        [x, x, o, o, x, x, x],
-        [x, x, x, o, x, x, o],
-        [x, x, x, o, x, x, x],
+    response = respond([1, end], [5, ids["im_end"]])
+    assert response.row.scored.tolist() == [x, x, o, o]
+    assert response.row.ids.tolist() == [1, end, 5, ids["im_end"]]
+    assert respond([1, end], [6, end]).row.scored.tolist() == [x, x, o, o]
+    response = respond([1, 2, 3], [7, 8, 9, 10], forced=[1, 2])
+    assert response.row.scored.tolist() == [x, x, x, o, x, x, o]
+    assert response.row.ids.tolist() == [1, 2, 3, 7, 8, 9, 10]
+    assert response.sampler_log_probs.tolist() == [-0.5, -0.5]
+
+
+def test_packs_hold_each_response_with_its_advantage():
+    responses = [
+        respond([1], [2, 3], 1.0),
+        respond([4, 5], [6, 7, 8], -2.0, forced=[1]),
+        respond([9], [10], 3.0),
     ]
-    assert batch.input_ids[2].tolist() == [1, 2, 3, 7, 8, 9, 10] and batch.input_ids[0, 3] == ids["im_end"]
-    assert batch.advantages.tolist() == [1.0, 2.0, 3.0, 4.0] and batch.lengths.tolist() == [4, 4, 7, 4]
-    assert batch.sampler_log_probs[0].tolist() == [0, 0, -0.5, -0.5, 0, 0, 0]
-    part = batch.rows(torch.tensor([3, 0]))
-    assert part.input_ids.tolist() == [[1, 2, 3, 0], [1, pad_like, 5, ids["im_end"]]] and part.advantages.tolist() == [
-        4.0,
-        1.0,
-    ]
+    responses[1].sampler_log_probs = torch.tensor([-0.1, -0.2])
+    first, second = grpo.make_response_packs(responses, 7, torch.device("cpu"))
+    assert first.pack.input_ids.tolist() == [[4, 5, 6, 7, 8, 9, 10]]
+    assert first.pack.cu_seqlens.tolist() == [0, 5, 7]
+    assert first.pack.position_ids[0].tolist() == [[0, 1, 2, 3, 4, 0, 1]]
+    assert first.pack.scored.tolist() == [[False, False, True, False, True, False, True]]
+    assert first.advantages.tolist() == [-2.0, -2.0, 3.0]
+    assert first.sampler_log_probs.tolist() == pytest.approx([-0.1, -0.2, -0.5])
+    assert second.pack.input_ids.tolist() == [[1, 2, 3]] and second.advantages.tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_sampler_and_trainer_agree_on_log_probs(options, rewarded, temperature):
-    trainer = grpo.Trainer(options(temperature=temperature, max_new_tokens=12, group_size=4, questions_per_step=4))
-    batch, _, _ = trainer.rollout([0, 1, 2, 3], 0)
-    found = trainer.score(trainer.model, batch)
-    assert batch.completion_mask.sum() > 60
-    assert (found - batch.sampler_log_probs)[batch.completion_mask].abs().max() < 1e-5
-    result = trainer.update(batch, 1e-5)
-    assert result["logprob_diff"] < 1e-5 and result["logprob_diff"] <= result["logprob_diff_max"] < 1e-5
-    wrong = trainer.rollout([0, 1], 1)[0]
-    wrong.sampler_log_probs = wrong.sampler_log_probs * 1.1  # the metric does see a difference
+    o = options(temperature=temperature, max_new_tokens=12, group_size=4, questions_per_step=4)
+    trainer, questions = make_trainer(o)
+    responses, _, _ = rollout(trainer, questions[:4])
+    part = one_pack(responses)
+    found, _ = trainer.score(trainer.model, part.pack)
+    assert len(found) > 60 and (found - part.sampler_log_probs).abs().max() < 1e-5
+    assert trainer.update(responses, 1e-5)["logprob_diff"] < 1e-5
+    wrong, _, _ = rollout(trainer, questions[:2], 1)
+    for response in wrong:  # the metric does see a difference
+        response.sampler_log_probs = response.sampler_log_probs * 1.1
     assert trainer.update(wrong, 1e-5)["logprob_diff"] > 0.1
 
 
-def gradient(trainer: grpo.Trainer, batch: grpo.Batch, size: int, monkeypatch) -> tuple[dict[str, torch.Tensor], dict]:
+def gradient(
+    trainer: grpo.Trainer, responses: list[grpo.Response], pack_tokens: int, monkeypatch
+) -> tuple[dict[str, torch.Tensor], dict]:
     """The gradient that update hands to the optimiser, and its metrics."""
     out = {}
 
     def catch(model, *_):
-        out.update((name, p.grad.clone()) for name, p in model.named_parameters() if p.grad is not None)
+        for name, p in model.named_parameters():
+            if p.grad is not None:
+                out[name] = p.grad.clone()
         model.zero_grad()
         return 0.0
 
     monkeypatch.setattr(grpo, "optimizer_step", catch)
-    trainer.options.micro_batch_size = size
-    return out, trainer.update(batch, 1e-3)
+    trainer.options.pack_tokens = pack_tokens
+    return out, trainer.update(responses, 1e-3)
 
 
-def test_update_does_not_depend_on_micro_batches(options, rewarded, monkeypatch):
-    trainer = grpo.Trainer(options(kl_coef=0.1, group_size=8))
-    batch, _, _ = trainer.rollout([0, 1], 0)
+def test_update_does_not_depend_on_packs(options, rewarded, monkeypatch):
+    trainer, questions = make_trainer(options(kl_coef=0.1, group_size=8))
+    responses, _, _ = rollout(trainer, questions[:2])
+    assert any(response.advantage for response in responses)
     trainer.model.double()
     trainer.reference.double()
     with torch.no_grad():
         trainer.reference.lm_head.weight.mul_(0.9)  # else the KL term is zero
-    batch.sampler_log_probs = batch.sampler_log_probs.double()
-    assert batch.advantages.any()
-    wanted, wanted_metrics = gradient(trainer, batch, 16, monkeypatch)
+    for response in responses:
+        response.sampler_log_probs = response.sampler_log_probs.double()
+    wanted, wanted_metrics = gradient(trainer, responses, 10**6, monkeypatch)
     assert wanted_metrics["kl"] > 1e-3
-    for size in (1, 6):
-        found, found_metrics = gradient(trainer, batch, size, monkeypatch)
+    for pack_tokens in (1, 200):
+        found, found_metrics = gradient(trainer, responses, pack_tokens, monkeypatch)
         assert found_metrics == pytest.approx(wanted_metrics, rel=1e-5, abs=1e-7)
-        assert found.keys() == wanted.keys() and not any(name.startswith("visual") for name in found)
+        assert found.keys() == wanted.keys()
+        assert not any(name.startswith("visual") for name in found)
         for name, value in wanted.items():
             assert (found[name] - value).abs().max() <= 1e-6 * value.abs().max(), name
 
 
 def test_recomputed_old_log_probs_give_the_same_gradient(options, rewarded):
-    trainer = grpo.Trainer(options())
-    batch, _, _ = trainer.rollout([0, 1], 0)
-    assert batch.advantages.any()
-    found = []
-    for old in (None, trainer.score(trainer.model, batch)):
-        num_tokens = batch.completion_mask.sum()
-        trainer.accumulate(batch, num_tokens, num_tokens, old, None)
-        found.append({name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None})
+    trainer, questions = make_trainer(options())
+    responses, _, _ = rollout(trainer, questions[:2])
+    assert any(response.advantage for response in responses)
+    part, found = one_pack(responses), []
+    for old in (None, trainer.score(trainer.model, part.pack)[0].detach()):
+        part.old_log_probs = old
+        trainer.accumulate(part, len(part.advantages))
+        grads = trainer.model.named_parameters()
+        found.append({name: p.grad.clone() for name, p in grads if p.grad is not None})
         trainer.model.zero_grad()
     for name, value in found[0].items():
         assert (found[1][name] - value).abs().max() <= 1e-5 * value.abs().max(), name
 
 
-def test_rows_without_advantage_are_left_out_and_the_gradient_stays(options, rewarded, monkeypatch):
-    trainer = grpo.Trainer(options(group_size=8))
-    batch, _, _ = trainer.rollout([0, 1], 0)
-    batch.advantages[:8] = 0.0  # a group whose responses were all right
-    assert batch.advantages[8:].any()
-    num_tokens = batch.completion_mask.sum()
-    trainer.accumulate(batch, num_tokens, num_tokens, None, None)  # every row
-    wanted = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+def test_responses_without_advantage_are_not_run_and_the_gradient_stays(
+    options, rewarded, monkeypatch
+):
+    trainer, questions = make_trainer(options(group_size=8))
+    responses, _, _ = rollout(trainer, questions[:2])
+    for response in responses[:8]:
+        response.advantage = 0.0  # a group whose responses were all right
+    assert any(response.advantage for response in responses[8:])
+    everything = one_pack(responses)
+    trainer.accumulate(everything, len(everything.advantages))
+    grads = trainer.model.named_parameters()
+    wanted = {name: p.grad.clone() for name, p in grads if p.grad is not None}
     trainer.model.zero_grad()
     run, accumulate = [], trainer.accumulate
-    monkeypatch.setattr(trainer, "accumulate", lambda part, *rest: run.append(part) or accumulate(part, *rest))
-    found, metrics = gradient(trainer, batch, 16, monkeypatch)
-    assert [len(part.advantages) for part in run] == [int((batch.advantages != 0).sum())]
+    monkeypatch.setattr(
+        trainer, "accumulate", lambda part, n: run.append(part) or accumulate(part, n)
+    )
+    found, metrics = gradient(trainer, responses, 10**6, monkeypatch)
+    learning = [response for response in responses if response.advantage != 0]
+    assert [len(part.pack.cu_seqlens) - 1 for part in run] == [len(learning)]
     for name, value in wanted.items():
         assert (found[name] - value).abs().max() <= 1e-5 * value.abs().max(), name
     assert metrics["ratio_mean"] == pytest.approx(1.0) and metrics["entropy"] > 0.1
-    batch.advantages[:] = 0.0
-    found, metrics = gradient(trainer, batch, 16, monkeypatch)
-    assert metrics["loss"] == 0.0 and found.keys() == wanted.keys()  # gradients of zero, not none: Adam's moments decay
-    assert all((value == 0).all() for value in found.values())
+
+
+def test_a_step_without_advantages_changes_nothing(options, rewarded):
+    trainer, questions = make_trainer(options(group_size=8, weight_decay=0.1))
+    responses, _, _ = rollout(trainer, questions[:2])
+    trainer.update(responses, 1e-3)  # so that Adam has moments, which would move the weights
+
+    def everything():
+        moments = [value for state in trainer.optimizer.state.values() for value in state.values()]
+        return [x.clone() for x in [*trainer.model.parameters(), *moments]]
+
+    before = everything()
+    for response in responses:
+        response.advantage = 0.0
+    metrics = trainer.update(responses, 1e-3)
+    assert len(before) > 60 and all(torch.equal(a, b) for a, b in zip(before, everything()))
+    assert metrics["grad_norm"] == 0.0 and metrics["loss"] is None and metrics["entropy"] is None
 
 
 def test_several_updates_per_rollout(options, rewarded, monkeypatch):
-    trainer, steps, parts = grpo.Trainer(options(updates_per_rollout=2, group_size=8)), [], []
-    batch, _, _ = trainer.rollout([0, 1], 0)
+    trainer, questions = make_trainer(options(updates_per_rollout=2, group_size=8))
+    responses, _, _ = rollout(trainer, questions[:2])
+    for i, response in enumerate(responses):
+        response.advantage = 1.0 - i % 3  # also 0: a reference would have to be there to run it
+    steps, parts = [], []
     original, accumulate = grpo.optimizer_step, trainer.accumulate
-    monkeypatch.setattr(grpo, "optimizer_step", lambda *args: steps.append(len(parts)) or original(*args))
     monkeypatch.setattr(
-        trainer, "accumulate", lambda part, *rest: parts.append((part, accumulate(part, *rest))) or parts[-1][1]
+        grpo, "optimizer_step", lambda *args: steps.append(len(parts)) or original(*args)
     )
-    trainer.update(batch, 1e-2)
+    monkeypatch.setattr(
+        trainer,
+        "accumulate",
+        lambda part, n: parts.append((part, accumulate(part, n))) or parts[-1][1],
+    )
+    trainer.update(responses, 1e-2)
     assert steps == [1, 2]  # a step after each half
     (first, m1), (second, m2) = parts
-    assert torch.equal(torch.cat((first.advantages, second.advantages)).sort().values, batch.advantages.sort().values)
-    assert m1["ratio_mean"] == pytest.approx(1.0, abs=1e-5)  # the policy that sampled
-    assert abs(m2["ratio_mean"] - 1.0) > 1e-3  # it has moved by one step since
-    assert m2["logprob_diff"] < 1e-5  # which says nothing about sampler against trainer
+    found = sorted(torch.cat((first.advantages, second.advantages)).tolist())
+    wanted = [r.advantage for r in responses for _ in r.sampler_log_probs if r.advantage]
+    assert found == sorted(wanted)
+    # The first half is run by the policy that sampled; the second one step later.
+    assert m1["ratio_mean"] / len(first.advantages) == pytest.approx(1.0, abs=1e-5)
+    assert abs(m2["ratio_mean"] / len(second.advantages) - 1.0) > 1e-3
+    # Sampler against trainer is about the old policy, so this says nothing about the step.
+    assert m2["logprob_diff"] / len(second.advantages) < 1e-5
 
 
 def test_empty_completions_single_rows_and_nothing_to_learn_do_not_crash(options):
-    empty = Completion([], [], [], "", "length")
-    for kl_coef, size in ((0.0, 1), (0.1, 4)):
-        trainer = grpo.Trainer(options(micro_batch_size=size, kl_coef=kl_coef))
+    for kl_coef, pack_tokens in ((0.0, 1), (0.1, 4)):
+        trainer, _ = make_trainer(options(pack_tokens=pack_tokens, kl_coef=kl_coef))
         before = {name: p.clone() for name, p in trainer.model.named_parameters()}
-        for groups in ([[empty]], [[completion([5, 6], forced=[0, 1])]], [[empty, empty]]):
-            batch = make_batch([Prompt([1, 2, 3])], groups, torch.ones(1, len(groups[0])), torch.device("cpu"))
-            result = trainer.update(batch, 1e-2)
+        empty = respond([1, 2, 3], [], 1.0)
+        forced = respond([1, 2, 3], [5, 6], 1.0, forced=[0, 1])
+        for responses in ([empty], [forced], [empty, empty]):
+            result = trainer.update(responses, 1e-2)
             assert result["loss"] == 0.0 and result["grad_norm"] == 0.0
-        assert all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
-        batch = make_batch(
-            [Prompt([1, 2, 3])], [[empty, completion([5])]], torch.tensor([[1.0, 2.0]]), torch.device("cpu")
-        )
-        result = trainer.update(batch, 1e-2)
-        assert result["loss"] == pytest.approx(-2.0) and math.isfinite(result["grad_norm"]) and result["grad_norm"] > 0
+        for name, p in trainer.model.named_parameters():
+            assert torch.equal(p, before[name])
+        result = trainer.update([empty, respond([1, 2, 3], [5], 2.0)], 1e-2)
+        assert result["loss"] == pytest.approx(-2.0)
+        assert math.isfinite(result["grad_norm"]) and result["grad_norm"] > 0
 
 
 def test_options_reach_the_loss(options, rewarded, monkeypatch):
-    trainer, seen, original = (
-        grpo.Trainer(options(clip_eps_low=0.1, clip_eps_high=0.3, kl_coef=0.02, kl_type="k2")),
-        [],
-        grpo.grpo_loss,
-    )
-    monkeypatch.setattr(grpo, "grpo_loss", lambda *args, **rest: seen.append(rest) or original(*args, **rest))
-    trainer.update(trainer.rollout([0], 0)[0], 1e-3)
     wanted = {"clip_eps_low": 0.1, "clip_eps_high": 0.3, "kl_coef": 0.02, "kl_type": "k2"}
-    assert {key: seen[0][key] for key in wanted} == wanted and seen[0]["ref_log_probs"] is not None
+    trainer, questions = make_trainer(options(**wanted))
+    seen, original = [], grpo.grpo_loss
+    monkeypatch.setattr(
+        grpo, "grpo_loss", lambda *args, **rest: seen.append(rest) or original(*args, **rest)
+    )
+    trainer.step(questions[:1], 0, 1e-3)
+    assert {key: seen[0][key] for key in wanted} == wanted
+    assert seen[0]["ref_log_probs"] is not None
 
 
 def test_no_reference_without_kl_and_a_frozen_one_with_it(options):
-    assert grpo.Trainer(options()).reference is None
-    trainer = grpo.Trainer(options(kl_coef=0.01))
+    assert make_trainer(options())[0].reference is None
+    trainer, _ = make_trainer(options(kl_coef=0.01))
     assert not any(p.requires_grad for p in trainer.reference.parameters())
     assert trainer.reference.head_weight is not trainer.model.head_weight
 
 
-def test_questions_with_images_or_too_long_are_refused(options, tmp_path):
-    path = tmp_path / "bad.jsonl"
-    path.write_text(json.dumps({"id": "x", "question": "q", "answer": "1", "image": "cat.png"}) + "\n")
+def test_questions_with_images_or_too_long_are_refused(options, folder, tmp_path):
+    path, tokenizer = tmp_path / "bad.jsonl", Tokenizer.from_pretrained(folder)
+    path.write_text(
+        json.dumps({"id": "x", "question": "q", "answer": "1", "image": "cat.png"}) + "\n"
+    )
     with pytest.raises(InputError, match="x has an image"):
-        grpo.Trainer(options(data=str(path)))
-    with pytest.raises(InputError, match="no question fits 5 tokens"):
-        grpo.Trainer(options(max_prompt_tokens=5))
+        grpo.load_questions(options(data=str(path)), tokenizer)
+    with pytest.raises(InputError, match="the prompt is over 5 tokens"):
+        grpo.load_questions(options(max_prompt_tokens=5), tokenizer)
 
 
 def test_over_long_questions_are_dropped_and_counted(options, folder, tmp_path, capsys):
     path, tokenizer = tmp_path / "long.jsonl", Tokenizer.from_pretrained(folder)
-    questions = ["short?", "a longer one?", "?" * 600]  # the last is over the context
-    path.write_text("".join(json.dumps({"id": q[:3], "question": q, "answer": 1, "x": "y"}) + "\n" for q in questions))
-    lengths = [len(make_prompt(q, [], tokenizer, ImageConfig()).ids) for q in questions]
+    texts = ["short?", "a longer one?", "?" * 600]  # the last is over the context
+    records = [{"id": text[:3], "question": text, "answer": 1, "x": "y"} for text in texts]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    lengths = [len(make_prompt(text, [], tokenizer, ImageConfig()).ids) for text in texts]
     for limit, kept in ((None, 2), (lengths[1], 2), (lengths[1] - 1, 1), (10_000, 2)):
-        examples = grpo.load_questions(options(data=str(path), max_prompt_tokens=limit), tokenizer)
-        assert [e.question for e in examples] == questions[:kept] and not examples[0].meta
+        o = options(data=str(path), max_prompt_tokens=limit)
+        questions = grpo.load_questions(o, tokenizer)
+        assert [q.example.question for q in questions] == texts[:kept]
+        assert [len(q.prompt.ids) for q in questions] == lengths[:kept]
+        assert not questions[0].example.meta
         bound = min(limit or 511, 511)
-        assert f"{3 - kept} of 3 questions dropped: the prompt is over {bound} tokens\n" == capsys.readouterr().out
+        message = f"{3 - kept} of 3 examples dropped: the prompt is over {bound} tokens"
+        assert message in capsys.readouterr().err
 
 
 def test_bad_records_are_left_out_if_asked(options, folder, tmp_path, capsys):
     path, tokenizer = tmp_path / "bad.jsonl", Tokenizer.from_pretrained(folder)
-    path.write_text('{"question": "q", "answer": 1}\n{"question": "q"}\n{"question": "q", "answer": 1, "image": "x"}\n[')
+    path.write_text(
+        '{"question": "q", "answer": 1}\n{"question": "q"}\n'
+        '{"question": "q", "answer": 1, "image": "x"}\n['
+    )
     with pytest.raises(InputError, match="bad.jsonl: line 2: field 'answer' is missing"):
         grpo.load_questions(options(data=str(path)), tokenizer)
-    assert len(grpo.load_questions(options(data=str(path), skip_bad_lines=True), tokenizer)) == 1
+    o = options(data=str(path), skip_bad_lines=True)
+    assert len(grpo.load_questions(o, tokenizer)) == 1
     err = capsys.readouterr().err
-    assert err.startswith(f"{path}: 3 bad records left out\n") and "question bad-3 has an image" in err and "line 4" in err
+    assert err.startswith(f"{path}: 3 bad records left out\n")
+    assert "question bad-3 has an image" in err and "line 4" in err
 
 
-def test_reward_knows_every_right_answer_and_its_precision(options, folder, monkeypatch):
+def scripted(trainer: grpo.Trainer, monkeypatch, groups: list[list[str]]) -> None:
+    """Has the sampler give these texts."""
+    completions = [[Completion([5], [-1.0], [False], text, "stop") for text in g] for g in groups]
+    monkeypatch.setattr(trainer.sampler, "generate", lambda *_: completions)
+
+
+def test_reward_knows_every_right_answer_and_its_precision(options, monkeypatch):
     """Any accepted answer counts, and a number to the decimals that the record names."""
-    trainer = grpo.Trainer(options())
-    trainer.examples = [Example("x", "q", "six", accepted=["7"]), Example("y", "q", "2.35", precision=1)]
-    texts = iter(["<answer>7</answer>", "<answer>8</answer>", "<answer>2.4</answer>", "<answer>2.3</answer>"])
-    groups = [[Completion([1], [-1.0], [False], next(texts), "stop") for _ in range(2)] for _ in range(2)]
-    monkeypatch.setattr(trainer.sampler, "generate", lambda *_: groups)
-    _, records, _ = trainer.rollout([0, 1], 0)
+    trainer, _ = make_trainer(options(group_size=2))
+    examples = [Example("x", "q", "six", accepted=["7"]), Example("y", "q", "2.35", precision=1)]
+    answers = [["7", "8"], ["2.4", "2.3"]]
+    texts = [[f"<answer>{answer}</answer>" for answer in group] for group in answers]
+    scripted(trainer, monkeypatch, texts)
+    questions = [grpo.Question(example, Prompt([1, 2])) for example in examples]
+    _, _, records = rollout(trainer, questions)
     assert [r["reward"] for r in records] == [1.0, 0.0, 1.0, 0.0]
 
 
@@ -586,64 +722,91 @@ def test_run_writes_metrics_samples_and_warms_up(options, rewarded):
     o = options(epochs=4, max_steps=10, learning_rate=1e-3, warmup_ratio=0.4)
     grpo.train(o)
     found = metrics(o)
-    assert all(set(METRICS) <= m.keys() for m in found) and [m["step"] for m in found] == list(range(1, 11))
+    assert all(set(METRICS) <= m.keys() for m in found) and [m["step"] for m in found] == list(
+        range(1, 11)
+    )
     assert [m["lr"] for m in found] == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3] + [1e-3] * 7)
     assert [m["epoch"] for m in found] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3]
     samples = metrics(o, "samples.jsonl")
-    assert len(samples) == sum([6, 6, 3] * 3 + [6])  # 5 questions: the third rollout of an epoch has only one
-    assert set(samples[0]) == {"step", "id", "question", "response", "extracted", "answer", "reward", "finish_reason"}
+    assert len(samples) == sum(
+        [6, 6, 3] * 3 + [6]
+    )  # 5 questions: the third rollout of an epoch has only one
+    assert set(samples[0]) == {
+        "step",
+        "id",
+        "question",
+        "response",
+        "extracted",
+        "answer",
+        "reward",
+        "finish_reason",
+    }
     for m in found:
         group = [s for s in samples if s["step"] == m["step"]]
         assert m["reward"] == pytest.approx(sum(s["reward"] for s in group) / len(group))
-        assert m["clipped_responses"] == pytest.approx(sum(s["finish_reason"] == "length" for s in group) / len(group))
-        assert m["ratio_mean"] == pytest.approx(1.0) and m["clip_fraction"] == 0.0 and m["logprob_diff"] < 1e-5
+        assert m["clipped_responses"] == pytest.approx(
+            sum(s["finish_reason"] == "length" for s in group) / len(group)
+        )
+        if m["loss"] is None:  # no group had an advantage: nothing was run
+            assert m["zero_std_groups"] == 1.0 and m["grad_norm"] == 0.0
+            continue
+        assert m["ratio_mean"] == pytest.approx(1.0) and m["clip_fraction"] == 0.0
+        assert m["logprob_diff"] < 1e-5
     assert all(s["question"].endswith(f"sum of {s['id'][1:]} and {s['id'][1:]}") for s in samples)
     assert all(s["reward"] == sum(map(ord, s["response"])) % 2 for s in samples)
     first = [s for s in samples if s["step"] == 1]
-    assert len({s["id"] for s in first}) == 2 and len({s["response"] for s in first}) == 6  # n different samples each
+    assert (
+        len({s["id"] for s in first}) == 2 and len({s["response"] for s in first}) == 6
+    )  # n different samples each
 
 
 def test_a_rollout_is_a_function_of_seed_and_step(options):
-    trainer = grpo.Trainer(options())
-    texts = [[r["response"] for r in trainer.rollout([0], step)[1]] for step in (4, 4, 5)]
+    trainer, questions = make_trainer(options())
+    texts = []
+    for step in (4, 4, 5):
+        _, _, records = rollout(trainer, questions[:1], step)
+        texts.append([r["response"] for r in records])
     assert texts[0] == texts[1] and not set(texts[1]) & set(
         texts[2]
     )  # resumed runs repeat it, later epochs sample anew
 
 
 def test_samples_record_what_was_extracted(options, monkeypatch):
-    trainer, answer = grpo.Trainer(options()), "<think>so</think><answer>{}</answer>"
-    texts = [answer.format(4), "no answer", answer.format("4.0")]
-    monkeypatch.setattr(
-        trainer.sampler,
-        "generate",
-        lambda prompts, params: [[Completion([5], [-1.0], [False], text, "stop") for text in texts] for _ in prompts],
-    )
-    batch, records, found = trainer.rollout([1], 6)
-    assert [r["extracted"] for r in records] == ["4", None, "4.0"] and [r["reward"] for r in records] == [1.0, 0.0, 1.0]
-    assert records[0]["answer"] == "4" and records[0]["step"] == 7 and records[0]["id"] == "q2"
-    assert (
-        found["reward"] == pytest.approx(2 / 3) and found["zero_std_groups"] == 0.0 and found["response_length"] == 1.0
-    )
-    assert found["reward_std"] == pytest.approx((1 / 3) ** 0.5) and found["advantage_mean"] == pytest.approx(
-        0.0, abs=1e-6
-    )
-    assert batch.advantages.tolist() == pytest.approx([1 / 3**0.5, -2 / 3**0.5, 1 / 3**0.5])
-    texts[:] = [answer.format("B: four"), answer.format("A"), answer.format("four")]
-    trainer.options.normalize_std, trainer.examples[1].answer, trainer.examples[1].options = (
-        False,
-        "B",
-        {"A": "five", "B": "four"},
-    )
-    batch, records, _ = trainer.rollout([1], 6)
+    trainer, questions = make_trainer(options())
+    answer = "<think>so</think><answer>{}</answer>"
+    scripted(trainer, monkeypatch, [[answer.format(4), "no answer", answer.format("4.0")]])
+    responses, found, records = rollout(trainer, questions[1:2], 6)
+    assert [r["extracted"] for r in records] == ["4", None, "4.0"]
     assert [r["reward"] for r in records] == [1.0, 0.0, 1.0]
-    assert batch.advantages.tolist() == pytest.approx([1 / 3, -2 / 3, 1 / 3])
+    assert (records[0]["answer"], records[0]["step"], records[0]["id"]) == ("4", 7, "q2")
+    assert found["reward"] == pytest.approx(2 / 3) and found["zero_std_groups"] == 0.0
+    assert found["response_length"] == 1.0
+    assert found["reward_std"] == pytest.approx((1 / 3) ** 0.5)
+    assert found["advantage_mean"] == pytest.approx(0.0, abs=1e-6)
+    wanted = [1 / 3**0.5, -2 / 3**0.5, 1 / 3**0.5]
+    assert [r.advantage for r in responses] == pytest.approx(wanted)
+
+    texts = [answer.format("B: four"), answer.format("A"), answer.format("four")]
+    scripted(trainer, monkeypatch, [texts])
+    trainer.options.normalize_std = False
+    questions[1].example.answer = "B"
+    questions[1].example.options = {"A": "five", "B": "four"}
+    responses, _, records = rollout(trainer, questions[1:2], 6)
+    assert [r["reward"] for r in records] == [1.0, 0.0, 1.0]
+    assert [r.advantage for r in responses] == pytest.approx([1 / 3, -2 / 3, 1 / 3])
 
 
 def test_reward_rises(options, monkeypatch):
     """Responses with an "e" in them are right: from one in six at the start to nearly all."""
     monkeypatch.setattr(grpo, "accuracy_reward", lambda response, *_, **__: float("e" in response))
-    o = options(epochs=100, max_steps=20, questions_per_step=5, group_size=8, max_new_tokens=8, learning_rate=3e-3)
+    o = options(
+        epochs=100,
+        max_steps=20,
+        questions_per_step=5,
+        group_size=8,
+        max_new_tokens=8,
+        learning_rate=3e-3,
+    )
     grpo.train(o)
     rewards = [m["reward"] for m in metrics(o)]
     assert sum(rewards[:2]) / 2 < 0.3 and sum(rewards[-5:]) / 5 > 0.9, rewards
@@ -678,10 +841,29 @@ def test_resumed_run_equals_an_uninterrupted_one(options, rewarded, tmp_path, mo
 
 def test_recipes_and_command_line(folder, data, tmp_path):
     o = grpo.parse_options(grpo.GRPOOptions, ["--recipe", "paper"], grpo.RECIPES)
-    assert (o.epochs, o.max_steps, o.group_size, o.temperature, o.max_new_tokens) == (3, None, 8, 1.0, 4096)
-    assert (o.learning_rate, o.weight_decay, o.max_grad_norm, o.warmup_ratio) == (3e-6, 1e-2, 1.0, 0.1)
-    assert (o.clip_eps_low, o.clip_eps_high, o.kl_type, o.questions_per_step) == (0.2, 0.28, "k3", 128)
-    assert grpo.parse_options(grpo.GRPOOptions, ["--recipe", "med"], grpo.RECIPES).prompt_style == "mcq"
+    assert (o.epochs, o.max_steps, o.group_size, o.temperature, o.max_new_tokens) == (
+        3,
+        None,
+        8,
+        1.0,
+        4096,
+    )
+    assert (o.learning_rate, o.weight_decay, o.max_grad_norm, o.warmup_ratio) == (
+        3e-6,
+        1e-2,
+        1.0,
+        0.1,
+    )
+    assert (o.clip_eps_low, o.clip_eps_high, o.kl_type, o.questions_per_step) == (
+        0.2,
+        0.28,
+        "k3",
+        128,
+    )
+    assert (
+        grpo.parse_options(grpo.GRPOOptions, ["--recipe", "med"], grpo.RECIPES).prompt_style
+        == "mcq"
+    )
     grpo.main(
         [
             "--model",
@@ -705,4 +887,7 @@ def test_recipes_and_command_line(folder, data, tmp_path):
             "k2",
         ]
     )
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["options"]["normalize_std"] is False
+    assert (
+        json.loads((tmp_path / "run" / "config.json").read_text())["options"]["normalize_std"]
+        is False
+    )
