@@ -361,7 +361,7 @@ class Trainer:
         for share, packs in zip(shares, packs_of):
             num_tokens = max(1, sum(len(response.sampler_log_probs) for response in share))
             num_run = max(1, sum(len(part.advantages) for part in packs))
-            sums = Counter()
+            sums = Counter(loss=0.0)
             for part in packs:
                 sums.update(self.accumulate(part, num_tokens))
             for name, value in sums.items():
