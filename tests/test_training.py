@@ -1,9 +1,8 @@
-"""Options from dataclasses, the run folder's rules, checkpoints that survive a crash, optimiser, errors as one line."""
+"""The run folder's rules, checkpoints that survive a crash, the optimiser."""
 
 import json
-import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,133 +10,15 @@ import torch
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import grpo  # noqa: E402
 import sft  # noqa: E402
 import tiny  # noqa: E402
-from hub import options as hub_options  # noqa: E402
 from training import journal, optimizer, run as run_folder  # noqa: E402
 from data import InputError  # noqa: E402
 from hub.weights import SIDE_FILES  # noqa: E402
 from model import Qwen2_5_VL  # noqa: E402
-from hub.options import option  # noqa: E402
 from training.optimizer import load_for_training, make_optimizer  # noqa: E402
 from training.run import Run, TrainOptions  # noqa: E402
-from hub.options import parse_options  # noqa: E402
 from training.optimizer import optimizer_step  # noqa: E402
-
-
-# --- Options ---
-
-
-@dataclass
-class Options:
-    """For these tests."""
-
-    rate: float = option(0.5, "a rate", low=0.0, high=1.0)
-    big_number: int = option(3, "a number", low=1)
-    limit: int | None = option(None, "a limit", low=2)
-    switch: bool = option(True, "a switch")
-    kind: str = option("a", "a kind", choices=("a", "b"))
-    files: list[str] = option(["x", "y"], "files")
-    name: str | None = option(None, "a name")
-
-
-RECIPES = {"micro": {}, "large": {"big_number": 100, "limit": None, "switch": False, "rate": 0.25}}
-
-
-def test_typed_options_beat_the_recipe_and_the_recipe_the_defaults():
-    assert parse_options(Options, []) == Options(0.5, 3, None, True, "a", ["x", "y"], None)
-    assert parse_options(Options, [], RECIPES) == Options()
-    assert parse_options(Options, ["--recipe", "large"], RECIPES) == Options(rate=0.25, big_number=100, switch=False)
-    found = parse_options(Options, ["--big-number", "7", "--recipe", "large", "--switch"], RECIPES)
-    assert found == Options(rate=0.25, big_number=7, switch=True)
-    assert (
-        parse_options(Options, ["--big-number", "3", "--recipe", "large"], RECIPES).big_number == 3
-    )  # typed, though the default
-
-
-def test_option_kinds():
-    found = parse_options(
-        Options, ["--no-switch", "--limit", "5", "--files", "p", "q", "r", "--kind", "b", "--name=n", "--rate", "1e-2"]
-    )
-    assert found == Options(0.01, 3, 5, False, "b", ["p", "q", "r"], "n")
-    parse_options(Options, []).files.append("z")
-    assert parse_options(Options, []).files == ["x", "y"]  # a default list is nobody's to change
-
-
-@pytest.mark.parametrize(
-    "argv, message",
-    [
-        (["--unknown", "1"], "unrecognized arguments: --unknown"),
-        (["stray"], "unrecognized arguments: stray"),
-        (["--big", "4"], "unrecognized arguments: --big"),  # no abbreviations: a typo must not become another option
-        (["--rate", "fast"], "argument --rate: invalid float value: 'fast'"),
-        (["--big-number", "1.5"], "invalid int value: '1.5'"),
-        (["--limit", "none"], "argument --limit: invalid int value"),
-        (["--kind", "c"], "argument --kind: invalid choice: 'c'"),
-        (["--rate"], "argument --rate: expected one argument"),
-        (["--files"], "argument --files: expected at least one argument"),
-        (["--rate", "1.5"], "--rate must be between 0.0 and 1.0, not 1.5"),
-        (["--rate", "nan"], "--rate must be"),
-        (["--rate", "inf"], "--rate must be"),
-        (["--big-number", "0"], "--big-number must be at least 1, not 0"),
-        (["--limit", "1"], "--limit must be at least 2, not 1"),
-        (["--recipe", "huge"], "argument --recipe: invalid choice: 'huge'"),
-    ],
-)
-def test_bad_options_are_refused_in_one_line(argv, message):
-    with pytest.raises(InputError) as caught:
-        parse_options(Options, argv, RECIPES)
-    assert message in str(caught.value) and "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("cls, recipes", [(sft.SFTOptions, sft.RECIPES), (grpo.GRPOOptions, grpo.RECIPES)])
-def test_every_recipe_is_valid_and_help_explains_every_option(cls, recipes, capsys):
-    for recipe in recipes:
-        parse_options(cls, ["--recipe", recipe], recipes)
-    with pytest.raises(SystemExit) as caught:
-        parse_options(cls, ["--help"], recipes)
-    text = capsys.readouterr().out
-    assert caught.value.code == 0
-    assert (
-        all(f"--{name.replace('_', '-')}" in text for name in cls.__dataclass_fields__)
-        and "{k1,k2,k3}" in text
-        or cls is sft.SFTOptions
-    )
-
-
-def test_commands_turn_errors_into_one_line_and_exit_code_2(tmp_path):
-    root = Path(sft.__file__).parent
-    done = subprocess.run(
-        [sys.executable, str(root / "sft.py"), "--model", str(tmp_path / "none")], capture_output=True, text=True
-    )
-    assert done.returncode == 2 and done.stdout == ""
-    assert (
-        done.stderr.startswith("sft.py: error: ")
-        and str(tmp_path / "none") in done.stderr
-        and done.stderr.count("\n") == 1
-    )
-
-
-def test_run_command_passes_other_errors_on(monkeypatch, capsys):
-    def fails(error):
-        def main(argv):
-            raise error
-
-        return main
-
-    for error in (InputError("two\n  lines"), PermissionError(13, "Permission denied", "out")):
-        with pytest.raises(SystemExit) as caught:
-            hub_options.run_command(fails(error))
-        assert caught.value.code == 2 and capsys.readouterr().err.count("\n") == 1
-    with pytest.raises(ZeroDivisionError):  # a bug of ours keeps its traceback
-        hub_options.run_command(fails(ZeroDivisionError()))
-
-
-def test_devices():
-    assert hub_options.pick_device("cpu").type == "cpu"
-    with pytest.raises(InputError, match="--device must be auto, cpu or cuda, not abacus"):
-        hub_options.pick_device("abacus")
 
 
 # --- The run folder ---
