@@ -10,6 +10,7 @@ here does: pip install matplotlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -65,15 +66,13 @@ def choose_panels(runs: list[Curves]) -> list[str]:
     return [field for field in PANELS if any(field in curves for curves in runs)]
 
 
-def smooth(values: list[float], decay: float = 0.9) -> list[float]:
-    """Returns the exponential moving average: each value counts `decay` times what its successor
-    does. The weights are divided by their sum, so the first values are not drawn towards 0."""
+def smooth(values: list[float], reach: int = 5) -> list[float]:
+    """Returns the mean of each value and its neighbours: `reach` on either side, and towards the
+    ends fewer. It is as many on both sides, so that a curve which falls steeply is not delayed."""
     smoothed = []
-    total = weight = 0.0
-    for value in values:
-        total = decay * total + value
-        weight = decay * weight + 1.0
-        smoothed.append(total / weight)
+    for i in range(len(values)):
+        side = min(reach, i, len(values) - 1 - i)
+        smoothed.append(fmean(values[i - side : i + side + 1]))
     return smoothed
 
 
