@@ -67,12 +67,12 @@ def choose_panels(runs: list[Curves]) -> list[str]:
 
 
 def smooth(values: list[float], reach: int = 5) -> list[float]:
-    """Returns the mean of each value and its neighbours: `reach` on either side, and towards the
-    ends fewer. It is as many on both sides, so that a curve which falls steeply is not delayed."""
+    """Returns the mean of each value and its neighbours, `reach` on either side or as many as there
+    are. Such a mean does not lag behind the curve, as a running average would."""
     smoothed = []
     for i in range(len(values)):
-        side = min(reach, i, len(values) - 1 - i)
-        smoothed.append(fmean(values[i - side : i + side + 1]))
+        start = max(0, i - reach)
+        smoothed.append(fmean(values[start : i + reach + 1]))
     return smoothed
 
 
