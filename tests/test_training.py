@@ -1,144 +1,21 @@
-"""Options from dataclasses, the run folder's rules, checkpoints that survive a crash, optimiser, errors as one line."""
+"""The run folder's rules, checkpoints that survive a crash, the optimiser."""
 
 import json
-import subprocess
-import sys
-from dataclasses import dataclass, replace
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import grpo  # noqa: E402
-import sft  # noqa: E402
-import tiny  # noqa: E402
-from hub import options as hub_options  # noqa: E402
-from training import journal, optimizer, run as run_folder  # noqa: E402
-from data import InputError  # noqa: E402
-from hub.weights import SIDE_FILES  # noqa: E402
-from model import Qwen2_5_VL  # noqa: E402
-from hub.options import option  # noqa: E402
-from training.optimizer import load_for_training, make_optimizer  # noqa: E402
-from training.run import Run, TrainOptions  # noqa: E402
-from hub.options import parse_options  # noqa: E402
-from training.optimizer import optimizer_step  # noqa: E402
-
-
-# --- Options ---
-
-
-@dataclass
-class Options:
-    """For these tests."""
-
-    rate: float = option(0.5, "a rate", low=0.0, high=1.0)
-    big_number: int = option(3, "a number", low=1)
-    limit: int | None = option(None, "a limit", low=2)
-    switch: bool = option(True, "a switch")
-    kind: str = option("a", "a kind", choices=("a", "b"))
-    files: list[str] = option(["x", "y"], "files")
-    name: str | None = option(None, "a name")
-
-
-RECIPES = {"micro": {}, "large": {"big_number": 100, "limit": None, "switch": False, "rate": 0.25}}
-
-
-def test_typed_options_beat_the_recipe_and_the_recipe_the_defaults():
-    assert parse_options(Options, []) == Options(0.5, 3, None, True, "a", ["x", "y"], None)
-    assert parse_options(Options, [], RECIPES) == Options()
-    assert parse_options(Options, ["--recipe", "large"], RECIPES) == Options(rate=0.25, big_number=100, switch=False)
-    found = parse_options(Options, ["--big-number", "7", "--recipe", "large", "--switch"], RECIPES)
-    assert found == Options(rate=0.25, big_number=7, switch=True)
-    assert (
-        parse_options(Options, ["--big-number", "3", "--recipe", "large"], RECIPES).big_number == 3
-    )  # typed, though the default
-
-
-def test_option_kinds():
-    found = parse_options(
-        Options, ["--no-switch", "--limit", "5", "--files", "p", "q", "r", "--kind", "b", "--name=n", "--rate", "1e-2"]
-    )
-    assert found == Options(0.01, 3, 5, False, "b", ["p", "q", "r"], "n")
-    parse_options(Options, []).files.append("z")
-    assert parse_options(Options, []).files == ["x", "y"]  # a default list is nobody's to change
-
-
-@pytest.mark.parametrize(
-    "argv, message",
-    [
-        (["--unknown", "1"], "unrecognized arguments: --unknown"),
-        (["stray"], "unrecognized arguments: stray"),
-        (["--big", "4"], "unrecognized arguments: --big"),  # no abbreviations: a typo must not become another option
-        (["--rate", "fast"], "argument --rate: invalid float value: 'fast'"),
-        (["--big-number", "1.5"], "invalid int value: '1.5'"),
-        (["--limit", "none"], "argument --limit: invalid int value"),
-        (["--kind", "c"], "argument --kind: invalid choice: 'c'"),
-        (["--rate"], "argument --rate: expected one argument"),
-        (["--files"], "argument --files: expected at least one argument"),
-        (["--rate", "1.5"], "--rate must be between 0.0 and 1.0, not 1.5"),
-        (["--rate", "nan"], "--rate must be"),
-        (["--rate", "inf"], "--rate must be"),
-        (["--big-number", "0"], "--big-number must be at least 1, not 0"),
-        (["--limit", "1"], "--limit must be at least 2, not 1"),
-        (["--recipe", "huge"], "argument --recipe: invalid choice: 'huge'"),
-    ],
-)
-def test_bad_options_are_refused_in_one_line(argv, message):
-    with pytest.raises(InputError) as caught:
-        parse_options(Options, argv, RECIPES)
-    assert message in str(caught.value) and "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("cls, recipes", [(sft.SFTOptions, sft.RECIPES), (grpo.GRPOOptions, grpo.RECIPES)])
-def test_every_recipe_is_valid_and_help_explains_every_option(cls, recipes, capsys):
-    for recipe in recipes:
-        parse_options(cls, ["--recipe", recipe], recipes)
-    with pytest.raises(SystemExit) as caught:
-        parse_options(cls, ["--help"], recipes)
-    text = capsys.readouterr().out
-    assert caught.value.code == 0
-    assert (
-        all(f"--{name.replace('_', '-')}" in text for name in cls.__dataclass_fields__)
-        and "{k1,k2,k3}" in text
-        or cls is sft.SFTOptions
-    )
-
-
-def test_commands_turn_errors_into_one_line_and_exit_code_2(tmp_path):
-    root = Path(sft.__file__).parent
-    done = subprocess.run(
-        [sys.executable, str(root / "sft.py"), "--model", str(tmp_path / "none")], capture_output=True, text=True
-    )
-    assert done.returncode == 2 and done.stdout == ""
-    assert (
-        done.stderr.startswith("sft.py: error: ")
-        and str(tmp_path / "none") in done.stderr
-        and done.stderr.count("\n") == 1
-    )
-
-
-def test_run_command_passes_other_errors_on(monkeypatch, capsys):
-    def fails(error):
-        def main(argv):
-            raise error
-
-        return main
-
-    for error in (InputError("two\n  lines"), PermissionError(13, "Permission denied", "out")):
-        with pytest.raises(SystemExit) as caught:
-            hub_options.run_command(fails(error))
-        assert caught.value.code == 2 and capsys.readouterr().err.count("\n") == 1
-    with pytest.raises(ZeroDivisionError):  # a bug of ours keeps its traceback
-        hub_options.run_command(fails(ZeroDivisionError()))
-
-
-def test_devices():
-    assert hub_options.pick_device("cpu").type == "cpu"
-    with pytest.raises(InputError, match="--device must be auto, cpu or cuda, not abacus"):
-        hub_options.pick_device("abacus")
-
+from hub.errors import InputError
+from hub.weights import SIDE_FILES, weight_files
+from model import Qwen2_5_VL
+from training.journal import checksum
+from training.optimizer import autocast, load_for_training, make_optimizer, optimizer_step
+from training.run import Run, TrainOptions
 
 # --- The run folder ---
 
@@ -150,10 +27,12 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def options(folder, tmp_path):
+    data = tmp_path / "d.jsonl"
+    data.write_text("1")
+
     def make(**changes) -> TrainOptions:
-        return TrainOptions(
-            **{"model": str(folder), "data": "d.jsonl", "out": str(tmp_path / "run"), "device": "cpu", **changes}
-        )
+        defaults = {"model": str(folder), "data": str(data), "out": str(tmp_path / "run")}
+        return TrainOptions(**{**defaults, "device": "cpu", **changes})
 
     return make
 
@@ -164,13 +43,19 @@ def trained(options):
 
     def make(steps: int = 1, **changes):
         o = options(**changes)
-        model, run = load_for_training(o), Run(o)
+        model, run = load_for_training(o), begun(o)
         optimizer = make_optimizer(model, o)
         for _ in range(steps):
             update(model, optimizer, run)
         return model, optimizer, run
 
     return make
+
+
+def begun(o: TrainOptions) -> Run:
+    run = Run(o)
+    run.begin()
+    return run
 
 
 def update(model, optimizer, run) -> None:
@@ -192,7 +77,7 @@ def steps_logged(o: TrainOptions, name: str = "metrics.jsonl") -> list[int]:
 
 def test_new_run_writes_its_options(options):
     o = options(learning_rate=3e-4)
-    Run(o)
+    begun(o)
     config = json.loads((Path(o.out) / "config.json").read_text())
     assert (
         config["options"]["learning_rate"] == 3e-4
@@ -201,14 +86,67 @@ def test_new_run_writes_its_options(options):
     assert config["torch"] == torch.__version__ and "commit" in config and "python" in config
 
 
+def test_until_it_begins_a_run_touches_no_disk(options, trained):
+    o = options()
+    Run(o)
+    assert not Path(o.out).exists()
+    model, optimizer, run = trained(2)
+    run.save(model, optimizer, last=True)
+    run.log("metrics.jsonl", {"step": 3})  # behind the checkpoint
+
+    def contents() -> dict[Path, bytes]:
+        return {p: p.read_bytes() for p in Path(o.out).rglob("*") if p.is_file()}
+
+    before = contents()
+    Run(options(overwrite=True))
+    Run(options(resume=True))
+    assert contents() == before
+
+
+def test_side_files_are_copied_at_the_beginning(options, folder, tmp_path):
+    """So it does not matter what becomes of the folder that training started from."""
+    source = shutil.copytree(folder, tmp_path / "source")
+    side_files = {p.name: p.read_bytes() for p in source.iterdir() if p.name in SIDE_FILES}
+    assert "tokenizer.json" in side_files
+    o = options(model=str(source))
+    run, model = begun(o), load_for_training(o)
+    shutil.rmtree(source)
+    run.save(model, make_optimizer(model, o), last=True)
+    saved = {p.name: p.read_bytes() for p in (run.folder / "model").iterdir()}
+    assert saved.keys() == {*side_files, "config.json", "model.safetensors"}
+    assert all(saved[name] == content for name, content in side_files.items())
+    assert same(Qwen2_5_VL.from_pretrained(run.folder / "model"), model)
+
+
+def test_a_model_folder_that_was_moved_away_is_made_whole_on_resume(options, trained, tmp_path):
+    model, optimizer, run = trained(1)
+    run.save(model, optimizer, last=True)
+    shutil.move(run.folder / "model", tmp_path / "elsewhere")
+    again = begun(options(resume=True))
+    again.save(model, optimizer, last=True)
+    names = {p.name for p in (tmp_path / "elsewhere").iterdir()}
+    assert {p.name for p in (again.folder / "model").iterdir()} == names
+
+
 def test_a_run_is_not_overwritten_unasked(options, trained):
     o = options()
     model, optimizer, run = trained(2)
     run.log("samples.jsonl", {"step": 1})
     run.save_checkpoint(model, optimizer)
-    with pytest.raises(InputError, match="holds a run: use --resume, --overwrite, or another --out"):
+    with pytest.raises(
+        InputError, match="holds a run: use --resume, --overwrite, or another --out"
+    ):
         Run(o)
     assert steps_logged(o) == [1, 2]  # and nothing of it is lost
+
+
+def test_nor_is_one_whose_only_checkpoint_is_the_old_one(options, trained):
+    """A crash came between the two renames of a replacement."""
+    model, optimizer, run = trained(1)
+    run.save_checkpoint(model, optimizer)
+    (run.folder / "checkpoint").rename(run.folder / "checkpoint.old")
+    with pytest.raises(InputError, match="holds a run: use --resume"):
+        Run(options())
 
 
 def test_a_run_without_a_checkpoint_starts_again(options, trained):
@@ -240,16 +178,6 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(options, trained):
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
-def test_weights_that_are_not_finite_are_not_saved(options, trained):
-    model, optimizer, run = trained(1)
-    with torch.no_grad():
-        next(p for p in model.parameters() if p.requires_grad).view(-1)[0] = float("inf")
-    run.step = 7
-    with pytest.raises(InputError, match="step 7: weights are not finite"):
-        run.save(model, optimizer, last=True)
-    assert not (run.folder / "model").exists() and not (run.folder / "checkpoint").exists()
-
-
 def test_a_folder_of_somebody_elses_is_left_alone(tmp_path):
     for name in ("metrics.jsonl", "model"):
         folder = tmp_path / name.split(".")[0]
@@ -263,10 +191,35 @@ def test_changed_data_cannot_be_resumed(tmp_path):
     data = tmp_path / "d.jsonl"
     data.write_text("1")
     options = TrainOptions(out=str(tmp_path / "run"), data=str(data))
-    Run(options)
+    begun(options)
     data.write_text("2")
-    with pytest.raises(InputError, match="d.jsonl has changed since"):
+    with pytest.raises(InputError, match="d.jsonl changed since"):
         Run(replace(options, resume=True))
+
+
+def test_another_starting_model_cannot_be_resumed(options, trained, tmp_path):
+    """Its weights are the reference of the KL penalty."""
+    source = tiny.make_folder(tmp_path / "source", "vl_tied", shards=2)
+    model, optimizer, run = trained(1, model=str(source))
+    run.save_checkpoint(model, optimizer)
+    checksums = json.loads((run.folder / "config.json").read_text())["crc32"]
+    assert {p: checksums[str(p)] for p in weight_files(source)} == {
+        p: checksum(p) for p in weight_files(source)
+    }
+    assert Run(options(model=str(source), resume=True)).step == 1
+    shard = weight_files(source)[1]
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(InputError, match=f"cannot resume: {shard} changed since"):
+        Run(options(model=str(source), resume=True))
+
+
+@pytest.mark.parametrize("name", ["data", "model"])
+def test_missing_inputs_are_named(options, tmp_path, name):
+    missing = str(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=f"{missing}.*: cannot be read \\(No such file"):
+        Run(options(**{name: missing}))
 
 
 def test_overwrite_leaves_nothing_of_the_old_run(options, trained):
@@ -275,8 +228,9 @@ def test_overwrite_leaves_nothing_of_the_old_run(options, trained):
     run.save(model, optimizer, last=True)
     (run.folder / "checkpoint.old").mkdir()  # a crash left it behind
     o = options(overwrite=True, seed=5)
-    Run(o)
-    assert [p.name for p in Path(o.out).iterdir()] == ["config.json"]
+    begun(o)
+    assert sorted(p.name for p in Path(o.out).iterdir()) == ["config.json", "model"]
+    assert not (run.folder / "model" / "model.safetensors").exists()
     assert json.loads((Path(o.out) / "config.json").read_text())["options"]["seed"] == 5
 
 
@@ -289,12 +243,14 @@ def test_resume_restores_weights_optimiser_and_step_and_truncates_metrics(option
     run.log("samples.jsonl", {"step": 3})
     with open(run.folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "lo')  # the crash came in the middle of a line
-    again = options(resume=True, save_every=7, micro_batch_size=1)
-    model2, run2 = load_for_training(again), Run(again)
+    again = options(resume=True, save_every=7, pack_tokens=1)
+    model2, run2 = load_for_training(again), begun(again)
     optimizer2 = make_optimizer(model2, again)
     assert not same(model, model2)
     run2.load_checkpoint(model2, optimizer2)
-    assert run2.step == 2 and steps_logged(o) == [1, 2] and steps_logged(o, "samples.jsonl") == [1, 2]
+    assert (
+        run2.step == 2 and steps_logged(o) == [1, 2] and steps_logged(o, "samples.jsonl") == [1, 2]
+    )
     update(model2, optimizer2, run2)
     assert same(model, model2)  # the third step again, bit for bit: Adam's moments are back too
     assert steps_logged(o) == [1, 2, 3]
@@ -307,14 +263,18 @@ def test_resume_refuses_what_it_cannot_go_on_from(options, trained):
     with pytest.raises(InputError, match="there is no checkpoint to resume from"):
         Run(options(resume=True))
     run.save_checkpoint(model, optimizer)
-    with pytest.raises(InputError, match="cannot resume with other options: --learning-rate was 1e-05; --seed was 0$"):
+    with pytest.raises(
+        InputError,
+        match="cannot resume with other options: --learning-rate was 1e-05; --seed was 0$",
+    ):
         Run(options(resume=True, learning_rate=2e-5, seed=1))
     assert Run(options(resume=True)).step == 1
 
 
 @pytest.mark.parametrize("crash", [1, 2])
 def test_crash_while_the_checkpoint_is_replaced(options, trained, monkeypatch, crash):
-    """Of the two renames the first or the second does not happen: the former checkpoint must still be found."""
+    """Of the two renames the first or the second does not happen: the former checkpoint must
+    still be found."""
     model, optimizer, run = trained(1)
     run.save_checkpoint(model, optimizer)
     update(model, optimizer, run)
@@ -329,9 +289,9 @@ def test_crash_while_the_checkpoint_is_replaced(options, trained, monkeypatch, c
     with pytest.raises(KeyboardInterrupt):
         run.save_checkpoint(model, optimizer)
     monkeypatch.setattr(Path, "rename", rename)
-    assert (run.folder / "checkpoint").exists() == (crash == 1) and (run.folder / "checkpoint.old").exists() == (
-        crash == 2
-    )
+    assert (run.folder / "checkpoint").exists() == (crash == 1) and (
+        run.folder / "checkpoint.old"
+    ).exists() == (crash == 2)
     again = options(resume=True)
     model, run = load_for_training(again), Run(again)
     optimizer = make_optimizer(model, again)
@@ -339,7 +299,9 @@ def test_crash_while_the_checkpoint_is_replaced(options, trained, monkeypatch, c
     assert run.step == 1
     # the next replacement must not throw the only checkpoint away before the new one is in place
     update(model, optimizer, run)
-    monkeypatch.setattr(Path, "rename", lambda self, target: (_ for _ in ()).throw(KeyboardInterrupt()))
+    monkeypatch.setattr(
+        Path, "rename", lambda self, target: (_ for _ in ()).throw(KeyboardInterrupt())
+    )
     with pytest.raises(KeyboardInterrupt):
         run.save_checkpoint(model, optimizer)
     monkeypatch.setattr(Path, "rename", rename)
@@ -356,10 +318,41 @@ def test_half_written_checkpoint_is_not_taken_for_one(options, trained, monkeypa
     model, optimizer, run = trained(1)
     run.save_checkpoint(model, optimizer)
     update(model, optimizer, run)
-    monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(
+        torch, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
     with pytest.raises(OSError):
         run.save_checkpoint(model, optimizer)
     assert Run(options(resume=True)).step == 1
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.pt"])
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999, None])
+def test_a_cut_checkpoint_is_called_damaged(options, trained, name, share):
+    model, optimizer, run = trained(1)
+    run.save_checkpoint(model, optimizer)
+    path = run.folder / "checkpoint" / name
+    content = path.read_bytes()
+    path.unlink()
+    if share is not None:
+        path.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(InputError, match="checkpoint: damaged"):
+        Run(options(resume=True)).load_checkpoint(model, optimizer)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), MemoryError("full")])
+def test_too_little_memory_is_not_called_damage(options, trained, monkeypatch, error):
+    def full(state):
+        raise error
+
+    model, optimizer, run = trained(1)
+    run.save_checkpoint(model, optimizer)
+    run = Run(options(resume=True))
+    for loads in (model, optimizer):
+        with monkeypatch.context() as patch, pytest.raises(type(error)):
+            patch.setattr(loads, "load_state_dict", full)
+            run.load_checkpoint(model, optimizer)
+    run.load_checkpoint(model, optimizer)
 
 
 def test_checkpoints_come_every_so_many_steps_and_at_the_end(options, trained):
@@ -389,15 +382,20 @@ def test_saved_model_keeps_dtype_and_side_files_and_loads(options, folder, tmp_p
     o = options(model=str(source))
     model = load_for_training(o)
     assert all(p.dtype == torch.float32 for p in model.parameters())
-    run = Run(o)
-    run.save_model(model)
+    run = begun(o)
+    run.save(model, make_optimizer(model, o), last=True)
     saved = run.folder / "model"
     assert {p.name for p in saved.iterdir()} == {p.name for p in source.iterdir()} - {"notes.txt"}
     for name in {p.name for p in source.iterdir()} & set(SIDE_FILES):
         assert (saved / name).read_bytes() == (source / name).read_bytes()
-    weights, before = load_file(saved / "model.safetensors"), load_file(source / "model.safetensors")
+    weights, before = (
+        load_file(saved / "model.safetensors"),
+        load_file(source / "model.safetensors"),
+    )
     assert weights.keys() == before.keys() and "lm_head.weight" not in weights
-    assert all(weights[name].dtype == dtype and torch.equal(weights[name], before[name]) for name in before)
+    assert all(
+        weights[name].dtype == dtype and torch.equal(weights[name], before[name]) for name in before
+    )
     assert Qwen2_5_VL.from_pretrained(saved).config == Qwen2_5_VL.from_pretrained(source).config
 
 
@@ -422,22 +420,50 @@ def test_optimizer_step_clips_the_gradient_and_says_its_norm(max_norm, factor):
     layer.weight.grad = torch.tensor([[3.0, 4.0]])
     norm = optimizer_step(layer, torch.optim.SGD(layer.parameters(), lr=99.0), 0.1, max_norm)
     assert norm == pytest.approx(5.0)  # before clipping
-    assert torch.allclose(layer.weight, before - 0.1 * factor * torch.tensor([[3.0, 4.0]]), atol=1e-5)
+    assert torch.allclose(
+        layer.weight, before - 0.1 * factor * torch.tensor([[3.0, 4.0]]), atol=1e-5
+    )
     assert layer.weight.grad is None
 
 
+def test_a_step_without_a_gradient_changes_nothing(options):
+    """Not the weights, not Adam's moments, not its count of steps, and there is no weight decay."""
+    o = options(weight_decay=0.1)
+    model = load_for_training(o)
+    optimizer = make_optimizer(model, o)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p) if p.requires_grad else None
+    assert optimizer_step(model, optimizer, 1e-3, 1.0) > 0
+    weights = {name: p.clone() for name, p in model.named_parameters()}
+    moments = [{k: v.clone() for k, v in state.items()} for state in optimizer.state.values()]
+    assert moments and all(state["step"] == 1 for state in moments)
+    assert optimizer_step(model, optimizer, 1e-3, 1.0) == 0.0
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+    for before, now in zip(moments, optimizer.state.values()):
+        assert before.keys() == now.keys()
+        assert all(torch.equal(before[k], now[k]) for k in before)
+
+
 @pytest.mark.parametrize(
-    "dtype, wanted", [("auto", torch.float32), ("float32", torch.float32), ("bfloat16", torch.bfloat16)]
+    "dtype, wanted",
+    [("auto", torch.float32), ("float32", torch.float32), ("bfloat16", torch.bfloat16)],
 )
 def test_autocast_decides_the_precision_of_the_forward_pass(options, dtype, wanted):
     o = options(dtype=dtype)
     model = load_for_training(o)
-    with optimizer.autocast(model, o):
-        assert torch.nn.functional.linear(torch.ones(1, model.config.hidden_size), model.head_weight).dtype == wanted
+    with autocast(model, o):
+        assert (
+            torch.nn.functional.linear(
+                torch.ones(1, model.config.hidden_size), model.head_weight
+            ).dtype
+            == wanted
+        )
     assert model.head_weight.dtype == torch.float32
 
 
 def test_bfloat16_forward_trains_float32_weights(options, folder, tmp_path):
+    import sft
+
     data = tmp_path / "d.jsonl"
     data.write_text('{"question": "the q", "answer": "1", "response": "<answer>1</answer>"}\n')
     losses = {}
@@ -453,10 +479,16 @@ def test_bfloat16_forward_trains_float32_weights(options, folder, tmp_path):
         )
         sft.train(o)
         losses[dtype] = [
-            json.loads(line)["loss"] for line in (tmp_path / dtype / "metrics.jsonl").read_text().splitlines()
+            json.loads(line)["loss"]
+            for line in (tmp_path / dtype / "metrics.jsonl").read_text().splitlines()
         ]
         assert (
-            load_file(tmp_path / dtype / "checkpoint" / "weights.safetensors")["model.norm.weight"].dtype
+            load_file(tmp_path / dtype / "checkpoint" / "weights.safetensors")[
+                "model.norm.weight"
+            ].dtype
             == torch.float32
         )
-    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02) and losses["bfloat16"] != losses["float32"]
+    assert (
+        losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02)
+        and losses["bfloat16"] != losses["float32"]
+    )

@@ -1,11 +1,21 @@
-"""A JSONL file that a long command fills question by question, so that --resume goes on where it was stopped."""
+"""How a long command keeps what it has done, so that --resume goes on from there.
+
+Two things are kept so: a training run's folder (training/run.py), and the --out file of evaluate.py
+and tools/distill.py (RecordFile, below). They share two rules:
+
+1. Beside the results stands a config: the options, and checksums of the files that the results
+   depend on. With the same options and files a command goes on; with others it refuses.
+2. Records are appended, one JSON object a line, as soon as they are there. Whatever stops the
+   command (Ctrl-C, kill -9, a full disk), only the end of the file can be incomplete.
+"""
+
 import json
 import os
 import subprocess
 import sys
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -13,32 +23,93 @@ import torch
 from hub.errors import InputError, read_json
 from hub.options import ROOT
 
+# Options that may differ when a command goes on: they decide where and how often it writes, and in
+# what portions it works, but not what comes out (up to rounding, where sums change their order).
+FREE_OPTIONS = {"resume", "overwrite", "out", "json", "device", "save_every", "max_per_question"}
+FREE_OPTIONS |= {"pack_tokens", "rollout_batch", "max_batch"}
+
+
+# --- The config beside the results ---
 
 
 def checksum(path: str | Path) -> int:
-    """CRC-32 of a file's bytes."""
+    """Returns the CRC-32 of a file's bytes. Raises InputError if the file cannot be read."""
     crc = 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 24):
-            crc = zlib.crc32(block, crc)
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 24):
+                crc = zlib.crc32(block, crc)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     return crc
 
 
 def git_commit() -> str | None:
-    """Of this code; None where it is no checkout, or there is no git."""
+    """Returns the commit of this code; None where it is no checkout, or where there is no git."""
+    command = ["git", "rev-parse", "HEAD"]
     try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     except OSError:
         return None
     return done.stdout.strip() or None
 
 
+def make_config(options: dict, inputs: Iterable[str | Path]) -> dict:
+    """Returns what a command's results depend on: its options, checksums of the files `inputs`,
+    and (for the reader only, they are not compared) the commit and the versions."""
+    return {
+        "options": options,
+        "crc32": {str(path): checksum(path) for path in inputs},
+        "commit": git_commit(),
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+    }
+
+
+def write_config(path: Path, config: dict) -> None:
+    """Writes a config as JSON for people to read."""
+    write_whole(path, json.dumps(config, indent=2).encode() + b"\n")
+
+
+def check_same(results: Path, config_path: Path, config: dict) -> None:
+    """Raises InputError unless `config_path` holds the same options and checksums as `config`.
+    The message names `results` and everything that differs."""
+    before = {"options": {}, "crc32": {}} | read_json(config_path)
+    changed = []
+    for name, value in config["options"].items():
+        old = before["options"].get(name)
+        if name not in FREE_OPTIONS and old != value:
+            changed.append(f"--{name.replace('_', '-')} was {old!r}")
+    if changed:
+        raise InputError(f"{results}: cannot resume with other options: {'; '.join(changed)}")
+    for path, crc in config["crc32"].items():
+        if before["crc32"].get(path) != crc:
+            changed.append(path)
+    if changed:
+        raise InputError(f"{results}: cannot resume: {', '.join(changed)} changed since")
+
+
+def check_unused(path: Path, config_path: Path, overwrite: bool) -> None:
+    """Raises InputError if a file may not be replaced. Without a config beside it, it is not ours:
+    not even --overwrite replaces it then."""
+    if not path.exists():
+        return
+    if not config_path.exists():
+        raise InputError(f"{path} is there, and no such command has written it: use another --out")
+    if not overwrite:
+        raise InputError(f"{path} holds results: use --resume, --overwrite, or another --out")
+
+
+# --- Files of records ---
+
+
 def json_lines(records: Iterable[dict]) -> bytes:
+    """Returns the records as JSONL: one JSON object a line."""
     return "".join(json.dumps(record) + "\n" for record in records).encode()
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Replaces a file, or on a full disk leaves the old one as it is."""
+    """Replaces a file all at once: if the disk is full, the old file stays as it was."""
     temporary = Path(f"{path}.tmp")
     try:
         temporary.write_bytes(content)
@@ -47,91 +118,102 @@ def write_whole(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def check_unused(path: Path, config_path: Path, overwrite: bool) -> None:
-    """Raises InputError where a file holds something that may not be replaced: what has no config beside it is not
-    ours."""
-    if not path.exists() or path.is_file() and path.stat().st_size == 0:
-        return
-    if not path.is_file() or not config_path.exists():
-        raise InputError(f"{path} is there, and no such command has written it: use another --out")
-    if not overwrite:
-        raise InputError(f"{path} holds results: use --resume, --overwrite, or another --out")
+def append_records(path: Path, records: Iterable[dict]) -> None:
+    """Appends records to a JSONL file. When it returns, kill -9 no longer loses them."""
+    with open(path, "ab") as file:
+        file.write(json_lines(records))
 
 
-def when_all_are_there(n: int, on_prompt: Callable[[int, list], None]) -> Callable[[int, int, object], None]:
-    """An `on_completion` for the sampler that hands on a prompt's n completions, in order, once it has them all."""
+def read_records(path: Path, fields: Iterable[str]) -> Iterator[tuple[dict, int]]:
+    """Yields each record of a JSONL file, and the offset in bytes at which its line ends.
+
+    A last line without a line break is half a record, and is left out. Raises InputError, which
+    names the line, for anything that is not an object with these fields.
+    """
+    end = 0
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                record = json.loads(line)
+            except ValueError:
+                record = None
+            if not isinstance(record, dict) or not record.keys() >= set(fields):
+                raise InputError(f"{path}: line {number}: not a record of this command")
+            end += len(line)
+            yield record, end
+
+
+class RecordFile:
+    """FILE with a command's records, and beside it FILE.config.json.
+
+    Records come in groups of `size` (the runs of one question), equal in the fields `keys`. A group
+    is appended as soon as it is there; with --resume, one that is not whole is dropped.
+
+    groups: the whole groups, by the values of the key fields. If `path` is None, they are kept here
+    and nothing is written.
+    """
+
+    def __init__(self, path, options: dict, inputs: Iterable, *, keys: tuple, size: int):
+        """Raises InputError if the file holds other results, or on --resume none."""
+        self.path = None if path is None else Path(path)
+        self.keys = keys
+        self.size = size
+        self.groups: dict[tuple, list[dict]] = {}
+        if self.path is None:
+            return
+        config_path = Path(f"{path}.config.json")
+        if options["resume"]:
+            if not self.path.exists():
+                raise InputError(f"{self.path}: there is nothing to resume")
+            config = make_config(options, inputs)
+            check_same(self.path, config_path, config)
+            self.groups = self.read_groups()
+            self.finish(self.groups)
+        else:
+            check_unused(self.path, config_path, options["overwrite"])
+            config = make_config(options, inputs)
+            # Before the config is written: records never stand beside another run's options.
+            self.path.unlink(missing_ok=True)
+        write_config(config_path, config)
+
+    def key(self, record: dict) -> tuple:
+        """Returns the values that all records of a group share."""
+        return tuple(record[name] for name in self.keys)
+
+    def read_groups(self) -> dict[tuple, list[dict]]:
+        """Returns the whole groups of the file."""
+        groups = defaultdict(list)
+        for record, _ in read_records(self.path, self.keys):
+            groups[self.key(record)].append(record)
+        return {key: group for key, group in groups.items() if len(group) == self.size}
+
+    def append(self, group: list[dict]) -> None:
+        """Adds the records of one question."""
+        self.groups[self.key(group[0])] = group
+        if self.path is not None:
+            append_records(self.path, group)
+
+    def finish(self, order: Iterable[tuple]) -> None:
+        """Writes the file again: the groups with these keys, in this order."""
+        if self.path is None:
+            return
+        records = []
+        for key in order:
+            records += self.groups[key]
+        write_whole(self.path, json_lines(records))
+
+
+def when_all_are_there(n: int, on_prompt: Callable[[int, list], None]) -> Callable:
+    """Returns an `on_completion` for the sampler, whose samples finish in any order. It calls
+    `on_prompt(prompt, completions)` once all n completions of a prompt are there, in order."""
     finished = defaultdict(dict)
 
     def on_completion(prompt: int, sample: int, completion: object) -> None:
         finished[prompt][sample] = completion
         if len(finished[prompt]) == n:
-            on_prompt(prompt, [finished[prompt][i] for i in range(n)])
+            completions = finished.pop(prompt)
+            on_prompt(prompt, [completions[i] for i in range(n)])
 
     return on_completion
-
-
-class RecordFile:
-    """FILE, and beside it FILE.config.json: the options, and checksums of the files that the records depend on.
-
-    Records come in groups of `size` (a question's runs), equal in the fields `keys`, and a group is appended as soon as
-    it is there. So whatever stops the command (Ctrl-C, kill -9, a full disk), all but the last group is whole; --resume
-    drops a group that is not. `groups` has what is there, by the key fields' values; without a path, nothing else has.
-    """
-    FREE = ("resume", "overwrite", "out", "json", "device", "max_batch",  # options that may differ when it goes on
-            "max_per_question")
-
-    def __init__(self, path: str | Path | None, options: dict, inputs: Iterable[str | Path], *,
-                 keys: tuple[str, ...], size: int):
-        self.keys, self.size = keys, size
-        self.groups: dict[tuple, list[dict]] = {}
-        self.path = None if path is None else Path(path)
-        if path is None:
-            return
-        self.config_path = Path(f"{path}.config.json")
-        config = {"options": options, "crc32": {str(name): checksum(name) for name in inputs},
-                  "commit": git_commit(), "python": sys.version.split()[0], "torch": torch.__version__}
-        if options["resume"]:
-            self.check_same(config)
-            self.read_back()
-        else:
-            check_unused(self.path, self.config_path, options["overwrite"])
-        self.finish(self.groups)  # before the options: records never stand beside those of another run
-        write_whole(self.config_path, json.dumps(config, indent=2).encode() + b"\n")
-        self.file = self.path.open("ab", buffering=0)  # nothing waits in Python that a full disk could not take
-
-    def check_same(self, config: dict) -> None:
-        """Raises InputError unless the file was begun with the same options on the same inputs."""
-        if not self.path.exists():
-            raise InputError(f"{self.path}: there is nothing to resume")
-        before = {"options": {}, "crc32": {}} | read_json(self.config_path)
-        changed = [f"--{k.replace('_', '-')} was {before['options'].get(k)!r}" for k, value in config["options"].items()
-                   if k not in self.FREE and before["options"].get(k) != value]
-        if changed:
-            raise InputError(f"{self.path}: cannot resume with other options: {'; '.join(changed)}")
-        changed = [name for name, crc in config["crc32"].items() if before["crc32"].get(name) != crc]
-        if changed:
-            raise InputError(f"{self.path}: cannot resume: {', '.join(changed)} changed since")
-
-    def read_back(self) -> None:
-        """The whole groups of the file."""
-        *lines, _ = self.path.read_bytes().split(b"\n")  # behind the last line break: nothing, or half a record
-        groups = defaultdict(list)
-        for number, line in enumerate(lines, 1):
-            try:
-                record = json.loads(line)
-                groups[tuple(record[key] for key in self.keys)].append(record)
-            except (ValueError, TypeError, KeyError, RecursionError):
-                raise InputError(f"{self.path}: line {number}: not a record of this command") from None
-        self.groups = {key: group for key, group in groups.items() if len(group) == self.size}
-
-    def append(self, group: list[dict]) -> None:
-        """A question's records."""
-        self.groups[tuple(group[0][key] for key in self.keys)] = group
-        content = memoryview(json_lines(group) if self.path else b"")
-        while content:  # a disk that fills up takes a part
-            content = content[self.file.write(content):]
-
-    def finish(self, order: Iterable[tuple]) -> None:
-        """Writes the file again, its groups in order."""
-        if self.path is not None:
-            write_whole(self.path, json_lines(record for key in order for record in self.groups[key]))
