@@ -10,9 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import tiny  # noqa: E402
-
 import grpo  # noqa: E402
+import tiny  # noqa: E402
 from data import Example, ImageConfig, InputError, Prompt, Tokenizer, make_prompt  # noqa: E402
 from grpo import group_advantages, grpo_loss, kl_penalty  # noqa: E402
 from sample import Completion  # noqa: E402

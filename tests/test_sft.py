@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file
 
 import sft
+import tiny
 from data import InputError, Row, Tokenizer, deal, make_pack, make_row
 from hub.options import parse_options
 from hub.weights import copy_side_files

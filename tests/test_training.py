@@ -6,10 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file
 
+import tiny
 from hub.errors import InputError
 from hub.weights import SIDE_FILES, weight_files
 from model import Qwen2_5_VL

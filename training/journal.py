@@ -165,12 +165,14 @@ class RecordFile:
             return
         config_path = Path(f"{path}.config.json")
         if options["resume"]:
-            if not self.path.exists():
+            if not config_path.exists():
                 raise InputError(f"{self.path}: there is nothing to resume")
             config = make_config(options, inputs)
             check_same(self.path, config_path, config)
-            self.groups = self.read_groups()
-            self.finish(self.groups)
+            # No file yet: the command was stopped before its first question was answered.
+            if self.path.exists():
+                self.groups = self.read_groups()
+                self.finish(self.groups)
         else:
             check_unused(self.path, config_path, options["overwrite"])
             config = make_config(options, inputs)
