@@ -7,6 +7,7 @@ streamed. A record's schema is known by its fields: `SCHEMAS` (schemas.py) lists
 it is published, markers such as "<image 1>" too: our prompts put a question's images before its text, in the order of
 their numbers, so "<image 2>" is the second of them.
 """
+
 import csv
 import json
 import reprlib
@@ -19,10 +20,18 @@ from typing import NamedTuple, TypeVar
 
 from tqdm import tqdm
 
-from data.schemas import (IMAGE_FIELDS, PLAIN_FIELDS, _get, _images, _is_json, _letter_of, _options, _plain,
-                          _precision)
+from data.schemas import (
+    IMAGE_FIELDS,
+    PLAIN_FIELDS,
+    _get,
+    _images,
+    _is_json,
+    _letter_of,
+    _options,
+    _plain,
+    _precision,
+)
 from hub.errors import InputError
-
 
 
 T = TypeVar("T")
@@ -31,11 +40,14 @@ T = TypeVar("T")
 @dataclass
 class Example:
     """One question. With options, `answer` is one of their letters."""
+
     id: str
     question: str
     answer: str
     options: dict[str, str] | None = None  # letter -> text
-    images: list[str | Path | bytes] = field(default_factory=list)  # paths, data URIs, files' bytes: for load_image
+    images: list[str | Path | bytes] = field(
+        default_factory=list
+    )  # paths, data URIs, files' bytes: for load_image
     response: str | None = None  # a whole worked response, for SFT
     domain: str | None = None
     meta: dict = field(default_factory=dict)  # all other fields of the record
@@ -58,7 +70,11 @@ def read_examples(path: str | Path, bad: list[str] | None = None) -> Iterator[Ex
         try:
             example = _example(record, where, f"{path.stem}-{number}", path)
         except (InputError, RecursionError) as error:
-            complaint = error if isinstance(error, InputError) else InputError(f"{where}: nested too deeply")
+            complaint = (
+                error
+                if isinstance(error, InputError)
+                else InputError(f"{where}: nested too deeply")
+            )
             if bad is None:
                 raise complaint from None
             bad.append(str(complaint))
@@ -66,11 +82,16 @@ def read_examples(path: str | Path, bad: list[str] | None = None) -> Iterator[Ex
             good += 1
             yield example
     if not good:
-        raise InputError(f"{path}: none of the {number} records is good; {bad[-number]}" if number
-                         else f"{path}: no examples in the file")
+        raise InputError(
+            f"{path}: none of the {number} records is good; {bad[-number]}"
+            if number
+            else f"{path}: no examples in the file"
+        )
 
 
-def convert_examples(path: str | Path, convert: Callable[[Example], T], bad: list[str] | None = None) -> Iterator[T]:
+def convert_examples(
+    path: str | Path, convert: Callable[[Example], T], bad: list[str] | None = None
+) -> Iterator[T]:
     """convert(example) of each example of a file. A complaint of convert's, which need name no file, is one about the
     record: it is raised or, with a list as `bad`, collected."""
     converted, before = 0, len(bad or [])
@@ -90,13 +111,20 @@ def convert_examples(path: str | Path, convert: Callable[[Example], T], bad: lis
 
 class Loaded(NamedTuple):
     """What `load_examples` made of a file."""
+
     items: list
     dropped: int  # examples that were too long
     bad: int  # records that were left out
 
 
-def load_examples(path: str | Path, convert: Callable[[Example], T | None], *, skip_bad: bool = False,
-                  limit: int | None = None, too_long: str) -> Loaded:
+def load_examples(
+    path: str | Path,
+    convert: Callable[[Example], T | None],
+    *,
+    skip_bad: bool = False,
+    limit: int | None = None,
+    too_long: str,
+) -> Loaded:
     """Returns convert(example) of the examples of a file, the first `limit` of them.
 
     Where convert returns None, the example is too long: it is dropped, counted, and stderr says `too_long`. A record
@@ -104,7 +132,14 @@ def load_examples(path: str | Path, convert: Callable[[Example], T | None], *, s
     Raises InputError where nothing is left.
     """
     bad = [] if skip_bad else None
-    found = list(tqdm(islice(convert_examples(path, convert, bad), limit), desc="reading", unit=" examples", delay=5))
+    found = list(
+        tqdm(
+            islice(convert_examples(path, convert, bad), limit),
+            desc="reading",
+            unit=" examples",
+            delay=5,
+        )
+    )
     report_bad(path, bad)
     items = [item for item in found if item is not None]
     dropped = len(found) - len(items)
@@ -134,7 +169,9 @@ def report_bad(path: str | Path, bad: list[str] | None) -> None:
 
 def _records(path: Path) -> Iterator[tuple[str, object]]:
     try:
-        reader = {".parquet": _parquet_records, ".tsv": _tsv_records}.get(path.suffix.lower(), _json_records)
+        reader = {".parquet": _parquet_records, ".tsv": _tsv_records}.get(
+            path.suffix.lower(), _json_records
+        )
         yield from reader(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
@@ -167,15 +204,23 @@ def _parsed(line: bytes, where: str) -> object:
 
 
 def _is_pair(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and "from" in value[0]
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and isinstance(value[0], dict)
+        and "from" in value[0]
+    )
 
 
 def _tsv_records(path: Path) -> Iterator[tuple[str, object]]:
     """Rows of an OpenCompass TSV, without their empty cells. An `image` of up to 64 characters is the index of the row
     that has the image (VLMEvalKit, vlmeval/dataset/image_base.py), before or behind: two passes find these images."""
+
     def rows() -> Iterator[dict]:
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            for row in csv.DictReader(file, delimiter="\t"):  # what is beyond the last column comes under None
+            for row in csv.DictReader(
+                file, delimiter="\t"
+            ):  # what is beyond the last column comes under None
                 yield {key: cell for key, cell in row.items() if cell not in (None, "")}
 
     def refers(row: dict) -> bool:
@@ -184,14 +229,26 @@ def _tsv_records(path: Path) -> Iterator[tuple[str, object]]:
     csv.field_size_limit(2**31 - 1)
     try:
         wanted = {row["image"] for row in rows() if refers(row)}
-        images = {row["index"]: row["image"] for row in rows() if row.get("index") in wanted and "image" in row
-                  and not refers(row)} if wanted else {}
+        images = (
+            {
+                row["index"]: row["image"]
+                for row in rows()
+                if row.get("index") in wanted and "image" in row and not refers(row)
+            }
+            if wanted
+            else {}
+        )
         for number, row in enumerate(rows(), 1):
             where = f"{path}: row {number}"
             if None in row:
                 yield where, InputError(f"{where}: more cells than the first row")
             elif refers(row) and row["image"] not in images:
-                yield where, InputError(f"{where}: field 'image' is no image, nor the index of a row that has one")
+                yield (
+                    where,
+                    InputError(
+                        f"{where}: field 'image' is no image, nor the index of a row that has one"
+                    ),
+                )
             else:
                 yield where, row | {"image": images[row["image"]]} if refers(row) else row
     except csv.Error as error:
@@ -203,9 +260,11 @@ def _parquet_records(path: Path) -> Iterator[tuple[str, dict]]:
     try:
         import pyarrow.parquet
     except ImportError:
-        raise InputError(f"{path}: Parquet needs pyarrow (pip install pyarrow); files without images can be converted "
-                         f"where it is installed: pandas.read_parquet({path.name!r}).to_json("
-                         f"{path.stem + '.jsonl'!r}, orient='records', lines=True)") from None
+        raise InputError(
+            f"{path}: Parquet needs pyarrow (pip install pyarrow); files without images can be converted "
+            f"where it is installed: pandas.read_parquet({path.name!r}).to_json("
+            f"{path.stem + '.jsonl'!r}, orient='records', lines=True)"
+        ) from None
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
@@ -214,7 +273,9 @@ def _parquet_records(path: Path) -> Iterator[tuple[str, dict]]:
                     number += 1
                     yield f"{path}: row {number}", row
     except Exception as error:  # on damaged files it raises almost anything
-        raise InputError(f"{path}: not a readable Parquet file ({' '.join(str(error).split())[:200]})") from None
+        raise InputError(
+            f"{path}: not a readable Parquet file ({' '.join(str(error).split())[:200]})"
+        ) from None
 
 
 def _example(record: object, where: str, default_id: str, path: Path) -> Example:
@@ -226,9 +287,20 @@ def _example(record: object, where: str, default_id: str, path: Path) -> Example
         answer = _letter_of(answer, options, where)
     accepted = _get(record, "accepted", list, where, [])
     return Example(
-        _get(record, "id", str, where, default_id), _get(record, "question", str, where), answer, options,
-        _images(record, where, path.parent), _get(record, "response", str, where, None),
+        _get(record, "id", str, where, default_id),
+        _get(record, "question", str, where),
+        answer,
+        options,
+        _images(record, where, path.parent),
+        _get(record, "response", str, where, None),
         _get(record, "domain", str, where, None),
-        {key: value for key, value in record.items()
-         if key not in (*PLAIN_FIELDS, *IMAGE_FIELDS) and _is_json(value)},
-        [_get({"accepted": text}, "accepted", str, where) for text in accepted], _precision(record, where), schema, where)
+        {
+            key: value
+            for key, value in record.items()
+            if key not in (*PLAIN_FIELDS, *IMAGE_FIELDS) and _is_json(value)
+        },
+        [_get({"accepted": text}, "accepted", str, where) for text in accepted],
+        _precision(record, where),
+        schema,
+        where,
+    )

@@ -1,4 +1,5 @@
 """Images: from a file to the patches that the vision tower takes."""
+
 import base64
 import io
 import math
@@ -12,14 +13,27 @@ from PIL import Image, UnidentifiedImageError
 from hub.errors import InputError, read_json
 
 
-
-PATCH, MERGE, TEMPORAL = 14, 2, 2  # pixels; patches per merged cell's side; frames per patch (a still is repeated)
+PATCH, MERGE, TEMPORAL = (
+    14,
+    2,
+    2,
+)  # pixels; patches per merged cell's side; frames per patch (a still is repeated)
 IMAGE_MEAN, IMAGE_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")  # not EPS: PIL runs a program for it
+IMAGE_FORMATS = (
+    "PNG",
+    "JPEG",
+    "WEBP",
+    "GIF",
+    "BMP",
+    "TIFF",
+    "PPM",
+    "JPEG2000",
+)  # not EPS: PIL runs a program for it
 
 
-def smart_resize(height: int, width: int, *, factor: int = 28, min_pixels: int = 3136,
-                 max_pixels: int = 12845056) -> tuple[int, int]:
+def smart_resize(
+    height: int, width: int, *, factor: int = 28, min_pixels: int = 3136, max_pixels: int = 12845056
+) -> tuple[int, int]:
     """(height, width) in multiples of `factor`, about the same shape, with an area from min_pixels to max_pixels.
 
     The published rule to the letter: halves round to even; with min_pixels == max_pixels the area may exceed both.
@@ -43,6 +57,7 @@ def smart_resize(height: int, width: int, *, factor: int = 28, min_pixels: int =
 @dataclass(frozen=True)
 class ImageConfig:
     """Bounds on an image's area after resizing, in pixels."""
+
     min_pixels: int = 3136
     max_pixels: int = 12845056
 
@@ -51,17 +66,27 @@ class ImageConfig:
         """Of `preprocessor_config.json`: min_pixels, max_pixels or (newer files) size.shortest_edge, .longest_edge."""
         path = Path(folder) / "preprocessor_config.json"
         raw = read_json(path)
-        fixed = {"patch_size": PATCH, "temporal_patch_size": TEMPORAL, "merge_size": MERGE, "resample": 3,
-                 "image_mean": list(IMAGE_MEAN), "image_std": list(IMAGE_STD)}
+        fixed = {
+            "patch_size": PATCH,
+            "temporal_patch_size": TEMPORAL,
+            "merge_size": MERGE,
+            "resample": 3,
+            "image_mean": list(IMAGE_MEAN),
+            "image_std": list(IMAGE_STD),
+        }
         for key, value in fixed.items():
             if raw.get(key, value) != value:
-                raise InputError(f"{path}: field '{key}' is {raw[key]!r}, only {value} is supported")
+                raise InputError(
+                    f"{path}: field '{key}' is {raw[key]!r}, only {value} is supported"
+                )
         size = raw.get("size") if isinstance(raw.get("size"), dict) else {}
         low = size.get("shortest_edge") if raw.get("min_pixels") is None else raw["min_pixels"]
         high = size.get("longest_edge") if raw.get("max_pixels") is None else raw["max_pixels"]
         if type(low) is not int or type(high) is not int or not 1 <= low <= high:
-            raise InputError(f"{path}: fields 'min_pixels' and 'max_pixels' must be whole numbers, 1 <= min <= max, "
-                             f"but are {low!r} and {high!r}")
+            raise InputError(
+                f"{path}: fields 'min_pixels' and 'max_pixels' must be whole numbers, 1 <= min <= max, "
+                f"but are {low!r} and {high!r}"
+            )
         return cls(low, high)
 
 
@@ -72,15 +97,22 @@ def load_image(source: str | Path | bytes | Image.Image, name: str | None = None
     not applied, as in the published processor. Of an animation the first frame is taken.
     """
     is_uri = isinstance(source, str) and source.startswith("data:")
-    name = name or ("data URI" if is_uri else str(source) if isinstance(source, str | Path) else "image")
+    name = name or (
+        "data URI" if is_uri else str(source) if isinstance(source, str | Path) else "image"
+    )
     try:
         if is_uri:
             header, _, body = source.partition(";base64,")
             source = base64.b64decode(body if body else header, validate=True)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PIL's warnings of large and of odd files: we refuse, or take them
+            warnings.simplefilter(
+                "ignore"
+            )  # PIL's warnings of large and of odd files: we refuse, or take them
             if not isinstance(source, Image.Image):
-                source = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=IMAGE_FORMATS)
+                source = Image.open(
+                    io.BytesIO(source) if isinstance(source, bytes) else source,
+                    formats=IMAGE_FORMATS,
+                )
             width, height = source.size  # from the header: nothing is decoded yet
             if width * height > 100_000_000:
                 raise InputError(f"image is over 100 megapixels ({width} x {height})")
@@ -98,7 +130,9 @@ def load_image(source: str | Path | bytes | Image.Image, name: str | None = None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode[0] in "IF":  # 16-bit grey, which PIL also hands out as 32; its own conversion to 8 would clip
+    if (
+        image.mode[0] in "IF"
+    ):  # 16-bit grey, which PIL also hands out as 32; its own conversion to 8 would clip
         wide = image.convert("I")
         if image.mode == "F" or wide.getextrema()[0] < 0 or wide.getextrema()[1] > 65535:
             raise InputError("image has more than 16 bits per channel")
@@ -113,27 +147,41 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 Grid = tuple[int, int, int]  # (1, rows, columns) of patches
-ImageSource = str | Path | bytes | Image.Image  # a path or data URI, a path, a file's bytes, a decoded image
+ImageSource = (
+    str | Path | bytes | Image.Image
+)  # a path or data URI, a path, a file's bytes, a decoded image
 
 
 def image_grid(image: Image.Image, config: ImageConfig = ImageConfig()) -> Grid:
     """Returns the grid (1, rows, columns) of patches that `preprocess_image` cuts an image into."""
-    height, width = smart_resize(image.height, image.width, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
+    height, width = smart_resize(
+        image.height, image.width, min_pixels=config.min_pixels, max_pixels=config.max_pixels
+    )
     return 1, height // PATCH, width // PATCH
 
 
-def preprocess_image(image: Image.Image,
-                     config: ImageConfig = ImageConfig()) -> tuple[torch.Tensor, tuple[int, int, int]]:
+def preprocess_image(
+    image: Image.Image, config: ImageConfig = ImageConfig()
+) -> tuple[torch.Tensor, tuple[int, int, int]]:
     """Patches float32 [P, 1176] and the grid (1, rows, columns), bit-equal to transformers' Qwen2VLImageProcessor.
 
     P = rows * columns; the four patches of a merged 2 x 2 cell are neighbours. In a patch: (channel, frame, y, x).
     """
-    height, width = smart_resize(image.height, image.width, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
+    height, width = smart_resize(
+        image.height, image.width, min_pixels=config.min_pixels, max_pixels=config.max_pixels
+    )
     resized = load_image(image).resize((width, height), Image.Resampling.BICUBIC)
-    pixels = torch.frombuffer(bytearray(resized.tobytes()), dtype=torch.uint8).view(height, width, 3).float() / 255
+    pixels = (
+        torch.frombuffer(bytearray(resized.tobytes()), dtype=torch.uint8)
+        .view(height, width, 3)
+        .float()
+        / 255
+    )
     pixels = (pixels - torch.tensor(IMAGE_MEAN)) / torch.tensor(IMAGE_STD)
     rows, columns = height // PATCH, width // PATCH
     patches = pixels.view(rows // MERGE, MERGE, PATCH, columns // MERGE, MERGE, PATCH, 3)
-    patches = patches.permute(0, 3, 1, 4, 6, 2, 5).unsqueeze(5)  # cell row, cell column, row, column, channel, 1, y, x
+    patches = patches.permute(0, 3, 1, 4, 6, 2, 5).unsqueeze(
+        5
+    )  # cell row, cell column, row, column, channel, 1, y, x
     patches = patches.expand(-1, -1, -1, -1, -1, TEMPORAL, -1, -1)
     return patches.reshape(rows * columns, 3 * TEMPORAL * PATCH * PATCH), (1, rows, columns)

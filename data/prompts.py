@@ -1,23 +1,33 @@
 """The paper's prompts, and a question with its images as the model gets it."""
+
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from data.datasets import Example
-from data.images import MERGE, Grid, ImageConfig, ImageSource, image_grid, load_image, preprocess_image
+from data.images import (
+    MERGE,
+    Grid,
+    ImageConfig,
+    ImageSource,
+    image_grid,
+    load_image,
+    preprocess_image,
+)
 from data.tokenizer import DEFAULT_SYSTEM, Tokenizer, render_chat
 from hub.errors import InputError
 
 
-
 TRAIN_PROMPT = (
     "You will solve a problem/request. You should provide your thoughts within <think> </think> tags before providing "
-    "the answer.\nWrite your final answer within <answer> </answer> tags. Here is the question: ")
+    "the answer.\nWrite your final answer within <answer> </answer> tags. Here is the question: "
+)
 MCQ_PROMPT = (
     "You should provide your thoughts within <think> </think> tags, then answer with just one of the options below "
     "within <answer> </answer> tags (For example, if the question is \n'Is the earth flat?\n A: Yes \nB: No', you "
-    "should answer with <think>...</think> <answer>B: No </answer>). Here is the question: ")
+    "should answer with <think>...</think> <answer>B: No </answer>). Here is the question: "
+)
 MATH_PROMPT = (
     "A conversation between User and Assistant. The user asks a question, and you as the assistant solves it. You "
     "should first think about the reasoning process in the mind and then provide the user with the answer. The "
@@ -25,7 +35,8 @@ MATH_PROMPT = (
     "i.e., <think> reasoning process here </think><answer> the final answer as the option letter or the number "
     "depending on the question </answer> (For example, if the question is \n'Is the earth flat?\n A: Yes \nB: No', you "
     "should answer with <think> your reasoning </think> <answer>B: No</answer>. If the question is 'What is 1+1?', you "
-    "should answer with <think> your reasoning </think> <answer>2 </answer>).\n\nHere is the question: ")
+    "should answer with <think> your reasoning </think> <answer>2 </answer>).\n\nHere is the question: "
+)
 
 
 def _option_lines(example: Example) -> str:
@@ -59,6 +70,7 @@ class Prompt:
     Images are kept as they came (a path, bytes, a PIL image), and preprocessed when the prompt is run: patches take 24
     bytes a pixel, and a benchmark's would not fit into memory together.
     """
+
     ids: list[int]
     images: list[ImageSource] = field(default_factory=list)
     grids: list[Grid] = field(default_factory=list)  # of each image: (1, rows, columns) of patches
@@ -68,11 +80,17 @@ class Prompt:
         """Returns the patches of all images, float32 [P, 1176]; None for a text."""
         if not self.images:
             return None
-        return torch.cat([preprocess_image(load_image(image), self.image_config)[0] for image in self.images])
+        return torch.cat(
+            [preprocess_image(load_image(image), self.image_config)[0] for image in self.images]
+        )
 
 
-def chat_prompt(messages: Sequence[dict], images: Sequence[ImageSource], tokenizer: Tokenizer,
-                image_config: ImageConfig) -> Prompt:
+def chat_prompt(
+    messages: Sequence[dict],
+    images: Sequence[ImageSource],
+    tokenizer: Tokenizer,
+    image_config: ImageConfig,
+) -> Prompt:
     """Returns a conversation, ready for the assistant to go on; `images` in the order of the messages' image parts.
 
     Raises InputError for an image that cannot be read: each is decoded once here, so that a damaged file is found
@@ -84,9 +102,20 @@ def chat_prompt(messages: Sequence[dict], images: Sequence[ImageSource], tokeniz
     return Prompt(ids, list(images), grids, image_config)
 
 
-def make_prompt(text: str, images: Sequence[ImageSource], tokenizer: Tokenizer, image_config: ImageConfig, *,
-                system: str | None = None) -> Prompt:
+def make_prompt(
+    text: str,
+    images: Sequence[ImageSource],
+    tokenizer: Tokenizer,
+    image_config: ImageConfig,
+    *,
+    system: str | None = None,
+) -> Prompt:
     """Returns one user turn, the images before the text, ready for the assistant to go on."""
-    messages = [{"role": "system", "content": DEFAULT_SYSTEM if system is None else system},
-                {"role": "user", "content": [{"type": "image"}] * len(images) + [{"type": "text", "text": text}]}]
+    messages = [
+        {"role": "system", "content": DEFAULT_SYSTEM if system is None else system},
+        {
+            "role": "user",
+            "content": [{"type": "image"}] * len(images) + [{"type": "text", "text": text}],
+        },
+    ]
     return chat_prompt(messages, images, tokenizer, image_config)

@@ -1,4 +1,5 @@
 """The tokenizer of a model folder, and Qwen2.5-VL's chat template."""
+
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,11 +10,19 @@ from hub.config import Config
 from hub.errors import InputError
 
 
-
 class Tokenizer:
     """A model folder's `tokenizer.json`, with the control tokens of Qwen2.5-VL's chat format as attributes (ids)."""
 
-    CONTROL = ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
+    CONTROL = (
+        "endoftext",
+        "im_start",
+        "im_end",
+        "vision_start",
+        "vision_end",
+        "vision_pad",
+        "image_pad",
+        "video_pad",
+    )
 
     def __init__(self, core: tokenizers.Tokenizer, name: str = "tokenizer.json"):
         core.encode_special_tokens = True  # text never turns into control tokens, whatever it says
@@ -36,7 +45,9 @@ class Tokenizer:
         except OSError as error:
             raise InputError(f"{path}: cannot be read ({error.strerror})") from None
         except Exception as error:  # the Rust library raises the bare class
-            raise InputError(f"{path}: malformed tokenizer ({' '.join(str(error).split())})") from None
+            raise InputError(
+                f"{path}: malformed tokenizer ({' '.join(str(error).split())})"
+            ) from None
         return cls(core, str(path))
 
     def encode(self, text: str) -> list[int]:
@@ -51,7 +62,13 @@ class Tokenizer:
 
     def never_sampled(self, vocab_rows: int) -> torch.Tensor:
         """Ids [N] below vocab_rows that no response may hold: ids without a token, and all vision tokens."""
-        vision = {self.vision_start, self.vision_end, self.vision_pad, self.image_pad, self.video_pad}
+        vision = {
+            self.vision_start,
+            self.vision_end,
+            self.vision_pad,
+            self.image_pad,
+            self.video_pad,
+        }
         banned = [i for i in range(vocab_rows) if i not in self.known_ids or i in vision]
         return torch.tensor(banned, dtype=torch.long)
 
@@ -59,8 +76,13 @@ class Tokenizer:
 DEFAULT_SYSTEM = "You are a helpful assistant."
 
 
-def render_chat(messages: Sequence[dict], tokenizer: Tokenizer, *, image_tokens: Sequence[int] = (),
-                add_generation_prompt: bool = False) -> tuple[list[int], list[bool]]:
+def render_chat(
+    messages: Sequence[dict],
+    tokenizer: Tokenizer,
+    *,
+    image_tokens: Sequence[int] = (),
+    add_generation_prompt: bool = False,
+) -> tuple[list[int], list[bool]]:
     """Ids of a conversation in Qwen2.5-VL's published chat template, and the mask of those that the assistant produces.
 
     messages: {"role": system|user|assistant, "content": text, or a list of {"type": "image"} and {"type": "text",
@@ -83,7 +105,9 @@ def render_chat(messages: Sequence[dict], tokenizer: Tokenizer, *, image_tokens:
     for message in messages:
         role, content = message["role"], message["content"]
         if role not in ("system", "user", "assistant"):
-            raise InputError(f"message: field 'role' must be system, user or assistant, not {role!r}")
+            raise InputError(
+                f"message: field 'role' must be system, user or assistant, not {role!r}"
+            )
         produced = role == "assistant"
         add([tokenizer.im_start])
         text = f"{role}\n"
@@ -96,7 +120,9 @@ def render_chat(messages: Sequence[dict], tokenizer: Tokenizer, *, image_tokens:
             elif part["type"] == "image":
                 add(tokenizer.encode(text), produced)
                 text = ""
-                count = image_tokens[images] if images < len(image_tokens) else 0  # complained of below
+                count = (
+                    image_tokens[images] if images < len(image_tokens) else 0
+                )  # complained of below
                 add([tokenizer.vision_start, *[tokenizer.image_pad] * count, tokenizer.vision_end])
                 images += 1
             else:
@@ -113,5 +139,7 @@ def render_chat(messages: Sequence[dict], tokenizer: Tokenizer, *, image_tokens:
 def check_vocabulary(tokenizer: Tokenizer, config: Config) -> None:
     """Raises InputError where text could turn into ids that the model has no row for."""
     if tokenizer.vocab_size > config.vocab_size:
-        raise InputError(f"tokenizer.json has ids up to {tokenizer.vocab_size - 1}, "
-                         f"config.json a vocab_size of {config.vocab_size} only")
+        raise InputError(
+            f"tokenizer.json has ids up to {tokenizer.vocab_size - 1}, "
+            f"config.json a vocab_size of {config.vocab_size} only"
+        )
