@@ -1,17 +1,8 @@
-"""Everything between a file on disk and the tensors of the model."""
+"""Everything between a file on disk and the tensors of the model; each module says its part."""
 
-from data.datasets import (
-    Example,
-    Loaded,
-    convert_examples,
-    load_examples,
-    read_examples,
-    repeated_id,
-    report_bad,
-)
+# ruff: noqa: F401
+from data.datasets import Example, Loaded, load_examples, read_examples
 from data.images import (
-    MERGE,
-    PATCH,
     Grid,
     ImageConfig,
     ImageSource,
@@ -24,5 +15,3 @@ from data.prompts import Prompt, chat_prompt, format_prompt, make_prompt, questi
 from data.sequences import Pack, Row, deal, encode_example, epoch_order, make_pack, make_row
 from data.tokenizer import Tokenizer, check_vocabulary, render_chat
 from hub.errors import InputError, read_json
-
-__all__ = [name for name in dir() if not name.startswith("_")]
