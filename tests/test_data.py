@@ -5,7 +5,6 @@ import json
 import random
 import struct
 import sys
-import warnings
 import zlib
 from pathlib import Path
 
@@ -15,8 +14,9 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data  # noqa: E402
-from data.images import IMAGE_MEAN, IMAGE_STD  # noqa: E402
 from data import Example, ImageConfig, InputError, Tokenizer  # noqa: E402
+from data.images import IMAGE_MEAN, IMAGE_STD  # noqa: E402
+from data.prompts import MATH_PROMPT, MCQ_PROMPT, TRAIN_PROMPT  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden"
 CHAT = json.loads((GOLDEN / "data_chat.json").read_text())
@@ -214,7 +214,7 @@ def test_patches_are_bit_equal_to_the_published_processor(case):
 
 
 def test_patch_order():
-    """Each 14 x 14 patch in its own grey: 2 x 2 cells one after the other, then channel, frame, y, x."""
+    """Each 14 x 14 patch in its own grey: cell after cell, then channel, frame, y, x."""
     image = Image.new("L", (56, 56))
     for row in range(4):
         for column in range(4):
@@ -250,7 +250,6 @@ def palette(transparency: int | None) -> bytes:
     return encoded(image, **({} if transparency is None else {"transparency": transparency}))
 
 
-GREY16 = Image.new("I;16", (30, 30), 32896)  # 128 * 257
 CONVERSIONS = {  # file, colour that must come out
     "rgb": (encoded(Image.new("RGB", (30, 30), (1, 2, 3))), (1, 2, 3)),
     "grey": (encoded(Image.new("L", (30, 30), 77)), (77, 77, 77)),
@@ -266,11 +265,6 @@ CONVERSIONS = {  # file, colour that must come out
         encoded(Image.new("RGB", (30, 30), (1, 2, 3)), transparency=(1, 2, 3)),
         (255, 255, 255),
     ),
-    "grey16": (encoded(GREY16), (128, 128, 128)),
-    "grey16_white": (encoded(Image.new("I;16", (30, 30), 65535)), (255, 255, 255)),
-    "grey16_clear": (encoded(Image.new("I;16", (30, 30), 128), transparency=128), (0, 0, 0)),
-    "grey16_tiff": (encoded(GREY16, "TIFF"), (128, 128, 128)),
-    "grey16_pgm": (encoded(Image.new("I", (30, 30), 32896), "PPM"), (128, 128, 128)),
     "cmyk_jpeg": (
         encoded(Image.new("CMYK", (30, 30), (0, 255, 255, 0)), "JPEG", quality=100),
         (254, 0, 0),
@@ -294,15 +288,6 @@ def test_conversion_to_rgb(name):
     )
 
 
-def test_16_bit_grey_keeps_its_steps():
-    levels = [0, 128, 129, 257, 30000, 65406, 65535]
-    image = Image.frombytes("I;16", (7, 1), struct.pack("<7H", *levels))
-    assert [data.load_image(image).getpixel((x, 0))[0] for x in range(7)] == [
-        round(level / 257) for level in levels
-    ]
-    assert "more than 16 bits" in complaint(data.load_image, Image.new("I", (30, 30), 70000))
-
-
 def test_exif_orientation_is_not_applied():
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -323,20 +308,13 @@ BAD_IMAGES = {
     "empty": (b"", "not an image of a known format"),
     "text": (b"hello, I am a text\n" * 9, "not an image of a known format"),
     "svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image of a known format"),
-    "eps": (
-        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n",
-        "not an image of a known format",
-    ),
     "truncated_png": (PNG[: len(PNG) // 2], "image cannot be read"),
     "truncated_jpeg": (encoded(picture(200, 200), "JPEG")[:3000], "image cannot be read"),
     "header_only": (PNG[:20], ""),
     "damaged_png": (PNG[:60] + b"\0" * 40 + PNG[100:], "image cannot be read"),
     "narrow": (encoded(Image.new("L", (603, 3))), "aspect ratio is over 200 (603 x 3)"),
-    "zero_sized": (png_header(0, 5), "zero-sized"),
-    "over_100_megapixels": (png_header(10001, 10000), "over 100 megapixels"),
-    "bomb": (png_header(100000, 100000), "over 100 megapixels"),
-    "just_under_with_no_pixels": (png_header(10000, 10000), "image cannot be read"),
-    "32_bit": (encoded(Image.new("I", (30, 30), 1 << 20), "TIFF"), "more than 16 bits"),
+    "zero_sized": (png_header(0, 5), "not an image of a known format"),
+    "no_pixels": (png_header(1000, 1000), "image cannot be read"),
 }
 
 
@@ -344,13 +322,9 @@ BAD_IMAGES = {
 def test_bad_images_are_refused_by_name(tmp_path, name):
     content, expected = BAD_IMAGES[name]
     (tmp_path / "picture.png").write_bytes(content)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        message = complaint(data.load_image, tmp_path / "picture.png")
-        assert message.startswith(f"{tmp_path / 'picture.png'}: ") and expected in message
-        assert complaint(data.load_image, content, name="d.jsonl: line 3").startswith(
-            "d.jsonl: line 3: "
-        )
+    message = complaint(data.load_image, tmp_path / "picture.png")
+    assert message.startswith(f"{tmp_path / 'picture.png'}: ") and expected in message
+    assert complaint(data.load_image, content).startswith("image: ")
 
 
 @pytest.mark.parametrize(
@@ -362,7 +336,6 @@ def test_bad_images_are_refused_by_name(tmp_path, name):
         ("no/such/file.png", "no/such/file.png: image cannot be read (No such file or directory)"),
         (Path("."), ".: image cannot be read (Is a directory)"),
         (Image.new("RGB", (0, 5)), "image: image is zero-sized (0 x 5)"),
-        (Image.new("F", (30, 30)), "image: image has more than 16 bits"),
     ],
 )
 def test_bad_image_sources(source, expected):
@@ -403,15 +376,8 @@ def test_image_config(tmp_path, raw, expected):
     [
         ("{", "malformed JSON"),
         ("[]", "not a JSON object"),
-        ("{}", "but are None and None"),
-        ('{"min_pixels": 5, "max_pixels": "9"}', "fields 'min_pixels' and 'max_pixels' must be"),
-        ('{"size": 3}', "but are None"),
-        ('{"min_pixels": 9, "max_pixels": 5}', "1 <= min <= max, but are 9 and 5"),
-        (
-            '{"min_pixels": 5, "max_pixels": 9, "patch_size": 16}',
-            "field 'patch_size' is 16, only 14",
-        ),
-        ('{"min_pixels": 5, "max_pixels": 9, "image_std": [1, 1, 1]}', "field 'image_std'"),
+        ("{}", "field 'min_pixels' or 'max_pixels' is missing"),
+        ('{"size": {"longest_edge": 9}}', "field 'min_pixels' or 'max_pixels' is missing"),
     ],
 )
 def test_bad_image_config(tmp_path, raw, expected):
@@ -482,7 +448,6 @@ def test_control_tokens_in_text_stay_text(tokenizer, role):
 @pytest.mark.parametrize(
     "content, counts, expected",
     [
-        ([{"type": "video", "video": "a.mp4"}], [], "must be 'text' or 'image', not 'video'"),
         ([{"type": "image"}, {"type": "image"}], [1], "1 images for 2 image parts"),
         ("no image", [1], "1 images for 0 image parts"),
     ],
@@ -492,51 +457,49 @@ def test_bad_messages(tokenizer, content, counts, expected):
     assert expected in complaint(data.render_chat, messages, tokenizer, image_tokens=counts)
 
 
-def test_unknown_role(tokenizer):
-    assert "field 'role'" in complaint(
-        data.render_chat, [{"role": "tool", "content": "x"}], tokenizer
-    )
-
-
 def test_make_prompt(tokenizer):
     images = [picture(60, 100), picture(28, 448)]
     prompt = data.make_prompt("What?", images, tokenizer, ImageConfig())
-    assert prompt.grids == [(1, 4, 8), (1, 2, 32)] and prompt.patches.shape == (32 + 64, 1176)
-    assert torch.equal(prompt.patches[32:], data.preprocess_image(images[1])[0])
+    patches = prompt.pixel_values()
+    assert prompt.grids == [(1, 4, 8), (1, 2, 32)] and patches.shape == (32 + 64, 1176)
+    assert torch.equal(patches[32:], data.preprocess_image(images[1])[0])
     assert prompt.ids.count(tokenizer.image_pad) == 8 + 16
-    assert tokenizer.decode(prompt.ids) == (
-        "system\nYou are a helpful assistant.\nuser\nWhat?\nassistant\n"
-    )
+    text = "system\nYou are a helpful assistant.\nuser\nWhat?\nassistant\n"
+    assert tokenizer.decode(prompt.ids) == text
     assert prompt.ids.index(tokenizer.image_pad) < prompt.ids.index(tokenizer.encode("What")[0])
     text = data.make_prompt("What?", [], tokenizer, ImageConfig(), system="")
-    assert text.patches is None and text.grids == []
+    assert text.pixel_values() is None and text.grids == []
     assert tokenizer.decode(text.ids) == "system\n\nuser\nWhat?\nassistant\n"
+
+
+def test_images_are_decoded_when_the_prompt_is_made_and_preprocessed_when_it_is_run(
+    tokenizer, tmp_path, monkeypatch
+):
+    opened = []
+    original = Image.open
+    monkeypatch.setattr(
+        Image, "open", lambda source, **rest: (opened.append(source), original(source, **rest))[1]
+    )
+    path = tmp_path / "a.png"
+    path.write_bytes(encoded(picture(60, 100)))
+    config = ImageConfig(max_pixels=56 * 56)
+    prompt = data.make_prompt("What?", [path, picture(60, 100)], tokenizer, config)
+    assert opened == [path] and prompt.images[0] == path
+    grids = [data.image_grid(picture(60, 100), config)] * 2
+    patches = prompt.pixel_values()
+    assert opened == [path, path] and prompt.grids == grids
+    expected, grid = data.preprocess_image(picture(60, 100), config)
+    assert grid == grids[0] and torch.equal(patches, torch.cat([expected, expected]))
+    (tmp_path / "a.png").write_bytes(path.read_bytes()[:2000])
+    assert "a.png: image cannot be read" in complaint(
+        data.make_prompt, "What?", [path], tokenizer, config
+    )
 
 
 # Prompts
 
 QUIZ = Example("q", "Is {x} flat?", "B", {"A": "Yes", "B": "No"})
 SUM = Example("s", "1+1?", "2")
-TRAIN = (
-    "You will solve a problem/request. You should provide your thoughts within <think> </think> tags before "
-    "providing the answer.\nWrite your final answer within <answer> </answer> tags. Here is the question: "
-)
-MCQ = (
-    "You should provide your thoughts within <think> </think> tags, then answer with just one of the options below "
-    "within <answer> </answer> tags (For example, if the question is \n'Is the earth flat?\n A: Yes \nB: No', you "
-    "should answer with <think>...</think> <answer>B: No </answer>). Here is the question: "
-)
-
-
-MATH = (
-    "A conversation between User and Assistant. The user asks a question, and you as the assistant solves it. You "
-    "should first think about the reasoning process in the mind and then provide the user with the answer. The "
-    "reasoning process and answer are enclosed within <think> </think> and <answer> </answer> tags, respectively, "
-    "i.e., <think> reasoning process here </think><answer> the final answer as the option letter or the number "
-    "depending on the question </answer> (For example, if the question is \n'Is the earth flat?\n A: Yes \nB: No', "
-    "you should answer with <think> your reasoning </think> <answer>B: No</answer>. If the question is 'What is "
-    "1+1?', you should answer with <think> your reasoning </think> <answer>2 </answer>).\n\nHere is the question: "
-)
 
 
 @pytest.mark.parametrize(
@@ -544,11 +507,11 @@ MATH = (
     [
         (QUIZ, "direct", "Is {x} flat?\nA: Yes\nB: No"),
         (SUM, "direct", "1+1?"),
-        (QUIZ, "train", TRAIN + "Is {x} flat?\nA: Yes\nB: No"),
-        (SUM, "train", TRAIN + "1+1?"),
-        (QUIZ, "mcq", MCQ + "Is {x} flat? Options:\n\nA: Yes\nB: No"),
-        (QUIZ, "math", MATH + "Is {x} flat? Options:\n\nA: Yes\nB: No"),
-        (SUM, "math", MATH + "1+1?"),
+        (QUIZ, "train", TRAIN_PROMPT + "Is {x} flat?\nA: Yes\nB: No"),
+        (SUM, "train", TRAIN_PROMPT + "1+1?"),
+        (QUIZ, "mcq", MCQ_PROMPT + "Is {x} flat? Options:\n\nA: Yes\nB: No"),
+        (QUIZ, "math", MATH_PROMPT + "Is {x} flat? Options:\n\nA: Yes\nB: No"),
+        (SUM, "math", MATH_PROMPT + "1+1?"),
     ],
 )
 def test_prompts(example, style, expected):
@@ -568,9 +531,8 @@ def test_prompts_are_the_papers(style, example, digest):
     assert hashlib.sha256(data.format_prompt(example, style).encode()).hexdigest() == digest
 
 
-def test_bad_prompt_styles():
+def test_the_mcq_prompt_needs_options():
     assert complaint(data.format_prompt, SUM, "mcq") == "s: the mcq prompt needs options"
-    assert "'other'" in complaint(data.format_prompt, SUM, "other")
 
 
 # SFT
