@@ -2,8 +2,9 @@
 
     python tests/make_golden_data.py FOLDER_OF_THE_PUBLISHED_TOKENIZER
 
-data_tokenizer/tokenizer.json is an excerpt of the published tokenizer with its real ids: all merges that can take part
-in tokenising the texts below, so on these texts it gives the very ids of the whole. The script checks that it does.
+data_tokenizer/tokenizer.json is an excerpt of the published tokenizer with its real ids: all merges
+that can take part in tokenising the texts below, so on these texts it gives the very ids of the
+whole. The script checks that it does.
 """
 
 import hashlib
@@ -24,16 +25,19 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
 
 OUT = Path(__file__).parent / "golden"
 CHAT_TEMPLATE = (  # of Qwen2.5-VL's chat_template.json
-    "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}{% for message in messages %}"
-    "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-    "{% endif %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}{{ message['content'] }}"
-    "<|im_end|>\n{% else %}{% for content in message['content'] %}{% if content['type'] == 'image' or 'image' in "
-    "content or 'image_url' in content %}{% set image_count.value = image_count.value + 1 %}{% if add_vision_id %}"
-    "Picture "
-    "{{ image_count.value }}: {% endif %}<|vision_start|><|image_pad|><|vision_end|>{% elif content['type'] == 'video' "
-    "or 'video' in content %}{% set video_count.value = video_count.value + 1 %}<|vision_start|><|video_pad|>"
-    "<|vision_end|>{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}"
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>"
+    "{{ message['role'] }}\n{% if message['content'] is string %}{{ message['content'] }}"
+    "<|im_end|>\n{% else %}{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}"
+    "{% set image_count.value = image_count.value + 1 %}{% if add_vision_id %}Picture "
+    "{{ image_count.value }}: {% endif %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif content['type'] == 'video' or 'video' in content %}"
+    "{% set video_count.value = video_count.value + 1 %}"
+    "<|vision_start|><|video_pad|><|vision_end|>{% elif 'text' in content %}{{ content['text'] }}"
+    "{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}"
+    "<|im_start|>assistant\n{% endif %}"
 )
 
 USER, REPLY = "What is 7 x 8?", "<think>\n7 x 8 = 56.\n</think> <answer>56</answer>"

@@ -12,9 +12,8 @@ import pytest
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from data import schemas  # noqa: E402
-from data import load_image  # noqa: E402
-from data.datasets import Example, InputError, load_examples, read_examples  # noqa: E402
+from data import Example, InputError, load_examples, load_image, read_examples  # noqa: E402
+from data.schemas import SCHEMAS as PUBLISHED  # noqa: E402
 
 
 def complaint(call, *args, **options) -> str:
@@ -456,12 +455,12 @@ def test_published_schemas(tmp_path, name):
 
 
 def test_no_schema_hides_another():
-    """Every published record meets its own schema first, and those that come before it name fields that it lacks."""
+    """Every published record meets its own schema first; those before it name fields it lacks."""
     for name, (record, _) in SCHEMAS.items():
         if isinstance(record, dict):
             names = [
                 schema.name
-                for schema in schemas.SCHEMAS
+                for schema in PUBLISHED
                 if schema.known_by <= record.keys() and not schema.lacks & record.keys()
             ]
             assert (
@@ -610,11 +609,9 @@ def test_bad_tsv(tmp_path, content, expected):
 
 def parquet(folder: Path, records: list[dict]) -> Path:
     pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
-    pyarrow.parquet.write_table(
-        pyarrow.Table.from_pylist(records), folder / "d.parquet", row_group_size=50
-    )
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.Table.from_pylist(records)
+    parquet.write_table(table, folder / "d.parquet", row_group_size=50)
     return folder / "d.parquet"
 
 
@@ -1001,7 +998,7 @@ def mutated(value: object, chance: random.Random) -> object:
 
 
 def check_reading(path: Path) -> bool:
-    """Whether the file was read; if not, whether it was said why in one line that names file and place."""
+    """Whether the file was read; if not, one line must say why, and name file and place."""
     try:
         for example in read_examples(path):
             assert type(example.question) is str and example.question
