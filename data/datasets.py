@@ -71,7 +71,8 @@ def read_examples(path: str | Path, bad: list[str] | None = None) -> Iterator[Ex
     number = 0
     for number, (where, record) in enumerate(records(path), 1):
         try:
-            if isinstance(record, bytes):  # a line; parsed here, since it may be a bad record
+            # A line of JSON is parsed here, where a malformed one is a bad record like others.
+            if isinstance(record, bytes):
                 record = parse_json(record, where)
             example = to_example(record, where, path, number)
         except InputError as error:
@@ -130,9 +131,11 @@ def load_examples(
             dropped += 1
         else:
             items.append(item)
+        # What is dropped counts, so that a limit means the same questions for every model.
         if len(items) + dropped == limit:
             break
 
+    # Nothing is left: say why. Else say on stderr what is missing.
     if not items and dropped:
         raise InputError(f"{path}: no example is left: {too_long}")
     if not items:
@@ -166,7 +169,8 @@ def records(path: Path) -> Iterator[tuple[str, object]]:
 def json_records(path: Path) -> Iterator[tuple[str, object]]:
     """Yields the items of one array, if the file is that; else its lines, as bytes."""
     with path.open("rb") as file:
-        start = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")  # the first three: a byte order mark
+        # White space may stand before the first record, and a byte order mark (EF BB BF).
+        start = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")
         file.seek(0)
         if start.startswith(b"["):
             for number, item in enumerate(parse_json(file.read(), str(path)), 1):

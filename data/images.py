@@ -43,7 +43,7 @@ def load_image(source: ImageSource) -> Image.Image:
         if isinstance(source, bytes):
             source = io.BytesIO(source)
         image = source if isinstance(source, Image.Image) else Image.open(source)
-        smart_resize(image.height, image.width)  # for its complaints
+        smart_resize(image.height, image.width)  # refuses what has no size, or is too narrow
         if not image.has_transparency_data:
             return image.convert("RGB")
         image = image.convert("RGBA")

@@ -87,6 +87,7 @@ def read_options(record: dict, where: str) -> dict[str, str] | None:
     """
     options = record.get("options")
     where = f"{where}: field 'options'"
+    # Whatever the form, it becomes letter -> text.
     if isinstance(options, str):
         options = python_list(options)
     if is_empty(options):
@@ -132,11 +133,11 @@ def read_open_answer(record: dict, where: str) -> dict:
     """
     answer = required(record, "answer", str, where)
     answers = python_list(answer)
-    if answers == answer or not answers:
-        return {"answer": answer}
-    if not all(isinstance(text, str) and text for text in answers):
-        return {"answer": answer}
-    return {"answer": answers[0], "accepted": answers[1:]}
+    # "['6', 'six']" are two answers, but "[1, 2]" is one, which is a list of numbers.
+    are_texts = all(isinstance(text, str) and text for text in answers)
+    if isinstance(answers, list) and answers and are_texts:
+        return {"answer": answers[0], "accepted": answers[1:]}
+    return {"answer": answer}
 
 
 def read_precision(record: dict, where: str) -> int | None:
@@ -419,7 +420,9 @@ def to_plain(record: object, where: str, *, is_tsv: bool) -> tuple[str, dict]:
         if schema.known_by <= record.keys() and not schema.lacks & record.keys():
             for ours, theirs in schema.means.items():
                 record = record | {ours: record.get(theirs)}
-            return schema.name, schema.convert(record, where) if schema.convert else record
+            if schema.convert is not None:
+                record = schema.convert(record, where)
+            return schema.name, record
     if not {"question", "answer"} & record.keys():
         raise InputError(f"{where}: unknown schema (fields: {', '.join(record)[:80]})")
     # openai/grade-school-math; openai/gsm8k

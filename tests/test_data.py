@@ -527,7 +527,7 @@ def test_prompts(example, style, expected):
     ],
 )
 def test_prompts_are_the_papers(style, example, digest):
-    """The hashes were taken from the paper's text with the question put in (and no options where there are none)."""
+    """Hashes of the paper's text with the question put in, and no options where there are none."""
     assert hashlib.sha256(data.format_prompt(example, style).encode()).hexdigest() == digest
 
 
@@ -539,15 +539,11 @@ def test_the_mcq_prompt_needs_options():
 
 
 def test_the_forced_exit_has_the_ids_of_training(tokenizer, tmp_path):
-    turns = [
-        {"from": "user", "value": "Why?"},
-        {
-            "from": "assistant",
-            "value": (
-                "<|begin_of_thought|>\n\n7 x 8.\n\n<|end_of_thought|>\n\n<|begin_of_solution|>\n\n56\n\n<|end_of_solution|>"
-            ),
-        },
-    ]
+    released = (
+        "<|begin_of_thought|>\n\n7 x 8.\n\n<|end_of_thought|>\n\n"
+        "<|begin_of_solution|>\n\n56\n\n<|end_of_solution|>"
+    )
+    turns = [{"from": "user", "value": "Why?"}, {"from": "assistant", "value": released}]
     (tmp_path / "d.jsonl").write_text(json.dumps({"conversations": turns}))
     (example,) = data.read_examples(tmp_path / "d.jsonl")
     ids = tokenizer.encode("7 x 8 = 56.\n</think> <answer>56</answer>")

@@ -58,6 +58,7 @@ def show_lengths(title: str, lengths: list[int]) -> None:
 
 
 def main(argv: list[str]) -> None:
+    """Reads the file once, counting, and prints what was found."""
     options = parse_options(DataOptions, argv)
     tokenizer = Tokenizer.from_pretrained(options.model)
     images = None
