@@ -178,7 +178,7 @@ def json_records(path: Path) -> Iterator[tuple[str, object]]:
             return
         for number, line in enumerate(file, 1):
             if line.strip():
-                yield f"{path}: line {number}", line
+                yield f"{path}: line {number}", line.rstrip()
 
 
 def parse_json(content: bytes, where: str) -> object:
