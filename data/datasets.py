@@ -2,28 +2,37 @@
 
     for example in read_examples("medqa.jsonl"): ...
 
-Files are JSONL, one JSON array, an OpenCompass TSV, or Parquet (where pyarrow is installed); all but the array are
-streamed. A record's schema is known by its fields: `SCHEMAS` (schemas.py) lists them, each with where it is published. Text stays as
-it is published, markers such as "<image 1>" too: our prompts put a question's images before its text, in the order of
-their numbers, so "<image 2>" is the second of them.
+There are three kinds of file. `*.parquet` has rows, and needs pyarrow. `*.tsv` is an OpenCompass
+table. Every other file is JSON: one array if it begins with "[", else one record a line.
+
+A record's schema is known by its fields (schemas.py). Text stays as it is published, markers such
+as "<image 1>" too: our prompts put a question's images before its text, in the order of their
+numbers, so "<image 2>" is the second of them.
 """
+
 import csv
 import json
-import reprlib
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from tqdm import tqdm
 
-from data.schemas import (IMAGE_FIELDS, PLAIN_FIELDS, _get, _images, _is_json, _letter_of, _options, _plain,
-                          _precision)
+from data.schemas import (
+    IMAGE_FIELDS,
+    PLAIN_FIELDS,
+    letter_of,
+    optional,
+    read_images,
+    read_options,
+    read_precision,
+    required,
+    to_plain,
+    without,
+)
 from hub.errors import InputError
-
-
 
 T = TypeVar("T")
 
@@ -31,11 +40,12 @@ T = TypeVar("T")
 @dataclass
 class Example:
     """One question. With options, `answer` is one of their letters."""
+
     id: str
     question: str
     answer: str
     options: dict[str, str] | None = None  # letter -> text
-    images: list[str | Path | bytes] = field(default_factory=list)  # paths, data URIs, files' bytes: for load_image
+    images: list[str | Path | bytes] = field(default_factory=list)  # as `load_image` takes them
     response: str | None = None  # a whole worked response, for SFT
     domain: str | None = None
     meta: dict = field(default_factory=dict)  # all other fields of the record
@@ -46,166 +56,172 @@ class Example:
 
     @property
     def truths(self) -> list[str]:
-        """Every right answer, `answer` first."""
+        """Returns every right answer, `answer` first."""
         return [self.answer, *self.accepted]
 
 
 def read_examples(path: str | Path, bad: list[str] | None = None) -> Iterator[Example]:
-    """The examples of a file. A bad record raises InputError; if a list is given as `bad`, the complaint is appended to
-    it instead and reading goes on. A file without a single good record is an error all the same."""
-    path, good, number = Path(path), 0, 0
-    for number, (where, record) in enumerate(_records(path), 1):
-        try:
-            example = _example(record, where, f"{path.stem}-{number}", path)
-        except (InputError, RecursionError) as error:
-            complaint = error if isinstance(error, InputError) else InputError(f"{where}: nested too deeply")
-            if bad is None:
-                raise complaint from None
-            bad.append(str(complaint))
-        else:
-            good += 1
-            yield example
-    if not good:
-        raise InputError(f"{path}: none of the {number} records is good; {bad[-number]}" if number
-                         else f"{path}: no examples in the file")
+    """Yields the examples of a file, one by one.
 
-
-def convert_examples(path: str | Path, convert: Callable[[Example], T], bad: list[str] | None = None) -> Iterator[T]:
-    """convert(example) of each example of a file. A complaint of convert's, which need name no file, is one about the
-    record: it is raised or, with a list as `bad`, collected."""
-    converted, before = 0, len(bad or [])
-    for example in read_examples(path, bad):
+    A bad record raises InputError, which names the file, the line and the field. With a list as
+    `bad`, the complaint is appended to it instead, and reading goes on with the next record.
+    Raises InputError for a file that cannot be read, or has no records.
+    """
+    path = Path(path)
+    number = 0
+    for number, (where, record) in enumerate(records(path), 1):
         try:
-            value = convert(example)
+            # A line of JSON is parsed here, where a malformed one is a bad record like others.
+            if isinstance(record, bytes):
+                record = parse_json(record, where)
+            example = to_example(record, where, path, number)
         except InputError as error:
             if bad is None:
-                raise InputError(f"{example.where}: {error}") from None
-            bad.append(f"{example.where}: {error}")
+                raise
+            bad.append(str(error))
         else:
-            converted += 1
-            yield value
-    if not converted:
-        raise InputError(f"{path}: none of the records is good; {bad[before]}")
+            yield example
+    if number == 0:
+        raise InputError(f"{path}: no examples in the file")
 
 
 class Loaded(NamedTuple):
     """What `load_examples` made of a file."""
+
     items: list
     dropped: int  # examples that were too long
     bad: int  # records that were left out
 
 
-def load_examples(path: str | Path, convert: Callable[[Example], T | None], *, skip_bad: bool = False,
-                  limit: int | None = None, too_long: str) -> Loaded:
+def load_examples(
+    path: str | Path,
+    convert: Callable[[Example], T | None],
+    *,
+    skip_bad: bool = False,
+    limit: int | None = None,
+    too_long: str = "too long",
+    unique_ids: bool = False,
+) -> Loaded:
     """Returns convert(example) of the examples of a file, the first `limit` of them.
 
-    Where convert returns None, the example is too long: it is dropped, counted, and stderr says `too_long`. A record
-    that is bad, to the reader or to convert, raises InputError; with skip_bad it is left out, counted and shown.
-    Raises InputError where nothing is left.
+    Where convert returns None, the example is too long: it is dropped, counted, and stderr says
+    `too_long`. A record that is bad, to the reader or to convert, raises InputError; with skip_bad
+    it is left out and counted, and stderr shows the first few. Raises InputError where nothing is
+    left, and, with unique_ids, where an id comes again.
     """
-    bad = [] if skip_bad else None
-    found = list(tqdm(islice(convert_examples(path, convert, bad), limit), desc="reading", unit=" examples", delay=5))
-    report_bad(path, bad)
-    items = [item for item in found if item is not None]
-    dropped = len(found) - len(items)
-    if not items:
+    bad: list[str] = []
+    items: list[T] = []
+    dropped = 0
+    ids: set[str] = set()
+    examples = read_examples(path, bad if skip_bad else None)
+    for example in tqdm(examples, desc="reading", unit=" examples", delay=5):
+        try:
+            item = convert(example)
+        except InputError as error:
+            complaint = f"{example.where}: {error}"
+            if not skip_bad:
+                raise InputError(complaint) from None
+            bad.append(complaint)
+            continue
+        if unique_ids and example.id in ids:
+            complaint = f"field 'id' is not unique: {example.id!r} comes again"
+            raise InputError(f"{example.where}: {complaint}")
+        ids.add(example.id)
+        if item is None:
+            dropped += 1
+        else:
+            items.append(item)
+        # What is dropped counts, so that a limit means the same questions for every model.
+        if len(items) + dropped == limit:
+            break
+
+    # Nothing is left: say why. Else say on stderr what is missing.
+    if not items and dropped:
         raise InputError(f"{path}: no example is left: {too_long}")
-    if dropped:
-        print(f"{path}: {dropped} of {len(found)} examples dropped: {too_long}", file=sys.stderr)
-    return Loaded(items, dropped, len(bad or []))
-
-
-def repeated_id(examples: list[Example]) -> str:
-    """Complains of the first id that comes again."""
-    seen = set()
-    for example in examples:
-        if example.id in seen:
-            return f"field 'id' is not unique: {reprlib.repr(example.id)} comes again ({example.where})"
-        seen.add(example.id)
-    raise ValueError("all ids are different")
-
-
-def report_bad(path: str | Path, bad: list[str] | None) -> None:
-    """Says on stderr how many records were left out, and what is wrong with the first few."""
+    if not items:
+        raise InputError(f"{path}: none of the records is good; {bad[0]}")
     if bad:
-        shown = [*bad[:3], *["..."] * (len(bad) > 3)]
+        shown = [*bad[:3], "..."] if len(bad) > 3 else bad
         print(f"{path}: {len(bad)} bad records left out", *shown, sep="\n  ", file=sys.stderr)
+    if dropped:
+        n = len(items) + dropped
+        print(f"{path}: {dropped} of {n} examples dropped: {too_long}", file=sys.stderr)
+    return Loaded(items, dropped, len(bad))
 
 
-def _records(path: Path) -> Iterator[tuple[str, object]]:
+# --- From a file to records ----------------------------------------------------------------------
+
+
+def records(path: Path) -> Iterator[tuple[str, object]]:
+    """Yields (where it stands, record) of each record. A line of JSON comes as bytes, unparsed."""
+    suffix = path.suffix.lower()
     try:
-        reader = {".parquet": _parquet_records, ".tsv": _tsv_records}.get(path.suffix.lower(), _json_records)
-        yield from reader(path)
+        if suffix == ".parquet":
+            yield from parquet_records(path)
+        elif suffix == ".tsv":
+            yield from tsv_records(path)
+        else:
+            yield from json_records(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
-def _json_records(path: Path) -> Iterator[tuple[str, object]]:
-    """Of one array if the file is that (and not lines that are arrays themselves, as Orz's may be); else, the lines."""
+def json_records(path: Path) -> Iterator[tuple[str, object]]:
+    """Yields the items of one array, if the file is that; else its lines, as bytes."""
     with path.open("rb") as file:
-        first = next((line for line in file if line.strip(b"\xef\xbb\xbf \t\r\n")), b"")
-        if first.lstrip(b"\xef\xbb\xbf \t").startswith(b"[") and not _is_pair(_parsed(first, "")):
-            try:
-                array = json.loads(first + file.read())
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{path}: malformed JSON ({error})") from None
-            array = [array] if _is_pair(array) else array  # a single pair over several lines
-            yield from ((f"{path}: item {item}", record) for item, record in enumerate(array, 1))
-            return
+        # White space may stand before the first record, and a byte order mark (EF BB BF).
+        start = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")
         file.seek(0)
+        if start.startswith(b"["):
+            for number, item in enumerate(parse_json(file.read(), str(path)), 1):
+                yield f"{path}: item {number}", item
+            return
         for number, line in enumerate(file, 1):
             if line.strip():
-                yield (where := f"{path}: line {number}"), _parsed(line, where)
+                yield f"{path}: line {number}", line.rstrip()
 
 
-def _parsed(line: bytes, where: str) -> object:
+def parse_json(content: bytes, where: str) -> object:
+    """Returns what a text in JSON says; InputError if it is malformed."""
     try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        reason = f"{error.msg}, column {error.colno}" if hasattr(error, "colno") else error
-        return InputError(f"{where}: malformed JSON ({reason})")
+        return json.loads(content)
+    except json.JSONDecodeError as error:
+        place = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}"
+        raise InputError(f"{where}: malformed JSON ({error.msg}, {place})") from None
+    except ValueError as error:  # not UTF-8
+        raise InputError(f"{where}: malformed JSON ({error})") from None
 
 
-def _is_pair(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and "from" in value[0]
+def tsv_records(path: Path) -> Iterator[tuple[str, dict]]:
+    """Yields the rows of an OpenCompass TSV, without their empty cells.
 
-
-def _tsv_records(path: Path) -> Iterator[tuple[str, object]]:
-    """Rows of an OpenCompass TSV, without their empty cells. An `image` of up to 64 characters is the index of the row
-    that has the image (VLMEvalKit, vlmeval/dataset/image_base.py), before or behind: two passes find these images."""
-    def rows() -> Iterator[dict]:
-        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            for row in csv.DictReader(file, delimiter="\t"):  # what is beyond the last column comes under None
-                yield {key: cell for key, cell in row.items() if cell not in (None, "")}
-
-    def refers(row: dict) -> bool:
-        return 0 < len(row.get("image", "")) <= 64
-
-    csv.field_size_limit(2**31 - 1)
+    An `image` of up to 64 characters is the index of another row, before or behind, which has the
+    image (VLMEvalKit, vlmeval/dataset/image_base.py). So the whole file is read first.
+    """
+    csv.field_size_limit(2**31 - 1)  # images are in base64
     try:
-        wanted = {row["image"] for row in rows() if refers(row)}
-        images = {row["index"]: row["image"] for row in rows() if row.get("index") in wanted and "image" in row
-                  and not refers(row)} if wanted else {}
-        for number, row in enumerate(rows(), 1):
-            where = f"{path}: row {number}"
-            if None in row:
-                yield where, InputError(f"{where}: more cells than the first row")
-            elif refers(row) and row["image"] not in images:
-                yield where, InputError(f"{where}: field 'image' is no image, nor the index of a row that has one")
-            else:
-                yield where, row | {"image": images[row["image"]]} if refers(row) else row
-    except csv.Error as error:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.DictReader(file, delimiter="\t"))
+    except (csv.Error, UnicodeDecodeError) as error:
         raise InputError(f"{path}: malformed TSV ({error})") from None
+    images = {row.get("index"): row["image"] for row in rows if len(row.get("image") or "") > 64}
+    for number, row in enumerate(rows, 1):
+        row = {column: cell for column, cell in row.items() if cell}
+        if row.get("image") in images:
+            row["image"] = images[row["image"]]
+        yield f"{path}: row {number}", row
 
 
-def _parquet_records(path: Path) -> Iterator[tuple[str, dict]]:
-    """Rows of a Parquet file, a few at a time."""
+def parquet_records(path: Path) -> Iterator[tuple[str, dict]]:
+    """Yields the rows of a Parquet file, a few at a time."""
     try:
         import pyarrow.parquet
     except ImportError:
-        raise InputError(f"{path}: Parquet needs pyarrow (pip install pyarrow); files without images can be converted "
-                         f"where it is installed: pandas.read_parquet({path.name!r}).to_json("
-                         f"{path.stem + '.jsonl'!r}, orient='records', lines=True)") from None
+        raise InputError(
+            f"{path}: Parquet needs pyarrow (pip install pyarrow); files without images can be "
+            f"converted where it is installed: pandas.read_parquet({path.name!r}).to_json("
+            f"{path.stem + '.jsonl'!r}, orient='records', lines=True)"
+        ) from None
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
@@ -213,22 +229,41 @@ def _parquet_records(path: Path) -> Iterator[tuple[str, dict]]:
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path}: row {number}", row
-    except Exception as error:  # on damaged files it raises almost anything
-        raise InputError(f"{path}: not a readable Parquet file ({' '.join(str(error).split())[:200]})") from None
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{path}: not a readable Parquet file ({error})") from None
 
 
-def _example(record: object, where: str, default_id: str, path: Path) -> Example:
-    if isinstance(record, InputError):
-        raise record
-    schema, record = _plain(record, where, path.suffix.lower())
-    options, answer = _options(record, "options", where), _get(record, "answer", str, where)
+# --- From a record to an example -----------------------------------------------------------------
+
+
+def to_example(record: object, where: str, path: Path, number: int) -> Example:
+    """Returns a record of any known schema as an example; InputError for a bad one."""
+    schema, record = to_plain(record, where, is_tsv=path.suffix.lower() == ".tsv")
+    options = read_options(record, where)
+    answer = required(record, "answer", str, where)
     if options and answer not in options:
-        answer = _letter_of(answer, options, where)
-    accepted = _get(record, "accepted", list, where, [])
+        answer = letter_of(answer, options, where)
+    rest = without(record, *PLAIN_FIELDS, *IMAGE_FIELDS)
     return Example(
-        _get(record, "id", str, where, default_id), _get(record, "question", str, where), answer, options,
-        _images(record, where, path.parent), _get(record, "response", str, where, None),
-        _get(record, "domain", str, where, None),
-        {key: value for key, value in record.items()
-         if key not in (*PLAIN_FIELDS, *IMAGE_FIELDS) and _is_json(value)},
-        [_get({"accepted": text}, "accepted", str, where) for text in accepted], _precision(record, where), schema, where)
+        id=optional(record, "id", str, where) or f"{path.stem}-{number}",
+        question=required(record, "question", str, where),
+        answer=answer,
+        options=options,
+        images=read_images(record, where, path.parent),
+        response=optional(record, "response", str, where),
+        domain=optional(record, "domain", str, where),
+        meta={name: value for name, value in rest.items() if is_json(value)},
+        accepted=[str(text) for text in optional(record, "accepted", list, where) or []],
+        precision=read_precision(record, where),
+        schema=schema,
+        where=where,
+    )
+
+
+def is_json(value: object) -> bool:
+    """Says whether a value can be written as JSON. Parquet also holds dates, bytes and the like."""
+    try:
+        json.dumps(value)
+    except TypeError:
+        return False
+    return True

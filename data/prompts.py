@@ -1,82 +1,100 @@
 """The paper's prompts, and a question with its images as the model gets it."""
+
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from data.datasets import Example
-from data.images import MERGE, Grid, ImageConfig, ImageSource, image_grid, load_image, preprocess_image
+from data.images import (
+    MERGE,
+    Grid,
+    ImageConfig,
+    ImageSource,
+    image_grid,
+    load_image,
+    preprocess_image,
+)
 from data.tokenizer import DEFAULT_SYSTEM, Tokenizer, render_chat
 from hub.errors import InputError
 
-
-
+# Appendix A of the paper, to the letter (tests/test_data.py has hashes of its text).
 TRAIN_PROMPT = (
-    "You will solve a problem/request. You should provide your thoughts within <think> </think> tags before providing "
-    "the answer.\nWrite your final answer within <answer> </answer> tags. Here is the question: ")
+    "You will solve a problem/request. You should provide your thoughts within <think> </think> "
+    "tags before providing the answer.\nWrite your final answer within <answer> </answer> tags. "
+    "Here is the question: "
+)
 MCQ_PROMPT = (
-    "You should provide your thoughts within <think> </think> tags, then answer with just one of the options below "
-    "within <answer> </answer> tags (For example, if the question is \n'Is the earth flat?\n A: Yes \nB: No', you "
-    "should answer with <think>...</think> <answer>B: No </answer>). Here is the question: ")
+    "You should provide your thoughts within <think> </think> tags, then answer with just one of "
+    "the options below within <answer> </answer> tags (For example, if the question is \n'Is the "
+    "earth flat?\n A: Yes \nB: No', you should answer with <think>...</think> <answer>B: No "
+    "</answer>). Here is the question: "
+)
 MATH_PROMPT = (
-    "A conversation between User and Assistant. The user asks a question, and you as the assistant solves it. You "
-    "should first think about the reasoning process in the mind and then provide the user with the answer. The "
-    "reasoning process and answer are enclosed within <think> </think> and <answer> </answer> tags, respectively, "
-    "i.e., <think> reasoning process here </think><answer> the final answer as the option letter or the number "
-    "depending on the question </answer> (For example, if the question is \n'Is the earth flat?\n A: Yes \nB: No', you "
-    "should answer with <think> your reasoning </think> <answer>B: No</answer>. If the question is 'What is 1+1?', you "
-    "should answer with <think> your reasoning </think> <answer>2 </answer>).\n\nHere is the question: ")
+    "A conversation between User and Assistant. The user asks a question, and you as the assistant "
+    "solves it. You should first think about the reasoning process in the mind and then provide "
+    "the user with the answer. The reasoning process and answer are enclosed within <think> "
+    "</think> and <answer> </answer> tags, respectively, i.e., <think> reasoning process here "
+    "</think><answer> the final answer as the option letter or the number depending on the "
+    "question </answer> (For example, if the question is \n'Is the earth flat?\n A: Yes \nB: No', "
+    "you should answer with <think> your reasoning </think> <answer>B: No</answer>. If the "
+    "question is 'What is 1+1?', you should answer with <think> your reasoning </think> <answer>2 "
+    "</answer>).\n\nHere is the question: "
+)
+PROMPTS = {"direct": "", "train": TRAIN_PROMPT, "mcq": MCQ_PROMPT, "math": MATH_PROMPT}
 
 
-def _option_lines(example: Example) -> str:
-    return "\n".join(f"{letter}: {text}" for letter, text in example.options.items())
-
-
-def question_text(example: Example) -> str:
-    """The question, and its options (if any) as lines "A: text"."""
-    return f"{example.question}\n{_option_lines(example)}" if example.options else example.question
+def question_text(example: Example, before_options: str = "\n") -> str:
+    """Returns the question, and behind it its options, if it has any, as lines "A: text"."""
+    if not example.options:
+        return example.question
+    lines = [f"{letter}: {text}" for letter, text in example.options.items()]
+    return example.question + before_options + "\n".join(lines)
 
 
 def format_prompt(example: Example, style: str) -> str:
-    """The user's text in one of the paper's prompts (train, mcq, math), or the bare question (direct).
+    """Returns the user's text: the bare question (direct), or one of the paper's prompts.
 
-    The paper ends its math prompt with " Options:\\n\\n{options}", which we leave off where there are none.
+    The paper ends its math prompt with " Options:\\n\\n{options}", which we leave off where there
+    are none. Raises InputError for the mcq prompt of a question without options.
     """
     if style == "mcq" and not example.options:
         raise InputError(f"{example.id}: the mcq prompt needs options")
-    if style in ("mcq", "math"):
-        options = f" Options:\n\n{_option_lines(example)}" if example.options else ""
-        return (MCQ_PROMPT if style == "mcq" else MATH_PROMPT) + example.question + options
-    if style not in ("train", "direct"):
-        raise InputError(f"prompt style must be train, mcq, math or direct, not {style!r}")
-    return (TRAIN_PROMPT if style == "train" else "") + question_text(example)
+    before_options = " Options:\n\n" if style in ("mcq", "math") else "\n"
+    return PROMPTS[style] + question_text(example, before_options)
 
 
 @dataclass
 class Prompt:
-    """What a response is sampled after: token ids, and the images that stand at their <|image_pad|> tokens.
+    """What a response is sampled after: token ids, and the images of its <|image_pad|> tokens.
 
-    Images are kept as they came (a path, bytes, a PIL image), and preprocessed when the prompt is run: patches take 24
-    bytes a pixel, and a benchmark's would not fit into memory together.
+    Images are kept as they came (a path, a file's bytes, ...) and preprocessed when the prompt is
+    run: patches take 24 bytes a pixel, and a benchmark's would not fit into memory together.
     """
+
     ids: list[int]
     images: list[ImageSource] = field(default_factory=list)
     grids: list[Grid] = field(default_factory=list)  # of each image: (1, rows, columns) of patches
     image_config: ImageConfig = ImageConfig()
 
-    def pixel_values(self) -> torch.Tensor | None:
-        """Returns the patches of all images, float32 [P, 1176]; None for a text."""
+    def pixel_values(self) -> Tensor | None:
+        """Returns the patches of all images, float32 [P, 1176]; None if there are none."""
         if not self.images:
             return None
-        return torch.cat([preprocess_image(load_image(image), self.image_config)[0] for image in self.images])
+        return torch.cat([preprocess_image(image, self.image_config)[0] for image in self.images])
 
 
-def chat_prompt(messages: Sequence[dict], images: Sequence[ImageSource], tokenizer: Tokenizer,
-                image_config: ImageConfig) -> Prompt:
-    """Returns a conversation, ready for the assistant to go on; `images` in the order of the messages' image parts.
+def chat_prompt(
+    messages: Sequence[dict],
+    images: Sequence[ImageSource],
+    tokenizer: Tokenizer,
+    image_config: ImageConfig,
+) -> Prompt:
+    """Returns a conversation, ready for the assistant to go on.
 
-    Raises InputError for an image that cannot be read: each is decoded once here, so that a damaged file is found
-    before anything is sampled.
+    `images` are in the order of the messages' image parts. Each is decoded once here, so that a
+    damaged file raises its InputError before anything is sampled.
     """
     grids = [image_grid(load_image(image), image_config) for image in images]
     image_tokens = [rows * columns // MERGE**2 for _, rows, columns in grids]
@@ -84,9 +102,18 @@ def chat_prompt(messages: Sequence[dict], images: Sequence[ImageSource], tokeniz
     return Prompt(ids, list(images), grids, image_config)
 
 
-def make_prompt(text: str, images: Sequence[ImageSource], tokenizer: Tokenizer, image_config: ImageConfig, *,
-                system: str | None = None) -> Prompt:
+def make_prompt(
+    text: str,
+    images: Sequence[ImageSource],
+    tokenizer: Tokenizer,
+    image_config: ImageConfig,
+    *,
+    system: str | None = None,
+) -> Prompt:
     """Returns one user turn, the images before the text, ready for the assistant to go on."""
-    messages = [{"role": "system", "content": DEFAULT_SYSTEM if system is None else system},
-                {"role": "user", "content": [{"type": "image"}] * len(images) + [{"type": "text", "text": text}]}]
+    content = [{"type": "image"}] * len(images) + [{"type": "text", "text": text}]
+    messages = [
+        {"role": "system", "content": DEFAULT_SYSTEM if system is None else system},
+        {"role": "user", "content": content},
+    ]
     return chat_prompt(messages, images, tokenizer, image_config)

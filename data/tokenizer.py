@@ -1,19 +1,26 @@
 """The tokenizer of a model folder, and Qwen2.5-VL's chat template."""
+
 from collections.abc import Sequence
 from pathlib import Path
 
 import tokenizers
 import torch
+from torch import Tensor
 
 from hub.config import Config
 from hub.errors import InputError
 
+DEFAULT_SYSTEM = "You are a helpful assistant."
 
 
 class Tokenizer:
-    """A model folder's `tokenizer.json`, with the control tokens of Qwen2.5-VL's chat format as attributes (ids)."""
+    """A model folder's tokenizer.json, with the ids of the control tokens as attributes.
 
-    CONTROL = ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
+    `tokenizer.im_end` is the id of <|im_end|>, and so on for all of CONTROL.
+    """
+
+    VISION = ("vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
+    CONTROL = ("endoftext", "im_start", "im_end", *VISION)
 
     def __init__(self, core: tokenizers.Tokenizer, name: str = "tokenizer.json"):
         core.encode_special_tokens = True  # text never turns into control tokens, whatever it says
@@ -21,97 +28,118 @@ class Tokenizer:
         core.no_padding()
         self.core = core
         for token in self.CONTROL:
-            if core.token_to_id(f"<|{token}|>") is None:
+            token_id = core.token_to_id(f"<|{token}|>")
+            if token_id is None:
                 raise InputError(f"{name}: special token <|{token}|> is missing")
-            setattr(self, token, core.token_to_id(f"<|{token}|>"))
+            setattr(self, token, token_id)
         self.stop_ids = (self.im_end, self.endoftext)
         self.known_ids = frozenset(core.get_vocab(with_added_tokens=True).values())
         self.vocab_size = max(self.known_ids) + 1
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Tokenizer":
+        """Reads a model folder's tokenizer.json; InputError if it is not there or malformed."""
         path = Path(folder) / "tokenizer.json"
         try:
             core = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise InputError(f"{path}: cannot be read ({error.strerror})") from None
         except Exception as error:  # the Rust library raises the bare class
-            raise InputError(f"{path}: malformed tokenizer ({' '.join(str(error).split())})") from None
+            raise InputError(f"{path}: malformed tokenizer ({error})") from None
         return cls(core, str(path))
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text; `<|im_end|>` and its like in the text stay text."""
+        """Returns the ids of plain text; `<|im_end|>` and its like in the text stay text.
+
+        Raises InputError for half a surrogate pair: undecodable bytes on the command line become
+        one, and JSON can hold it.
+        """
         try:
             return self.core.encode(text, add_special_tokens=False).ids
-        except TypeError:  # a lone surrogate: undecodable bytes on the command line
+        except TypeError:
             raise InputError(f"text is not valid Unicode: {text[:40]!a}") from None
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        """Returns the text of ids, with or without the control tokens among them."""
         return self.core.decode(list(ids), skip_special_tokens=skip_special)
 
-    def never_sampled(self, vocab_rows: int) -> torch.Tensor:
-        """Ids [N] below vocab_rows that no response may hold: ids without a token, and all vision tokens."""
-        vision = {self.vision_start, self.vision_end, self.vision_pad, self.image_pad, self.video_pad}
-        banned = [i for i in range(vocab_rows) if i not in self.known_ids or i in vision]
+    def never_sampled(self, vocab_rows: int) -> Tensor:
+        """Returns the ids [N] below vocab_rows that no response may hold.
+
+        These are the rows of the model's vocabulary that stand for no token, and the vision tokens.
+        """
+        allowed = self.known_ids - {getattr(self, token) for token in self.VISION}
+        banned = [token_id for token_id in range(vocab_rows) if token_id not in allowed]
         return torch.tensor(banned, dtype=torch.long)
-
-
-DEFAULT_SYSTEM = "You are a helpful assistant."
-
-
-def render_chat(messages: Sequence[dict], tokenizer: Tokenizer, *, image_tokens: Sequence[int] = (),
-                add_generation_prompt: bool = False) -> tuple[list[int], list[bool]]:
-    """Ids of a conversation in Qwen2.5-VL's published chat template, and the mask of those that the assistant produces.
-
-    messages: {"role": system|user|assistant, "content": text, or a list of {"type": "image"} and {"type": "text",
-    "text": ...}}. image_tokens: the number of <|image_pad|> of each image, in order. The mask is true on an assistant's
-    text and its <|im_end|>, not on the newline behind it.
-    Text between two control tokens is tokenised in one piece, as it is when the rendered string is. An assistant's text
-    alone is cut off its "assistant\\n", so that training ids begin with the very ids that a sampler is prompted with
-    (the two ways differ only for a text whose leading white space holds a line break).
-    """
-    if messages and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": DEFAULT_SYSTEM}, *messages]
-    ids: list[int] = []
-    mask: list[bool] = []
-
-    def add(new: list[int], produced: bool = False):
-        ids.extend(new)
-        mask.extend([produced] * len(new))
-
-    images = 0
-    for message in messages:
-        role, content = message["role"], message["content"]
-        if role not in ("system", "user", "assistant"):
-            raise InputError(f"message: field 'role' must be system, user or assistant, not {role!r}")
-        produced = role == "assistant"
-        add([tokenizer.im_start])
-        text = f"{role}\n"
-        if produced:
-            add(tokenizer.encode(text))
-            text = ""
-        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-            if part["type"] == "text":
-                text += part["text"]
-            elif part["type"] == "image":
-                add(tokenizer.encode(text), produced)
-                text = ""
-                count = image_tokens[images] if images < len(image_tokens) else 0  # complained of below
-                add([tokenizer.vision_start, *[tokenizer.image_pad] * count, tokenizer.vision_end])
-                images += 1
-            else:
-                raise InputError(f"message: a part must be 'text' or 'image', not {part['type']!r}")
-        add([*tokenizer.encode(text), tokenizer.im_end], produced)
-        add(tokenizer.encode("\n"))
-    if images != len(image_tokens):
-        raise InputError(f"messages: {len(image_tokens)} images for {images} image parts")
-    if add_generation_prompt:
-        add([tokenizer.im_start, *tokenizer.encode("assistant\n")])
-    return ids, mask
 
 
 def check_vocabulary(tokenizer: Tokenizer, config: Config) -> None:
     """Raises InputError where text could turn into ids that the model has no row for."""
     if tokenizer.vocab_size > config.vocab_size:
-        raise InputError(f"tokenizer.json has ids up to {tokenizer.vocab_size - 1}, "
-                         f"config.json a vocab_size of {config.vocab_size} only")
+        raise InputError(
+            f"tokenizer.json has ids up to {tokenizer.vocab_size - 1}, "
+            f"config.json a vocab_size of {config.vocab_size} only"
+        )
+
+
+def render_chat(
+    messages: Sequence[dict],
+    tokenizer: Tokenizer,
+    *,
+    image_tokens: Sequence[int] = (),
+    add_generation_prompt: bool = False,
+) -> tuple[list[int], list[bool]]:
+    """Returns a conversation's ids in Qwen2.5-VL's published chat template, and its loss mask.
+
+    messages: {"role": system|user|assistant, "content": text, or a list of {"type": "image"} and
+    {"type": "text", "text": ...}}. image_tokens: the number of <|image_pad|> of each image, in
+    order; InputError if there are more or fewer than image parts. The mask is true on an
+    assistant's text and its <|im_end|>, not on the newline behind it.
+
+    Text between two control tokens is tokenised in one piece, as it is when the rendered string
+    is. An assistant's text alone is cut off its "assistant\\n", so that training ids begin with the
+    very ids that a sampler is prompted with (the two ways differ only for a text whose leading
+    white space holds a line break).
+    """
+    if messages and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": DEFAULT_SYSTEM}, *messages]
+    parts = [part for message in messages for part in content_parts(message["content"])]
+    num_images = sum(part["type"] == "image" for part in parts)
+    if num_images != len(image_tokens):
+        raise InputError(f"messages: {len(image_tokens)} images for {num_images} image parts")
+
+    ids: list[int] = []
+    mask: list[bool] = []
+
+    def add(new: list[int], produced: bool = False) -> None:
+        ids.extend(new)
+        mask.extend([produced] * len(new))
+
+    pads = iter(image_tokens)
+    for message in messages:
+        # <|im_start|>role, and a line break. Of an assistant that is tokenised apart (see above).
+        produced = message["role"] == "assistant"
+        text = message["role"] + "\n"
+        add([tokenizer.im_start])
+        if produced:
+            add(tokenizer.encode(text))
+            text = ""
+        # The text goes on from part to part until an image's control tokens end the piece.
+        for part in content_parts(message["content"]):
+            if part["type"] == "text":
+                text += part["text"]
+            else:
+                image = [tokenizer.image_pad] * next(pads)
+                add(tokenizer.encode(text), produced)
+                add([tokenizer.vision_start, *image, tokenizer.vision_end])
+                text = ""
+        add([*tokenizer.encode(text), tokenizer.im_end], produced)
+        add(tokenizer.encode("\n"))
+    if add_generation_prompt:
+        add([tokenizer.im_start, *tokenizer.encode("assistant\n")])
+    return ids, mask
+
+
+def content_parts(content: str | list[dict]) -> list[dict]:
+    """Returns a message's content as a list of parts; a bare text is one of them."""
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
