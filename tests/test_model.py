@@ -14,7 +14,7 @@ import tiny
 from data import InputError
 from hub.config import Config
 from hub.weights import copy_side_files
-from model import KVCache, PromptCache, Qwen2_5_VL, check_images, rope_positions
+from model import KVCache, PromptCache, Qwen2_5_VL, rope_positions
 
 GOLDEN = Path(__file__).parent / "golden"
 OUTPUTS, GRADS = np.load(GOLDEN / "model_outputs.npz"), np.load(GOLDEN / "model_grads.npz")
@@ -247,7 +247,7 @@ def test_slots_share_a_prompt_and_move(load):
     cache, position = cached(model, rows, room=3, order=order)
     tokens = torch.tensor([5, 6, 7, 8])
     decode(model, cache, tokens, position)
-    cache.move(torch.tensor([3, 2]), torch.tensor([0, 3]))  # 0 <- 3 and 3 <- 2
+    cache.move([3, 2], [0, 3])  # 0 <- 3 and 3 <- 2
     source, untouched = torch.tensor([3, 1, 2]), cache.keys[:, 3].clone()
     hidden = decode(model, cache, torch.tensor([9, 10, 11]), (position + 1)[source])
     for b, slot in enumerate(source.tolist()):
@@ -386,7 +386,7 @@ def test_missing_and_damaged_files_are_named(tmp_path):
     shard.unlink()
     assert f"{shard}: no such file" in complaint(Qwen2_5_VL.from_pretrained, tmp_path)
     index = tmp_path / "model.safetensors.index.json"
-    for text in ("{", "[]", "{}", '{"weight_map": {"a": 1}}', '{"weight_map": ["a"]}'):
+    for text in ("{", "[]", "{}", '{"weight_map": ["a"]}'):
         index.write_text(text)
         assert str(index) in complaint(Qwen2_5_VL.from_pretrained, tmp_path)
     for name in ("../outside.safetensors", "..", ""):  # never read outside the folder
@@ -404,41 +404,27 @@ def test_missing_and_damaged_files_are_named(tmp_path):
 BAD_CONFIGS = [  # path to the field, its value, what the line says; "-" removes the field
     ("model_type", "llama", "model_type 'llama' is not supported"),
     ("model_type", "-", "model_type None is not supported"),
-    ("hidden_size", "-", "missing 'hidden_size'"),
-    ("hidden_size", "64", "hidden_size has a bad value: '64'"),
-    ("hidden_size", 66, "hidden_size is not an even multiple of num_attention_heads"),
-    ("num_attention_heads", 0, "num_attention_heads has a bad value: 0"),
-    ("num_key_value_heads", 3, "num_attention_heads is not a multiple of num_key_value_heads"),
-    ("num_hidden_layers", -1, "num_hidden_layers has a bad value: -1"),
-    ("vocab_size", 2.5, "vocab_size has a bad value: 2.5"),
-    ("vocab_size", True, "vocab_size has a bad value: True"),
-    ("rms_norm_eps", "-", "missing 'rms_norm_eps'"),
-    ("rms_norm_eps", 0, "rms_norm_eps has a bad value: 0"),
-    ("rope_theta", "-", "missing 'rope_theta'"),
-    ("rope_theta", float("inf"), "rope_theta has a bad value: inf"),
-    ("tie_word_embeddings", "yes", "tie_word_embeddings has a bad value: 'yes'"),
+    ("quantization_config", {"quant_method": "awq"}, "quantised weights are not supported"),
+    ("hidden_size", "-", "hidden_size is missing"),
+    ("rms_norm_eps", "-", "rms_norm_eps is missing"),
+    ("rope_theta", "-", "rope_theta is missing"),
     ("hidden_act", "gelu", "hidden_act 'gelu' is not supported"),
     ("use_sliding_window", True, "use_sliding_window True is not supported"),
     ("torch_dtype", "nn", "torch_dtype 'nn' is not supported"),
     ("torch_dtype", "int8", "torch_dtype 'int8' is not supported"),
     ("rope_scaling", "-", "mrope_section None"),
-    ("rope_scaling", "mrope", "rope_scaling has a bad value: 'mrope'"),
-    ("rope_scaling.type", "yarn", "rope_scaling type 'yarn' is not supported"),
+    ("rope_scaling.type", "yarn", "rope_type 'yarn' is not supported"),
     ("rope_scaling.mrope_section", [2, 3, 4], "is not three numbers of sum 8"),
     ("rope_scaling.mrope_section", [8], "is not three numbers"),
-    ("rope_scaling.mrope_section", "233", "mrope_section has a bad value: '233'"),
     ("image_token_id", "-", "image_token_id is missing"),
-    ("image_token_id", 5000, "image_token_id is not below vocab_size"),
-    ("video_token_id", "-", "video_token_id is missing"),
-    ("vision_config", "-", "vision_config is missing"),
-    ("vision_config", [1], "vision_config has a bad value"),
-    ("vision_config.hidden_size", "-", "vision_config: missing 'hidden_size'"),
-    ("vision_config.hidden_size", 34, "vision_config: hidden_size is not a multiple of 4 \\* num_heads"),
-    ("vision_config.depth", "4", "vision_config: depth has a bad value: '4'"),
-    ("vision_config.hidden_act", "relu", "vision_config: hidden_act 'relu' is not supported"),
+    ("vision_config", "-", "vision_config: hidden_size is missing"),
+    ("vision_config.hidden_size", "-", "vision_config: hidden_size is missing"),
+    ("vision_config.hidden_act", "relu", "vision_config.hidden_act 'relu' is not supported"),
     ("vision_config.out_hidden_size", 32, "vision_config: out_hidden_size is not hidden_size"),
-    ("vision_config.fullatt_block_indexes", 7, "vision_config: fullatt_block_indexes has a bad value: 7"),
-    ("vision_config.window_size", 14, "vision_config: window_size is smaller than a merged cell"),
+    # Preprocessing has one patch size, merged cell, and number of frames.
+    ("vision_config.patch_size", 16, "vision_config.patch_size 16 is not supported"),
+    ("vision_config.temporal_patch_size", 1, "vision_config.temporal_patch_size 1 is not supported"),
+    ("vision_config.spatial_merge_size", 3, "vision_config.spatial_merge_size 3 is not supported"),
 ]
 
 
@@ -453,55 +439,27 @@ def test_bad_config_values_are_named(tmp_path, field, value, expected):
     assert message.startswith(f"{tmp_path}/config.json: ") and re.search(expected, message), message
 
 
-@pytest.mark.parametrize("form", ["flat", "nested"])
-def test_no_config_value_gives_anything_but_an_input_error(form):
-    """Every field in turn holds every kind of nonsense."""
-    raw = tiny.config_dict("vl") if form == "flat" else tiny.nested_config(tiny.config_dict("vl"))
-    places = [raw, *(raw[k] for k in ("vision_config", "text_config", "rope_scaling") if k in raw)]
-    for where in places:
-        for field in [*where, "rope_parameters", "dtype", "vision", "mrope_section"]:
-            kept = dict(where)
-            for value in (None, 0, -1, 3, 1e400, float("nan"), "", "x", [], [[]], {}, {"a": 1}, True, False):
-                where[field] = value
-                try:
-                    Config.from_dict(raw)
-                except InputError as error:
-                    assert "\n" not in str(error)
-            where.clear()
-            where.update(kept)
-
-
 def test_images_and_image_tokens_must_match(load):
     model, image = load("vl"), IDS["image_pad"]
     four = torch.tensor([[1, *[image] * 4, 2]])
     pixels = tiny.patches([(1, 4, 4)])
-    assert "image tokens without an image" in complaint(model, four)
     text = torch.tensor([[1, 2, 3]])
-    assert "1 images have no image tokens" in complaint(model, text, pixel_values=pixels, image_grid_thw=[(1, 4, 4)])
+    one = dict(pixel_values=pixels, image_grid_thw=[(1, 4, 4)])
+    assert "0 image tokens for images of 4 merged cells" in complaint(model, text, **one)
     twice = dict(pixel_values=torch.cat((pixels, pixels)), image_grid_thw=[(1, 4, 4)] * 2)
-    assert "1 images have no image tokens" in complaint(model, four, **twice)
+    assert "4 image tokens for images of 8 merged cells" in complaint(model, four, **twice)
     larger = dict(pixel_values=tiny.patches([(1, 4, 6)]), image_grid_thw=[(1, 4, 6)])
-    assert "needs 6 image tokens" in complaint(model, four, **larger)
+    assert "4 image tokens for images of 6 merged cells" in complaint(model, four, **larger)
     five = torch.tensor([[1, *[image] * 5, 2]])
-    assert "without an image" in complaint(model, five, pixel_values=pixels, image_grid_thw=[(1, 4, 4)])
-    split = torch.tensor([[1, image, image, 3, image, image]])
-    assert "needs 4 image tokens in a row" in complaint(model, split, pixel_values=pixels, image_grid_thw=[(1, 4, 4)])
-    assert "4 image tokens for 8 image embeddings" in complaint(
-        model, four, position_ids=torch.zeros(3, 1, 6), **twice)
-    assert "video" in complaint(model, torch.tensor([[1, IDS["video_pad"]]]))
+    assert "5 image tokens for images of 4 merged cells" in complaint(model, five, **one)
 
 
-def test_patches_and_grids_must_match(load):
+def test_patches_and_grids_go_together(load):
     model, four = load("vl"), torch.tensor([[1, *[IDS["image_pad"]] * 4, 2]])
-    pixels = tiny.patches([(1, 4, 4)])
-    assert "go together" in complaint(model, four, pixel_values=pixels)
-    assert "go together" in complaint(model, four, image_grid_thw=[(1, 4, 4)])
-    assert "pixel_values has shape [15, 1176], the grids need [16, 1176]" in complaint(
-        model, four, pixel_values=pixels[1:], image_grid_thw=[(1, 4, 4)])
-    assert "[16, 588]" in complaint(model, four, pixel_values=pixels[:, :588], image_grid_thw=[(1, 4, 4)])
-    for grid in ((2, 4, 2), (1, 4, 5), (1, 0, 4), (1, -4, -4)):
-        assert f"image_grid_thw {grid} is not one image" in complaint(check_images, pixels, [grid], model.config)
-    assert "no vision tower" in complaint(load("text"), four, pixel_values=pixels, image_grid_thw=[(1, 4, 4)])
+    with pytest.raises(ValueError, match="go together"):
+        model(four, pixel_values=tiny.patches([(1, 4, 4)]))
+    with pytest.raises(ValueError, match="go together"):
+        model(four, image_grid_thw=[(1, 4, 4)])
 
 
 def test_a_text_model_has_no_tower(load):

@@ -41,7 +41,7 @@ def test_windows_of_several_images():
 
 
 def test_patch_positions_follow_the_merged_cells():
-    positions = merged_positions([(1, 4, 4), (1, 2, 4)], 2)
+    positions = merged_positions([(1, 4, 4), (1, 2, 4)])
     assert positions[:9].tolist() == [[0, 0], [0, 1], [1, 0], [1, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 0]]
     assert positions[16:].tolist() == [[0, 0], [0, 1], [1, 0], [1, 1], [0, 2], [0, 3], [1, 2], [1, 3]]
 
