@@ -12,6 +12,7 @@ options = parse_options(Options, ["--sheep", "12", "--black"])  # Options(sheep=
 
 import argparse
 import dataclasses
+import math
 import os
 import sys
 import types
@@ -100,14 +101,14 @@ def add_argument(parser: argparse.ArgumentParser, field: dataclasses.Field) -> N
 
 
 def check_limits(options) -> None:
-    """Raises InputError for a number outside its limits, which NaN always is."""
+    """Raises InputError for a number outside its limits, as infinity and NaN always are."""
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         low, high = field.metadata["low"], field.metadata["high"]
         if value is None or low is None:
             continue
         name = "--" + field.name.replace("_", "-")
-        if high is None and not value >= low:
+        if high is None and not low <= value < math.inf:
             raise InputError(f"{name} must be at least {low}, not {value}")
         if high is not None and not low <= value <= high:
             raise InputError(f"{name} must be between {low} and {high}, not {value}")
