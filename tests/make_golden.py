@@ -16,7 +16,7 @@ import torch
 import transformers
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-import tiny
+import tiny  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden"
 

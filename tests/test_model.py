@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from data import InputError
+from data import InputError, make_pack, make_row
 from hub.config import Config
 from hub.weights import copy_side_files
-from model import KVCache, PromptCache, Qwen2_5_VL, rope_positions
+from model import KVCache, PromptCache, Qwen2_5_VL, rope_positions, score
 
 GOLDEN = Path(__file__).parent / "golden"
 OUTPUTS, GRADS = np.load(GOLDEN / "model_outputs.npz"), np.load(GOLDEN / "model_grads.npz")
@@ -292,6 +292,13 @@ def test_positions_of_text_are_one_dimensional(variant):
     assert positions.tolist() == [[[0, 1, 2, 3, 4]] * 2] * 3 and following.tolist() == [5, 5]
 
 
+def test_positions_of_text_wait_for_no_device():
+    """The meta device has no values, so whatever looked at the ids would fail."""
+    ids = torch.ones(2, 5, dtype=torch.long, device="meta")
+    positions, following = rope_positions(ids, [], config())
+    assert positions.shape == (3, 2, 5) and positions.device.type == following.device.type == "meta"
+
+
 # Cached, batched, selected
 
 
@@ -402,6 +409,23 @@ def test_packed_rows_and_tokens_behind_a_cache_need_positions(load):
         model(torch.ones(4, 1, dtype=torch.long), cache=cache)
     with pytest.raises(ValueError, match="position_ids"):
         model(torch.ones(1, 4, dtype=torch.long), cu_seqlens=torch.tensor([0, 2, 4]))
+
+
+@pytest.mark.parametrize("variant", ["vl", "vl_tied"])
+def test_score_is_the_log_softmax_of_each_row_alone(load, variant):
+    model, masked_ids = load(variant), torch.tensor([3, 280])
+    rows = [make_row(tiny.row(i, n), [t >= n // 2 for t in range(n)]) for i, n in ((1, 7), (2, 12))]
+    found, entropy = score(model, make_pack(rows), temperature=0.7, masked_ids=masked_ids)
+    expected, expected_entropy = [], []
+    for row in rows:
+        logits = model.logits(model(row.ids.long()[None]))[0, :-1] / 0.7
+        logits[:, masked_ids] = float("-inf")
+        log_probs = logits.log_softmax(-1)
+        scored = row.scored[1:]
+        expected.append(log_probs.gather(1, row.ids[1:, None].long())[scored, 0])
+        expected_entropy.append(-(log_probs.exp() * log_probs).nansum(-1)[scored])
+    torch.testing.assert_close(found, torch.cat(expected), atol=1e-5, rtol=0)
+    torch.testing.assert_close(entropy, torch.cat(expected_entropy), atol=1e-5, rtol=0)
 
 
 # Saving
