@@ -116,10 +116,11 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_size)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: "Cache", cu_seqlens: Tensor | None
-    ) -> Tensor:
-        """x [B, T, C] -> [B, T, C]. A cache gives the keys and values of earlier tokens as well."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache=None, cu_seqlens=None) -> Tensor:
+        """x [B, T, C] -> [B, T, C]. cos and sin [B, T, D]; cache and cu_seqlens as in the model.
+
+        A KVCache adds the keys and values of earlier tokens, a PromptCache keeps those of these.
+        """
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim)  # [B, T, H, D]
         k = self.k_proj(x).view(B, T, -1, self.head_dim)  # [B, T, K, D]
@@ -146,9 +147,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=False)
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: "Cache", cu_seqlens: Tensor | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache=None, cu_seqlens=None) -> Tensor:
         """x [B, T, C] -> [B, T, C]."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, cu_seqlens)
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -165,9 +164,7 @@ class Decoder(nn.Module):
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: "Cache", cu_seqlens: Tensor | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache=None, cu_seqlens=None) -> Tensor:
         """Embeddings [B, T, C] -> hidden states behind the final norm [B, T, C]."""
         for layer in self.layers:
             x = layer(x, cos, sin, cache, cu_seqlens)
@@ -205,7 +202,7 @@ class Qwen2_5_VL(nn.Module):
         position_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
         image_grid_thw: list[Grid] | None = None,
-        cache: "Cache" = None,
+        cache: "KVCache | PromptCache | None" = None,
         cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """Returns the hidden states [B, T, C], behind the final norm, of input_ids [B, T].
@@ -333,9 +330,6 @@ class PromptCache:
         keys = torch.stack([k for k, _ in self.layers]).split(lengths, dim=2)
         values = torch.stack([v for _, v in self.layers]).split(lengths, dim=2)
         return list(zip(keys, values))
-
-
-Cache = KVCache | PromptCache | None
 
 
 # --- Log-probs, for training ---
