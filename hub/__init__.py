@@ -1,1 +1,1 @@
-"""Files of the hub and of the user: model folders in and out, complaints about them, command-line options."""
+"""Everything about folders and commands: config.json, weights, side files, errors, options."""

@@ -1,175 +1,188 @@
-"""config.json: the decoder's fields and the vision tower's, in the two shapes that hub folders have."""
-from dataclasses import dataclass, fields
+"""A model folder's config.json: the fields of decoder and vision tower, read and written."""
+
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 
 from hub.errors import InputError, read_json
 
+# How every Qwen2.5-VL cuts an image. The tower and the preprocessing (data/images.py) both take
+# these from here, and folders that say otherwise are refused.
+PATCH = 14  # pixels on a patch's side
+MERGE = 2  # patches on a merged cell's side: 2 x 2 patches become one image token
+TEMPORAL = 2  # frames in a patch; a still image is repeated
+PATCH_DIM = 3 * TEMPORAL * PATCH * PATCH  # 1176 numbers in a patch: channel, frame, row, column
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """Fields as in the hub's `vision_config` (whose `in_chans` is in_channels here). Re-saved configs leave out the
-    defaults, which are the 7B's. The weights' shapes are checked against all but num_heads, window_size and
-    fullatt_block_indexes."""
-    hidden_size: int                    # C
-    out_hidden_size: int = 3584         # the decoder's width
-    depth: int = 32                     # blocks
-    num_heads: int = 16                 # H
-    intermediate_size: int = 3420       # MLP
-    in_channels: int = 3
-    patch_size: int = 14                # pixels
-    temporal_patch_size: int = 2        # frames; an image is repeated
-    spatial_merge_size: int = 2         # patches, in each direction, that make one image token
-    window_size: int = 112              # pixels
-    fullatt_block_indexes: tuple[int, ...] = (7, 15, 23, 31)
+    """The vision tower's fields, named as in the config's `vision_config`.
 
-    @property
-    def patch_dim(self) -> int:
-        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+    Re-saved configs leave out what has transformers' default; the defaults here are the same.
+    """
+
+    hidden_size: int  # C
+    out_hidden_size: int = 3584  # the decoder's width
+    depth: int = 32  # blocks
+    num_heads: int = 16  # H
+    intermediate_size: int = 3420  # of the MLP
+    window_size: int = 112  # pixels
+    fullatt_block_indexes: tuple[int, ...] = (7, 15, 23, 31)  # blocks without windows
 
 
 @dataclass(frozen=True)
 class Config:
-    """The decoder's fields as named in the hub's config.json, and the vision tower's (None for text-only Qwen2.5)."""
-    hidden_size: int                    # C
-    intermediate_size: int              # MLP
-    num_hidden_layers: int
-    num_attention_heads: int            # H
-    num_key_value_heads: int            # K
-    vocab_size: int                     # V: rows of the embedding; more than the tokenizer has ids
+    """The decoder's fields, named as in the published config.json, and the vision tower's."""
+
+    hidden_size: int  # C
+    intermediate_size: int  # of the MLP
+    num_hidden_layers: int  # L
+    num_attention_heads: int  # H
+    num_key_value_heads: int  # K
+    vocab_size: int  # V: rows of the embedding; more than the tokenizer has ids
     rms_norm_eps: float
     rope_theta: float
-    max_position_embeddings: int        # tokens that fit
-    tie_word_embeddings: bool           # the head is the embedding
-    torch_dtype: str = "float32"        # of the weights on disk
+    max_position_embeddings: int  # tokens that fit
+    tie_word_embeddings: bool = False  # the head is the embedding
+    torch_dtype: str = "float32"  # of the weights on disk
     eos_token_id: int | None = None
-    image_token_id: int | None = None   # one per merged cell of an image
-    video_token_id: int | None = None   # recognised only to be refused
+    image_token_id: int | None = None  # one for each merged cell of an image
+    video_token_id: int | None = None  # videos are not supported
     vision_start_token_id: int | None = None
     vision_end_token_id: int | None = None
-    mrope_section: tuple[int, ...] | None = None  # rotary frequencies that turn with time, height, width
-    vision: VisionConfig | None = None
+    mrope_section: tuple[int, ...] | None = None  # frequencies that follow time, height, width
+    vision: VisionConfig | None = None  # None in the text-only models
 
     @property
     def head_dim(self) -> int:
+        """Returns D, the width of one head."""
         return self.hidden_size // self.num_attention_heads
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Config":
+        """Reads a model folder's config.json; see `from_dict`."""
         path = Path(folder) / "config.json"
         return cls.from_dict(read_json(path), str(path))
 
     @classmethod
     def from_dict(cls, raw: dict, name: str = "config.json") -> "Config":
-        """Reads the hub's flat config, a re-saved nested one (`text_config`), and both spellings of the rotary fields.
+        """Reads the object of a config.json, of any generation (see PLACES).
 
-        Raises InputError naming `name` and the field, for what is missing, of the wrong type, or not supported here.
+        Raises InputError with the file's name and the field for a model that is not Qwen2.5 or
+        Qwen2.5-VL, for a setting that is not implemented, for a missing field, and for a vision
+        tower that does not fit the decoder.
         """
+        # 1. Is it a model that we can compute?
         kind = raw.get("model_type")
         if kind not in ("qwen2_5_vl", "qwen2"):
-            raise InputError(f"{name}: model_type {kind!r} is not supported (qwen2_5_vl, or qwen2 for text only)")
-        text = section(raw, "text_config", name)
-        flat = {**raw, **{k: v for k, v in text.items() if v is not None}}  # re-saves leave nulls behind
-        # newer saves have the flag at the top, older ones inside text_config beside the top's default
-        flat["tie_word_embeddings"] = raw.get("tie_word_embeddings") or text.get("tie_word_embeddings") or False
-        if isinstance(flat.get("eos_token_id"), list) and flat["eos_token_id"]:
-            flat["eos_token_id"] = flat["eos_token_id"][0]
-        flat["torch_dtype"] = raw.get("torch_dtype") or raw.get("dtype") or flat.get("dtype") or "float32"
-        rope = section(flat, "rope_parameters", name) or section(flat, "rope_scaling", name)
-        rope_kind = rope.get("rope_type", rope.get("type", "default"))
-        if rope_kind not in ("mrope", "default"):
-            raise InputError(f"{name}: rope_scaling type {rope_kind!r} is not supported (mrope or default)")
-        flat["rope_theta"] = rope.get("rope_theta", flat.get("rope_theta"))
-        flat["mrope_section"], flat["vision"] = None, None
-        if kind == "qwen2_5_vl":
-            flat["mrope_section"] = rope.get("mrope_section")
-            flat["vision"] = read_fields(VisionConfig, vision_fields(raw, name), f"{name}: vision_config")
-        for field, wanted in (("hidden_act", "silu"), ("use_sliding_window", False)):
-            if flat.get(field, wanted) != wanted:
-                raise InputError(f"{name}: {field} {flat[field]!r} is not supported (only {wanted!r})")
-        config = read_fields(cls, flat, name)
-        config.check(name)
+            raise InputError(f"{name}: model_type {kind!r} is not supported (qwen2_5_vl or qwen2)")
+        if "quantization_config" in raw:
+            raise InputError(f"{name}: quantised weights are not supported (quantization_config)")
+        flat = flatten(raw)
+        for field, values in SUPPORTED.items():
+            value = find(flat, field)
+            if value is not None and value not in values:
+                raise InputError(f"{name}: {field} {value!r} is not supported (only {values})")
+
+        # 2. A text-only one has no vision tower, and positions of one dimension.
+        if kind == "qwen2":
+            return build(cls, flat | {"mrope_section": None}, name)
+
+        # 3. The others have a tower, which must fit the decoder.
+        tower = flat.get("vision_config") or {}
+        flat["vision"] = build(VisionConfig, tower, f"{name}: vision_config")
+        config = build(cls, flat, name)
+        if config.image_token_id is None:
+            raise InputError(f"{name}: image_token_id is missing")
+        section, half = config.mrope_section, config.head_dim // 2
+        if section is None or len(section) != 3 or sum(section) != half:
+            raise InputError(f"{name}: mrope_section {section} is not three numbers of sum {half}")
+        if config.vision.out_hidden_size != config.hidden_size:
+            raise InputError(f"{name}: vision_config: out_hidden_size is not hidden_size")
         return config
 
-    def check(self, name: str) -> None:
-        """Raises InputError where the fields contradict one another."""
-        def require(condition: bool, message: str) -> None:
-            if not condition:
-                raise InputError(f"{name}: {message}")
-
-        require(self.hidden_size % (2 * self.num_attention_heads) == 0,
-                "hidden_size is not an even multiple of num_attention_heads")
-        require(self.num_attention_heads % self.num_key_value_heads == 0,
-                "num_attention_heads is not a multiple of num_key_value_heads")
-        require(self.torch_dtype in ("float32", "float16", "bfloat16"),
-                f"torch_dtype {self.torch_dtype!r} is not supported")
-        if self.vision is not None:
-            require(len(self.mrope_section or ()) == 3 and sum(self.mrope_section) * 2 == self.head_dim,
-                    f"mrope_section {self.mrope_section} is not three numbers of sum {self.head_dim // 2}")
-            require(self.vision.out_hidden_size == self.hidden_size,
-                    "vision_config: out_hidden_size is not hidden_size")
-            require(self.vision.hidden_size % (4 * self.vision.num_heads) == 0,
-                    "vision_config: hidden_size is not a multiple of 4 * num_heads")
-            require(self.vision.window_size >= self.vision.patch_size * self.vision.spatial_merge_size,
-                    "vision_config: window_size is smaller than a merged cell")
-            for field in ("image_token_id", "video_token_id"):
-                require(getattr(self, field) is not None, f"{field} is missing")
-                require(getattr(self, field) < self.vocab_size, f"{field} is not below vocab_size")
-
     def to_dict(self) -> dict:
-        """The hub's flat config.json."""
-        raw = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("vision", "mrope_section")}
-        raw = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu",
-               "use_sliding_window": False, **{k: v for k, v in raw.items() if v is not None}}
+        """Returns the object of a config.json as published: any program reads that form."""
+        raw = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+        raw |= {"hidden_act": "silu", "use_sliding_window": False}
+        for field, value in asdict(self).items():
+            if value is not None and field not in ("vision", "mrope_section"):
+                raw[field] = value
         if self.vision is not None:
-            vision = {f.name: getattr(self.vision, f.name) for f in fields(VisionConfig)}
-            vision["in_chans"] = vision.pop("in_channels")
-            raw |= {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl",
-                    "rope_scaling": {"type": "mrope", "mrope_section": self.mrope_section},
-                    "vision_config": {"hidden_act": "silu", "tokens_per_second": 2, **vision}}
+            raw["architectures"] = ["Qwen2_5_VLForConditionalGeneration"]
+            raw["model_type"] = "qwen2_5_vl"
+            raw["rope_scaling"] = {"type": "mrope", "mrope_section": self.mrope_section}
+            raw["vision_config"] = asdict(self.vision) | FIXED_VISION
         return raw
 
 
-def section(raw: dict, field: str, name: str) -> dict:
-    """An object inside the config; empty where it is missing or null."""
-    value = raw.get(field) or {}
-    if not isinstance(value, dict):
-        raise InputError(f"{name}: {field} has a bad value: {value!r}")
+# What the published vision_config says besides: the same for every size.
+FIXED_VISION = {
+    "in_chans": 3,
+    "hidden_act": "silu",
+    "patch_size": PATCH,
+    "temporal_patch_size": TEMPORAL,
+    "spatial_merge_size": MERGE,
+    "tokens_per_second": 2,
+}
+
+# Fields that change what is computed, and the values that are implemented.
+SUPPORTED = {
+    "torch_dtype": ["float32", "float16", "bfloat16"],
+    "hidden_act": ["silu"],
+    "use_sliding_window": [False],
+    "rope_type": ["mrope", "default"],  # two names of the same; yarn is another thing
+    "vision_config.hidden_act": ["silu"],
+    "vision_config.patch_size": [PATCH],
+    "vision_config.temporal_patch_size": [TEMPORAL],
+    "vision_config.spatial_merge_size": [MERGE],
+}
+
+# There are three generations of config.json: flat, as published; the decoder's fields inside
+# "text_config", as transformers >= 4.52 saves it; and with "rope_parameters" besides, as
+# transformers 5 does. These fields changed their places ("a.b" is b in the object a):
+PLACES = {
+    "torch_dtype": ["torch_dtype", "dtype"],
+    "rope_theta": ["rope_theta", "rope_parameters.rope_theta"],
+    "rope_type": ["rope_scaling.type", "rope_scaling.rope_type", "rope_parameters.rope_type"],
+    "mrope_section": ["rope_scaling.mrope_section", "rope_parameters.mrope_section"],
+}
+
+
+def flatten(raw: dict) -> dict:
+    """Returns a config.json's fields in the flat form, under the names of Config."""
+    flat = dict(raw)
+    text = raw.get("text_config") or {}
+    flat |= {field: value for field, value in text.items() if value is not None}
+    for field, places in PLACES.items():
+        for place in places:
+            value = find(flat, place)
+            if value is not None:
+                flat[field] = value
+    # The 4.52s write the flag into text_config, beside a false one at the top.
+    flat["tie_word_embeddings"] = bool(
+        raw.get("tie_word_embeddings") or text.get("tie_word_embeddings")
+    )
+    # Some text-only models list several ids that end a text.
+    if isinstance(flat.get("eos_token_id"), list):
+        flat["eos_token_id"] = flat["eos_token_id"][0]
+    return flat
+
+
+def find(raw: dict, place: str):
+    """Returns the value at a place such as "rope_scaling.type"; None if there is none."""
+    value = raw
+    for key in place.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
     return value
 
 
-def vision_fields(raw: dict, name: str) -> dict:
-    """The config's `vision_config`, with `in_chans` under its newer name."""
-    vision = section(raw, "vision_config", name)
-    if not vision:
-        raise InputError(f"{name}: vision_config is missing")
-    if vision.get("hidden_act", "silu") != "silu":
-        raise InputError(f"{name}: vision_config: hidden_act {vision['hidden_act']!r} is not supported (only 'silu')")
-    return {**vision, "in_channels": vision.get("in_channels", vision.get("in_chans", 3))}
-
-
-def read_fields(cls: type, raw: dict, name: str):
-    """Builds a config dataclass from the fields that it defines; numbers must be positive, or InputError."""
+def build(cls: type, raw: dict, name: str):
+    """Returns a config dataclass, filled from `raw`. Raises InputError for a missing field."""
     values = {}
     for field in fields(cls):
         value = raw.get(field.name)
-        if value is None:
-            continue
-        if field.type is int or field.type == int | None:
-            good = type(value) is int and (value > 0 or field.name.endswith("_token_id") and value >= 0)
-        elif field.type is float:
-            good = type(value) in (int, float) and 0 < value < float("inf")
-        elif field.type in (bool, str):
-            good = isinstance(value, field.type)
-        elif field.type == (VisionConfig | None):
-            good = True
-        else:  # a tuple of ints
-            good = isinstance(value, (list, tuple)) and all(type(v) is int and v >= 0 for v in value)
-            value = tuple(value) if good else value
-        if not good:
-            raise InputError(f"{name}: {field.name} has a bad value: {value!r}")
-        values[field.name] = value
-    try:
-        return cls(**values)
-    except TypeError as error:  # "missing 2 required positional arguments: 'a' and 'b'"
-        raise InputError(f"{name}: missing {str(error).rpartition(': ')[2]}") from None
+        if value is not None:
+            values[field.name] = tuple(value) if isinstance(value, list) else value
+        elif field.default is MISSING:
+            raise InputError(f"{name}: {field.name} is missing")
+    return cls(**values)

@@ -1,15 +1,18 @@
 """The one exception for what users can mend, and the reader of JSON files that raises it."""
+
 import json
 from pathlib import Path
 
 
-
 class InputError(ValueError):
-    """Something that the user gave us is wrong. The message is one line that names the file, the line and the field."""
+    """Something that the user gave us is wrong.
+
+    The message is one line that names the file and, where there are such, the line and the field.
+    """
 
 
 def read_json(path: str | Path) -> dict:
-    """The object in a JSON file; InputError names the file and what is wrong."""
+    """Returns the object in a JSON file. Raises InputError, with the file's name and the reason."""
     try:
         raw = json.loads(Path(path).read_bytes())
     except OSError as error:

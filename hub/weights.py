@@ -1,76 +1,159 @@
-"""Safetensors in and out, and the other files of a model folder."""
+"""The weights of a model folder, read and written, and the folder's other files."""
+
+import json
+import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from hub.config import Config
 from hub.errors import InputError, read_json
 
-
-
-SIDE_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-              "merges.txt", "preprocessor_config.json", "generation_config.json", "chat_template.json",
-              "chat_template.jinja")
+SIDE_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "preprocessor_config.json",
+    "processor_config.json",  # what transformers 5 writes in its place
+    "generation_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+)
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 
 
 def copy_side_files(source: str | Path, folder: str | Path) -> None:
-    """Copies what a model folder holds besides config and weights."""
+    """Copies what a model folder holds besides its config and its weights."""
+    if Path(source).resolve() == Path(folder).resolve():
+        return
     for name in SIDE_FILES:
-        if (Path(source) / name).exists() and Path(source).resolve() != Path(folder).resolve():
+        if (Path(source) / name).exists():
             shutil.copyfile(Path(source) / name, Path(folder) / name)
 
 
+# --- Reading ---
+
+
+def read_weights(
+    folder: Path, expected: dict[str, Tensor], device: torch.device | str, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Returns all tensors of a model folder under their published names.
+
+    `expected` has the name and the shape of every tensor that the model needs (tensors on the meta
+    device will do). Raises one InputError that lists whatever is missing, unexpected, misshapen,
+    or not finite.
+    """
+    # A model whose head is its embedding has no tensor for the head, but some re-saves write one.
+    tied = HEAD not in expected
+    allowed = expected | {HEAD: expected[EMBEDDING]} if tied else expected
+
+    # 1. Take what is there, file by file.
+    state, seen, problems = {}, set(), []
+    for path in weight_files(folder):
+        for key, tensor in read_tensors(path):
+            name = published_name(key)
+            seen.add(name)
+            problem = find_problem(key, tensor, allowed.get(name))
+            if problem is None:
+                state[name] = tensor.to(device=device, dtype=dtype)
+            else:
+                problems.append(f"{path.name}: {problem}")
+
+    # 2. What is not there?
+    problems += [f"missing {name}" for name in expected if name not in seen]
+
+    # 3. A tied head that was written all the same must be the embedding.
+    head = state.pop(HEAD, None) if tied else None
+    if head is not None and EMBEDDING in state and not torch.equal(head, state[EMBEDDING]):
+        problems.append(f"{HEAD} differs from the embedding although tie_word_embeddings is true")
+
+    if problems:
+        shown = "; ".join(problems[:10])
+        if len(problems) > 10:
+            shown += f"; and {len(problems) - 10} more"
+        raise InputError(f"{folder}: {shown}")
+    return state
+
+
 def weight_files(folder: Path) -> list[Path]:
-    """The folder's safetensors files: one, or the shards that the index names."""
+    """Returns the folder's safetensors files: a single one, or the shards that its index names."""
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         return [folder / "model.safetensors"]
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+    if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index}: weight_map is missing or malformed")
-    return [folder / Path(name).name for name in sorted(set(weight_map.values()))]  # .name: never outside the folder
+    # Only the last part of a path counts: nothing is read outside the folder.
+    names = {Path(str(name)).name for name in weight_map.values()}
+    return [folder / name for name in sorted(names)]
 
 
-def published_key(key: str) -> str:
-    """transformers >= 4.52 nests the decoder and the tower under `model.`; the published layout does not."""
-    return key.replace("model.language_model.", "model.", 1).replace("model.visual.", "visual.", 1)
+def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yields the tensors of a safetensors file, one at a time. Raises InputError."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():
+                yield key, file.get_tensor(key)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: not a readable safetensors file: {error}") from None
 
 
-def read_weights(folder: Path, wanted: dict[str, Tensor], config: Config, device,
-                 dtype: torch.dtype) -> dict[str, Tensor]:
-    """All tensors of a model folder under their published names. Every missing, unexpected, misshapen or non-finite
-    one is listed in one InputError."""
-    state, seen, problems = {}, set(), []
-    for path in weight_files(folder):
-        try:
-            with safe_open(path, framework="pt") as shard:
-                for key in shard.keys():
-                    name, tensor = published_key(key), shard.get_tensor(key)
-                    seen.add(name)
-                    if name == "lm_head.weight" and config.tie_word_embeddings:
-                        state[name] = tensor  # some re-saves write the tied head: it must then be the embedding
-                    elif name not in wanted:
-                        problems.append(f"{path.name}: unexpected {key}")
-                    elif tensor.shape != wanted[name].shape:
-                        expected = list(wanted[name].shape)
-                        problems.append(f"{path.name}: {key} has shape {list(tensor.shape)}, expected {expected}")
-                    elif not tensor.isfinite().all():
-                        problems.append(f"{path.name}: {key} has NaN or infinite values")
-                    else:
-                        state[name] = tensor.to(device=device, dtype=dtype)
-        except FileNotFoundError:
-            raise InputError(f"{path}: no such file") from None
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{path}: not a readable safetensors file: {error}") from None
-    if config.tie_word_embeddings and (head := state.pop("lm_head.weight", None)) is not None:
-        embedding = state.get("model.embed_tokens.weight", torch.empty(0, device=device))
-        if not torch.equal(head.to(device=device, dtype=dtype), embedding):
-            problems.append("lm_head.weight differs from the embedding although tie_word_embeddings is true")
-    problems += [f"missing {key}" for key in wanted if key not in seen]
-    if problems:
-        shown = "; ".join(problems[:10]) + (f"; and {len(problems) - 10} more" if len(problems) > 10 else "")
-        raise InputError(f"{folder}: {shown}")
-    return state
+def published_name(key: str) -> str:
+    """Returns a tensor's name in the published layout.
+
+    transformers >= 4.52 has both parts of the model inside "model.": model.language_model.norm is
+    the published model.norm, and model.visual.merger is visual.merger.
+    """
+    key = key.replace("model.language_model.", "model.", 1)
+    return key.replace("model.visual.", "visual.", 1)
+
+
+def find_problem(key: str, tensor: Tensor, expected: Tensor | None) -> str | None:
+    """Returns what is wrong with a tensor, or None. `expected` is None where none was expected."""
+    if expected is None:
+        return f"unexpected {key}"
+    if tensor.shape != expected.shape:
+        return f"{key} has shape {list(tensor.shape)}, expected {list(expected.shape)}"
+    if not tensor.isfinite().all():
+        return f"{key} has NaN or infinite values"
+    return None
+
+
+# --- Writing ---
+
+
+def write_model(
+    folder: Path, config: Config, state: dict[str, Tensor], dtype: torch.dtype | None
+) -> None:
+    """Writes config.json and model.safetensors in the published form; other files there stay.
+
+    `dtype` None keeps the weights' own. Both files are written under other names first and then
+    take their places, so a full disk or a crash while writing leaves the former model whole.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    stored = {}
+    for name, tensor in state.items():
+        tensor = tensor.detach().to(device="cpu", dtype=dtype or tensor.dtype)
+        stored[name] = tensor.contiguous()
+    stored_dtype = str(stored[EMBEDDING].dtype).removeprefix("torch.")
+    raw = config.to_dict() | {"torch_dtype": stored_dtype}
+
+    new_config = folder / "config.json.tmp"
+    new_weights = folder / "model.safetensors.tmp"
+    new_config.write_text(json.dumps(raw, indent=2) + "\n")
+    save_file(stored, new_weights, metadata={"format": "pt"})
+    os.replace(new_weights, folder / "model.safetensors")
+    os.replace(new_config, folder / "config.json")
+    # An index of shards that stood here before would be read in preference.
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
