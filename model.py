@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hub.config import MERGE, Config
+from hub.config import MERGE, Config, Grid
 from hub.errors import InputError
 from hub.weights import read_weights, write_model
 from kernels import attention, token_log_probs
-from vision import GatedMLP, Grid, RMSNorm, VisionTower, apply_rope
+from vision import GatedMLP, RMSNorm, VisionTower, apply_rope
 
 # --- Positions ---
 

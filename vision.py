@@ -16,11 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hub.config import MERGE, PATCH, TEMPORAL, VisionConfig
+from hub.config import MERGE, PATCH, TEMPORAL, Grid, VisionConfig
 from kernels import attention
-
-Grid = tuple[int, int, int]  # (t, h, w) in patches
-
 
 # --- Parts that the decoder has, too: model.py imports them from here ---
 

@@ -3,7 +3,6 @@
 # ruff: noqa: F401
 from data.datasets import Example, Loaded, load_examples, read_examples
 from data.images import (
-    Grid,
     ImageConfig,
     ImageSource,
     image_grid,
@@ -24,4 +23,5 @@ from data.sequences import (
     num_steps,
 )
 from data.tokenizer import Tokenizer, check_vocabulary, render_chat
+from hub.config import Grid
 from hub.errors import InputError, read_json

@@ -15,17 +15,14 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from hub.config import MERGE, PATCH, PATCH_DIM, TEMPORAL, Grid
 from hub.errors import InputError, read_json
 
-PATCH = 14  # pixels, in both directions
-TEMPORAL = 2  # frames in a patch: a still image is repeated
-MERGE = 2  # patches, in both directions, that become one token
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 # A path or a data URI, a path, a file's bytes, or pixels.
 ImageSource = str | Path | bytes | Image.Image
-Grid = tuple[int, int, int]  # (1, rows, columns) of patches
 
 
 def load_image(source: ImageSource) -> Image.Image:
@@ -136,4 +133,4 @@ def preprocess_image(
     patches = patches.permute(0, 3, 1, 4, 6, 2, 5)
     # The frames of a still image are all the same.
     patches = patches.unsqueeze(5).expand(-1, -1, -1, -1, -1, TEMPORAL, -1, -1)
-    return patches.reshape(rows * columns, 3 * TEMPORAL * PATCH * PATCH), grid
+    return patches.reshape(rows * columns, PATCH_DIM), grid

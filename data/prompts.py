@@ -7,16 +7,9 @@ import torch
 from torch import Tensor
 
 from data.datasets import Example
-from data.images import (
-    MERGE,
-    Grid,
-    ImageConfig,
-    ImageSource,
-    image_grid,
-    load_image,
-    preprocess_image,
-)
+from data.images import ImageConfig, ImageSource, image_grid, load_image, preprocess_image
 from data.tokenizer import DEFAULT_SYSTEM, Tokenizer, render_chat
+from hub.config import MERGE, Grid
 from hub.errors import InputError
 
 # Appendix A of the paper, to the letter (tests/test_data.py has hashes of its text).

@@ -12,6 +12,8 @@ MERGE = 2  # patches on a merged cell's side: 2 x 2 patches become one image tok
 TEMPORAL = 2  # frames in a patch; a still image is repeated
 PATCH_DIM = 3 * TEMPORAL * PATCH * PATCH  # 1176 numbers in a patch: channel, frame, row, column
 
+Grid = tuple[int, int, int]  # an image's (frames, rows, columns) of patches; frames is always 1
+
 
 @dataclass(frozen=True)
 class VisionConfig:
