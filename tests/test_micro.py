@@ -1,4 +1,4 @@
-"""The micro world: right answers, no leakage, the same bits from a seed, a tokenizer that parts words from chains."""
+"""The micro world: right answers, no leakage, the same bits from a seed, tokenizer, base."""
 
 import json
 import random
@@ -12,7 +12,8 @@ from PIL import Image
 
 from data import ImageConfig, Tokenizer, load_image, preprocess_image, read_examples, render_chat
 from hub.config import Config
-from micro import pretrain, world
+from micro import conversations, pretrain, world
+from micro.folder import make_config
 from micro.tokenizer import write_tokenizer
 from model import Qwen2_5_VL
 from rewards import accuracy_reward
@@ -127,7 +128,7 @@ def test_a_text_prompt_spells_its_question_and_hides_its_depth():
 
 
 def test_walks():
-    """A ring of six nodes; the chain restates it and follows its arrows, each from where the last one ended."""
+    """A ring of six nodes; the chain restates it and follows its arrows, each from the last end."""
     for question in walks(100):
         assert question.answer == walk(question.form) and len(question.form) == 14
         assert question.form[2::2] == "KMPRTV" and sorted(question.form[3::2]) == list("KMPRTV")
@@ -300,7 +301,7 @@ def test_no_test_question_in_training():
 def test_no_test_question_in_pretraining(tokenizer):
     rng = random.Random(0)
     for _ in range(300):
-        ids, _, _ = pretrain.make_row(rng, tokenizer, pretrain.Mix(0.5, (0.1, 0.1)))
+        ids, _, _ = conversations.make_row(rng, tokenizer, conversations.Mix(0.5, (0.1, 0.1)))
         text = tokenizer.decode(ids)
         restated = re.search(
             r"(?:<think>|<answer>)(.#1[^;<]*(?:<\d[^;<]*)*|[A-Z]\d#[^;<]*)(?:;|</)", text
@@ -380,7 +381,7 @@ def test_the_template_is_few_tokens(tokenizer):
 
 
 def test_config(tokenizer):
-    raw = pretrain.make_config(tokenizer)
+    raw = make_config(tokenizer)
     with torch.device("meta"):
         model = Qwen2_5_VL(Config.from_dict(raw))
     assert 1e6 < sum(p.numel() for p in model.parameters()) < 3e6
@@ -393,7 +394,7 @@ def test_config(tokenizer):
 def test_loss_is_on_what_can_be_known(tokenizer):
     rng = random.Random(3)
     for _ in range(100):
-        ids, mask, patches = pretrain.make_row(rng, tokenizer, pretrain.Mix(0.5))
+        ids, mask, patches = conversations.make_row(rng, tokenizer, conversations.Mix(0.5))
         assert (
             len(ids) == len(mask)
             and any(mask)
@@ -472,7 +473,7 @@ def test_shipped_base(tokenizer, tmp_path):
     model = Qwen2_5_VL.from_pretrained(BASE)
     write_tokenizer(tmp_path)
     assert (BASE / "tokenizer.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
-    assert json.loads((BASE / "config.json").read_text()) == pretrain.make_config(tokenizer)
+    assert json.loads((BASE / "config.json").read_text()) == make_config(tokenizer)
     assert ImageConfig.from_pretrained(BASE) == ImageConfig(3136, 802816)
     assert (BASE / "model.safetensors").stat().st_size < 8e6
     examples = list(read_examples(DATA / "test_transcription.jsonl"))[::30]

@@ -4,6 +4,7 @@ import json
 import random
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,13 +13,13 @@ import torch
 
 import evaluate
 import grpo
-import sample
 import sft
 from data import InputError, Tokenizer
 from hub.options import MICRO_BASE
-from micro import med, pretrain, reproduce, study, why, world
+from micro import conversations, med, pretrain, reproduce, study, why, world
 from model import Qwen2_5_VL
 from sample import Sampler
+from tools import distill
 
 
 @pytest.fixture(scope="module")
@@ -118,13 +119,15 @@ def test_control_runs_are_those_of_their_names(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_counterfactual_fragments(sampler, monkeypatch, share):
-    """The restatement is of another question than the prompt's and not scored; the steps follow it and are scored."""
-    monkeypatch.setattr(pretrain, "KINDS", {"fragment": 1.0})
-    monkeypatch.setattr(pretrain, "DOMAIN_SHARES", {"A": 0.5, "L": 0.5})
+    """The restatement is another question's and not scored; the steps follow it and are scored."""
+    monkeypatch.setattr(conversations, "KINDS", {"fragment": 1.0})
+    monkeypatch.setattr(conversations, "DOMAIN_SHARES", {"A": 0.5, "L": 0.5})
     tokenizer, rng, others = sampler.tokenizer, random.Random(0), 0
     names = dict(zip("+-><", "plus minus forward back".split()))
     for _ in range(50):
-        ids, mask, _ = pretrain.make_row(rng, tokenizer, pretrain.Mix(counterfactual=share))
+        ids, mask, _ = conversations.make_row(
+            rng, tokenizer, conversations.Mix(counterfactual=share)
+        )
         prompt, response = tokenizer.decode(ids).split("assistant\n")
         restated, steps = re.fullmatch("<think>(.*?);(.*)\n", response).groups()
         kept = tokenizer.decode([i for i, m in zip(ids, mask) if m])
@@ -140,7 +143,7 @@ def test_counterfactual_fragments(sampler, monkeypatch, share):
 
 
 def test_knows_step_depends_on_the_restatement_only_by_its_steps(sampler, monkeypatch):
-    """A model that names the right id everywhere knows the step; one that is wrong in its last character does not."""
+    """Who names the right id everywhere knows the step; one that errs at its end does not."""
     rng = random.Random(1)
     for domain, depth in (("A", 3), ("G", 4)):
         question = world.draw_question(rng, domain, depth)
@@ -301,23 +304,23 @@ def test_med_runs_end_to_end(tmp_path, monkeypatch, capfd):
     """The very commands on a few questions; the untrained base stands for the X-Reasoner."""
     small = {
         "sft.py": {"max_steps": 1, "batch_size": 8},
-        "sample.py": {"n": 1, "limit": 12},
+        "distill.py": {"n": 1, "limit": 12},
         "grpo.py": {"max_steps": 1, "questions_per_step": 2},
     }
-    mains = {"sft.py": sft.main, "sample.py": sample.main, "grpo.py": grpo.main}
-    monkeypatch.setattr(
-        med, "run", lambda script, **options: reproduce.run(script, **options | small[script])
-    )
-    monkeypatch.setattr(
-        reproduce,
-        "subprocess",
-        SimpleNamespace(  # in this process: four starts take the longest
-            run=lambda words, check: mains[Path(words[1]).name](words[2:])
-        ),
-    )
-    monkeypatch.setattr(
-        reproduce, "load_examples", lambda path, limit: evaluate.load_examples(path, 4)
-    )
+    mains = {"sft.py": sft.main, "distill.py": distill.main, "grpo.py": grpo.main}
+
+    def run_small(script, **options):
+        reproduce.run(script, **options | small[Path(script).name])
+
+    def run_here(words, check):  # in this process: four starts take the longest
+        mains[Path(words[1]).name](words[2:])
+
+    def load_four(sampler, images, path, options):
+        return evaluate.load_questions(sampler, images, path, replace(options, limit=4))
+
+    monkeypatch.setattr(med, "run", run_small)
+    monkeypatch.setattr(reproduce, "subprocess", SimpleNamespace(run=run_here))
+    monkeypatch.setattr(reproduce, "load_questions", load_four)
     threads = torch.get_num_threads()
     med.main(["--model", str(MICRO_BASE), "--out", str(tmp_path / "med")])
     torch.set_num_threads(threads)
