@@ -34,8 +34,9 @@ Answers = dict[Key, list[dict]]  # the records of each question's runs
 class CompareOptions:
     """Count the image questions that need no image, and compare two models on the others."""
 
-    masked: list[str] = option([], "two models' answers without images", positional=True)
-    on: list[str] = option([], "the same two models' answers with images")
+    first: str = option("", "the first model's answers without images", positional=True)
+    second: str = option("", "the second model's answers without images", positional=True)
+    on: list[str] = option([], "both models' answers with images")
     out: str | None = option(None, "JSONL file for the names of the questions that need an image")
     json: bool = option(False, "print one JSON object")
 
@@ -68,12 +69,13 @@ def read_files(options: CompareOptions) -> tuple[list[Answers], list[Answers]]:
 
     Raises InputError where the files are not those of two models on the same questions.
     """
-    if len(options.masked) != 2 or len(options.on) not in (0, 2):
-        raise InputError("two files are compared, one of each model; --on takes two as well")
-    masked = [read_answers(path, masked=True) for path in options.masked]
-    shown = [read_answers(path, masked=False) for path in options.on]
+    if len(options.on) not in (0, 2):
+        raise InputError("--on takes two files, one of each model")
+    paths = [options.first, options.second, *options.on]
+    masked = [read_answers(path, masked=True) for path in paths[:2]]
+    shown = [read_answers(path, masked=False) for path in paths[2:]]
     # One run is not enough, since a guess is right now and then.
-    for path, answers in zip(options.masked, masked):
+    for path, answers in zip(paths, masked):
         runs = {len(records) for records in answers.values()}
         if len(runs) != 1 or runs == {1}:
             raise InputError(
@@ -82,7 +84,7 @@ def read_files(options: CompareOptions) -> tuple[list[Answers], list[Answers]]:
             )
     # Every file must have all image questions.
     questions = masked[0].keys() | masked[1].keys()
-    for path, answers in zip([*options.masked, *options.on], [*masked, *shown]):
+    for path, answers in zip(paths, [*masked, *shown]):
         lacking = sorted(questions - answers.keys())
         if lacking:
             name, question = lacking[0]
@@ -146,7 +148,7 @@ def print_comparison(options: CompareOptions, figures: dict) -> None:
     """Prints how many questions are text-solvable, and how good the models are on the others."""
     print(f"{figures['n']} image questions, asked without their images:\n")
     print(f"{'':<44}{'accuracy':>16}{'always right':>16}")
-    for i, path in enumerate(options.masked):
+    for i, path in enumerate((options.first, options.second)):
         runs = figures["runs"][i]
         always = f"{figures['solved'][i]} ({runs} of {runs})"
         print(f"{path:<44}{percent(figures['masked'][i]):>16}{always:>16}")
