@@ -81,7 +81,7 @@ def test_other_files_are_refused(tmp_path):
     (tmp_path / "noise").write_text('{"id": 3}\n')
     runs = "every image question must have the same number of runs, at least 2: make it with"
     for arguments, message in (
-        ([good], "second"),
+        ([good], "SECOND"),
         ([good, good, good], "unrecognized arguments"),
         ([good, good, "--on", good], "--on takes two"),
         ([good, once], f"once: {runs}"),
