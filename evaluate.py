@@ -291,6 +291,7 @@ def check_options(options: EvaluateOptions) -> None:
 
 
 def main(argv: list[str]) -> None:
+    """Evaluates file by file; after Ctrl-C, what has been answered counts."""
     options = parse_options(EvaluateOptions, argv)
     check_options(options)
     # 1. Read and check every file before anything is sampled.

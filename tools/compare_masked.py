@@ -165,6 +165,7 @@ def print_comparison(options: CompareOptions, figures: dict) -> None:
 
 
 def main(argv: list[str]) -> None:
+    """Reads, compares, writes and prints."""
     options = parse_options(CompareOptions, argv)
     if options.out and Path(options.out).exists():
         raise InputError(f"{options.out} is there: use another --out")

@@ -111,11 +111,13 @@ def judge(example: Example, number: int, completion: Completion, prefill: str) -
     malformed, wrong.
     """
     text = prefill + completion.text
-    reward = accuracy_reward(text, example.truths, example.options, precision=example.precision)
+    # What SFT will see is judged.
+    response = as_written(text) or ""
+    reward = accuracy_reward(response, example.truths, example.options, precision=example.precision)
     reason = None
     if completion.finish_reason != "stop":
         reason = "unfinished"
-    elif as_written(text) is None:
+    elif not response:
         reason = "malformed"
     elif reward != 1.0:
         reason = "wrong"
@@ -174,6 +176,7 @@ def print_accepted(groups: list[list[dict]], max_per_question: int) -> None:
 
 
 def main(argv: list[str]) -> None:
+    """Samples, judges, and writes what is kept; after Ctrl-C, of the questions that are done."""
     options = parse_options(DistillOptions, argv)
     if not options.data or not options.out:
         raise InputError("--data and --out are needed")
