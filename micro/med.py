@@ -27,15 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from hub.errors import InputError
 from hub.options import MICRO_BASE, MICRO_DATA, run_command
-from micro.reproduce import (
-    Table,
-    measure,
-    percent,
-    print_claims,
-    print_table,
-    run,
-    write_table,
-)
+from micro.reproduce import Table, measure, percent, print_claims, print_table, run, write_table
 from micro.world import GRAPH_DEPTHS, SFT_BUCKETS, draw_question, record, text_prompt
 
 TEACHER_COUNT, TEACHER_STEPS = 1280, 20  # worked questions that the teacher sees, one time each

@@ -5,10 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
-import tiny
 from PIL import Image
 
 import evaluate
+import tiny
 from data import InputError
 from sample import Sampler
 from tools import compare_masked

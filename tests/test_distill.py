@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
 from safetensors.torch import load_file, save_file
 
 import sft
+import tiny
 from data import Example, InputError, read_examples
 from hub.options import MICRO_BASE, MICRO_DATA, ROOT
 from sample import Completion, Sampler

@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer
 
 import evaluate
+import tiny
 from data import Example, InputError, Prompt
 from evaluate import majority, summarise, vote
 from hub.options import ROOT

@@ -110,11 +110,7 @@ def compare_models(shown: list[Answers], questions: list[Key]) -> list[dict]:
     )
     # Both were asked the same: the error is that of the paired differences, which is smaller.
     gains = [after - before for before, after in zip(first, second)]
-    difference = {
-        "n": len(gains),
-        "accuracy": fmean(gains),
-        "stderr": standard_error(gains),
-    }
+    difference = {"n": len(gains), "accuracy": fmean(gains), "stderr": standard_error(gains)}
     return [accuracy(models[0]), accuracy(models[1]), difference]
 
 
