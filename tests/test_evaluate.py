@@ -1,4 +1,4 @@
-"""Evaluation: figures of hand-made records, what is asked of the model, and whole runs of the command."""
+"""Evaluation: figures of hand-made records, what is asked, and whole runs of the command."""
 
 import json
 import os
@@ -7,38 +7,38 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import evaluate  # noqa: E402
-import tiny  # noqa: E402
-from data import Example, InputError  # noqa: E402
-from evaluate import majority, summarise, vote  # noqa: E402
-from sample import Sampler  # noqa: E402
+import evaluate
+import tiny
+from data import Example, InputError, Prompt
+from evaluate import majority, summarise, vote
+from hub.options import ROOT
+from sample import Sampler
 
 
-def records(*questions: tuple[list[tuple[str | None, bool]], str | None]) -> list[dict]:
-    """Each question: the answers of its runs with their verdicts, and its domain."""
+def records(*questions: tuple[list[tuple[str | None, bool]], str | None]) -> list[list[dict]]:
+    """Returns the records of questions: the answers of its runs with verdicts, and its domain."""
     return [
-        {
-            "id": f"q{i}",
-            "run": run,
-            "domain": domain,
-            "extracted": answer,
-            "vote": answer,
-            "correct": correct,
-            "words": 10 * (run + 1),
-            "tokens": 20,
-            "forced": run == 0,
-        }
+        [
+            {
+                "id": f"q{i}",
+                "run": run,
+                "domain": domain,
+                "extracted": answer,
+                "vote": answer,
+                "correct": correct,
+                "words": 10 * (run + 1),
+                "tokens": 20,
+                "forced": run == 0,
+            }
+            for run, (answer, correct) in enumerate(answers)
+        ]
         for i, (answers, domain) in enumerate(questions)
-        for run, (answer, correct) in enumerate(answers)
     ]
 
 
@@ -48,8 +48,17 @@ def records(*questions: tuple[list[tuple[str | None, bool]], str | None]) -> lis
 def test_greedy_figures_by_hand():
     """3 of 4 right: the standard error is sqrt(p (1 - p) / (n - 1)) = 1/4."""
     found = summarise(records(*[([("1", True)], "maths")] * 3, ([(None, False)], "medicine")))
-    assert (found["n"], found["accuracy"], found["unparsed"], found["forced"]) == (4, 0.75, 0.25, 1.0)
-    assert found["stderr"] == pytest.approx(0.25) and found["mean_words"] == 10.0 and found["mean_tokens"] == 20.0
+    assert (found["n"], found["accuracy"], found["unparsed"], found["forced"]) == (
+        4,
+        0.75,
+        0.25,
+        1.0,
+    )
+    assert (
+        found["stderr"] == pytest.approx(0.25)
+        and found["mean_words"] == 10.0
+        and found["mean_tokens"] == 20.0
+    )
     assert found["by_domain"] == {
         "maths": {"n": 3, "accuracy": 1.0, "stderr": 0.0},
         "medicine": {"n": 1, "accuracy": 0.0, "stderr": 0.0},
@@ -62,13 +71,21 @@ def test_figures_of_several_runs_by_hand():
         records(
             ([("2", True), ("2.0", True), ("3", False)], None),  # mean 2/3, majority right, passed
             ([("5", False), ("5", False), ("4", True)], None),  # mean 1/3, majority wrong, passed
-            ([(None, False), (None, False), ("7", True)], None),  # mean 1/3, the one vote is right, passed
+            (
+                [(None, False), (None, False), ("7", True)],
+                None,
+            ),  # mean 1/3, the one vote is right, passed
             ([("8", False), (None, False), ("9", False)], None),
         )
     )  # 0
     assert found["n"] == 4 and found["accuracy"] == found["avg@3"] == pytest.approx(1 / 3)
-    assert found["maj@3"] == 0.5 and found["pass@3"] == 0.75 and found["unparsed"] == pytest.approx(3 / 12)
-    # over questions, not over answers: 2/3, 1/3, 1/3, 0 deviate by 1/3, 0, 0, -1/3; variance 2/27, over 4 questions
+    assert (
+        found["maj@3"] == 0.5
+        and found["pass@3"] == 0.75
+        and found["unparsed"] == pytest.approx(3 / 12)
+    )
+    # over questions, not over answers: 2/3, 1/3, 1/3, 0 deviate by 1/3, 0, 0, -1/3; variance 2/27,
+    # over 4 questions
     assert found["stderr"] == pytest.approx((2 / 27 / 4) ** 0.5)
     assert found["mean_words"] == 20.0 and found["forced"] == pytest.approx(1 / 3)
     assert found["avg@3_stderr"] == found["stderr"]
@@ -87,7 +104,10 @@ def test_one_question_has_no_spread():
 @pytest.mark.parametrize(
     "answers, right",
     [
-        ([("1/2", True), ("0.5", True), ("3", False), ("4", False)], True),  # equivalent answers vote together
+        (
+            [("1/2", True), ("0.5", True), ("3", False), ("4", False)],
+            True,
+        ),  # equivalent answers vote together
         ([("3", False), ("3.0", False), ("0.5", True)], False),  # wrong ones too
         ([("3", False), ("5", True)], False),
         ([("5", True), ("3", False)], True),  # a tie: the earlier one
@@ -97,7 +117,7 @@ def test_one_question_has_no_spread():
     ],
 )
 def test_majority(answers, right):
-    assert majority(records((answers, None))) is right
+    assert majority(*records((answers, None))) is right
 
 
 def test_votes_for_options_go_by_letter():
@@ -112,7 +132,10 @@ def test_votes_for_options_go_by_letter():
         None,
         None,
     ]
-    assert vote("<answer>B: No</answer>", Example("q", "?", "4")) == "B: No" and vote("no tags", example) is None
+    assert (
+        vote("<answer>B: No</answer>", Example("q", "?", "4")) == "B: No"
+        and vote("no tags", example) is None
+    )
 
 
 # --- Whole runs ---
@@ -132,7 +155,13 @@ def questions(tmp_path) -> Path:
         "".join(
             json.dumps(record) + "\n"
             for record in (
-                {"id": "a", "question": "One and one?", "answer": "2", "domain": "maths", "depth": 1},
+                {
+                    "id": "a",
+                    "question": "One and one?",
+                    "answer": "2",
+                    "domain": "maths",
+                    "depth": 1,
+                },
                 {
                     "id": "b",
                     "question": "Which colour?",
@@ -141,7 +170,13 @@ def questions(tmp_path) -> Path:
                     "image": "dot.png",
                     "domain": "art",
                 },
-                {"id": "c", "question": "Two and two?", "answer": "4", "domain": "maths", "depth": 2},
+                {
+                    "id": "c",
+                    "question": "Two and two?",
+                    "answer": "4",
+                    "domain": "maths",
+                    "depth": 2,
+                },
             )
         )
     )
@@ -179,7 +214,17 @@ def script(monkeypatch, answers: list[list[str]]) -> None:
 
 def run(folder: Path, questions: Path, *arguments: str) -> None:
     evaluate.main(
-        ["--model", str(folder), "--data", str(questions), "--max-new-tokens", "4", "--device", "cpu", *arguments]
+        [
+            "--model",
+            str(folder),
+            "--data",
+            str(questions),
+            "--max-new-tokens",
+            "4",
+            "--device",
+            "cpu",
+            *arguments,
+        ]
     )
 
 
@@ -188,7 +233,15 @@ def test_json_and_records(folder, questions, tmp_path, capsys):
     run(folder, questions, "--json", "--out", str(out))
     (line,) = capsys.readouterr().out.splitlines()
     summary = json.loads(line)
-    assert {"n", "accuracy", "stderr", "unparsed", "mean_words", "forced", "by_domain"} <= summary.keys()
+    assert {
+        "n",
+        "accuracy",
+        "stderr",
+        "unparsed",
+        "mean_words",
+        "forced",
+        "by_domain",
+    } <= summary.keys()
     assert (
         summary["file"] == str(questions) and summary["n"] == 3 and summary["unparsed"] == 1.0
     )  # noise: never a right answer
@@ -240,7 +293,10 @@ def test_greedy_runs_repeat_and_sampled_ones_differ(folder, questions, tmp_path,
     ):
         run(folder, questions, "--json", "--out", str(tmp_path / name), *arguments)
         texts.append(
-            [(r["id"], r["run"], r["response"]) for r in map(json.loads, (tmp_path / name).read_text().splitlines())]
+            [
+                (r["id"], r["run"], r["response"])
+                for r in map(json.loads, (tmp_path / name).read_text().splitlines())
+            ]
         )
     assert texts[0] == texts[1] and texts[2] == texts[3] != texts[4]
     assert [(i, r) for i, r, _ in texts[2]] == [(i, r) for i in "abc" for r in range(3)]
@@ -250,7 +306,7 @@ def test_greedy_runs_repeat_and_sampled_ones_differ(folder, questions, tmp_path,
 
 
 def test_right_answers_are_counted(folder, questions, monkeypatch, capsys):
-    """The model's part is played by a script: two answers of three are right, one with an option's text."""
+    """A script plays the model: two answers of three are right, one with an option's text."""
     script(monkeypatch, [["2.0"], ["A: red"], ["5"]])
     run(folder, questions, "--json")
     summary = json.loads(capsys.readouterr().out)
@@ -259,16 +315,19 @@ def test_right_answers_are_counted(folder, questions, monkeypatch, capsys):
         and summary["unparsed"] == 0.0
         and summary["stderr"] == pytest.approx(1 / 3)
     )
-    assert {d: (v["n"], v["accuracy"]) for d, v in summary["by_domain"].items()} == {"art": (1, 1.0), "maths": (2, 0.5)}
+    assert {d: (v["n"], v["accuracy"]) for d, v in summary["by_domain"].items()} == {
+        "art": (1, 1.0),
+        "maths": (2, 0.5),
+    }
 
 
 def test_images_reach_the_model_unless_masked(folder, questions, prompts):
     run(folder, questions)
     run(folder, questions, "--mask-images")
     (tokenizer, shown, _), (_, masked, _) = prompts
-    assert [p.patches is not None for p in shown] == [False, True, False] and shown[1].grids == [(1, 4, 4)]
+    assert [bool(p.images) for p in shown] == [False, True, False] and shown[1].grids == [(1, 4, 4)]
     assert shown[1].ids.count(tokenizer.image_pad) == 4
-    assert all(p.patches is None and not p.grids for p in masked)
+    assert all(not p.images and not p.grids for p in masked)
     vision = {tokenizer.image_pad, tokenizer.vision_start, tokenizer.vision_end}
     assert masked[1].ids == [i for i in shown[1].ids if i not in vision] and masked[0] == shown[0]
 
@@ -291,13 +350,28 @@ def test_options_reach_the_sampler(folder, questions, prompts):
         "train",
     )
     ((tokenizer, asked, params),) = prompts
-    assert len(asked) == 1 and (params.n, params.temperature, params.seed, params.think_budget) == (2, 0.3, 9, 2)
+    assert len(asked) == 1 and (params.n, params.temperature, params.seed, params.think_budget) == (
+        2,
+        0.3,
+        9,
+        2,
+    )
     assert "You will solve a problem/request." in tokenizer.decode(asked[0].ids)
     assert (params.max_new_tokens, params.top_p, params.top_k) == (4, 1.0, 0)
 
 
 def test_forced_exits_are_counted(folder, questions, tmp_path, capsys):
-    run(folder, questions, "--json", "--think-budget", "1", "--max-new-tokens", "20", "--out", str(tmp_path / "out"))
+    run(
+        folder,
+        questions,
+        "--json",
+        "--think-budget",
+        "1",
+        "--max-new-tokens",
+        "20",
+        "--out",
+        str(tmp_path / "out"),
+    )
     assert json.loads(capsys.readouterr().out)["forced"] == 1.0
     found = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
     assert all(r["forced"] and "</think>" in r["response"] for r in found)
@@ -337,13 +411,30 @@ def test_table_has_a_line_per_file(folder, questions, tmp_path, capsys):
         "tokens",
         "dropped",
     ]
-    assert art.split()[:2] == ["art", "1"] and maths.split()[:2] == ["maths", "2"]  # of several domains, each one
-    assert first.split()[:5] == ["questions", "3", "0.0", "+-", "0.0"] and second.split()[:2] == ["other", "2"]
+    assert art.split()[:2] == ["art", "1"] and maths.split()[:2] == [
+        "maths",
+        "2",
+    ]  # of several domains, each one
+    assert first.split()[:5] == ["questions", "3", "0.0", "+-", "0.0"] and second.split()[:2] == [
+        "other",
+        "2",
+    ]
 
 
 def test_batch_size_changes_nothing(folder, questions, tmp_path):
     for size in ("1", "256"):
-        run(folder, questions, "--max-batch", size, "--runs", "2", "--temperature", "1", "--out", str(tmp_path / size))
+        run(
+            folder,
+            questions,
+            "--max-batch",
+            size,
+            "--runs",
+            "2",
+            "--temperature",
+            "1",
+            "--out",
+            str(tmp_path / size),
+        )
     assert (tmp_path / "1").read_text() == (tmp_path / "256").read_text()
 
 
@@ -367,11 +458,17 @@ def test_text_only_models_are_evaluated_too(questions, tmp_path, capsys):
             ("--runs", "5"),
             "--runs above 1 needs a --temperature above 0",
         ),
-        (['{"id": "a", "question": "q", "answer": "1"}'], ("--prompt-style", "mcq"), "needs options"),
+        (
+            ['{"id": "a", "question": "q", "answer": "1"}'],
+            ("--prompt-style", "mcq"),
+            "needs options",
+        ),
         (['{"id": "a", "question": "q", "answer": "1", "image": "none.png"}'], (), "none.png"),
     ],
 )
-def test_bad_questions_are_refused_before_anything_is_sampled(folder, tmp_path, prompts, lines, arguments, message):
+def test_bad_questions_are_refused_before_anything_is_sampled(
+    folder, tmp_path, prompts, lines, arguments, message
+):
     path = tmp_path / "q.jsonl"
     path.write_text("\n".join(lines))
     with pytest.raises(InputError, match=message):
@@ -379,12 +476,13 @@ def test_bad_questions_are_refused_before_anything_is_sampled(folder, tmp_path, 
     assert not prompts
 
 
-def test_limit_stops_before_bad_lines(folder, tmp_path):
+def test_limit_stops_before_bad_lines(folder, tmp_path, capsys):
     path = tmp_path / "q.jsonl"
     path.write_text('{"id": "a", "question": "q", "answer": "1"}\nnot json\n')
-    assert [e.id for e in evaluate.load_examples(str(path), 1)] == ["a"]
+    run(folder, path, "--limit", "1", "--json")
+    assert json.loads(capsys.readouterr().out)["n"] == 1
     with pytest.raises(InputError, match="line 2"):
-        evaluate.load_examples(str(path), None)
+        run(folder, path)
 
 
 def test_default_files_are_the_four_settings():
@@ -403,18 +501,24 @@ def test_missing_file_is_one_line(folder, tmp_path):
         run(folder, tmp_path / "missing.jsonl")
 
 
-# --- What does not fit, and what does not fit at a time ---
+# --- What does not fit, and images ---
 
 
 def test_prompts_over_the_context_are_dropped_and_counted(folder, tmp_path, capsys, prompts):
     path, out = tmp_path / "q.jsonl", tmp_path / "out.jsonl"
-    lines = [{"id": str(i), "question": "why? " * (200 if i == 1 else 1), "answer": "1"} for i in range(3)]
+    lines = [
+        {"id": str(i), "question": "why? " * (200 if i == 1 else 1), "answer": "1"}
+        for i in range(3)
+    ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     run(folder, path, "--json", "--out", str(out))
     captured = capsys.readouterr()
     summary = json.loads(captured.out)
     assert (summary["n"], summary["dropped"]) == (2, 1)
-    assert "q.jsonl: 1 of 3 questions dropped: they do not fit the context of 512 tokens\n" in captured.err
+    assert (
+        "q.jsonl: 1 of 3 examples dropped: their prompts do not fit the context of 512 tokens\n"
+        in captured.err
+    )
     assert [json.loads(line)["id"] for line in out.read_text().splitlines()] == ["0", "2"]
     assert len(prompts[0][1]) == 2
     run(folder, path, "--limit", "1", "--json")
@@ -422,21 +526,45 @@ def test_prompts_over_the_context_are_dropped_and_counted(folder, tmp_path, caps
     assert json.loads(captured.out)["dropped"] == 0 and "dropped" not in captured.err
 
 
-def test_images_wait_in_portions(folder, questions, tmp_path, prompts, monkeypatch):
-    """Another portion gives the same records, and no more images at a time."""
-    records = [json.loads(line) for line in questions.read_text().splitlines()]
-    more = [{**r, "id": f"{r['id']}{i}"} for i in range(3) for r in records]
-    questions.write_text("".join(json.dumps(r) + "\n" for r in more))
-    for name, size in (("whole", evaluate.IMAGE_BYTES), ("parts", 1)):
-        monkeypatch.setattr(evaluate, "IMAGE_BYTES", size)
-        run(folder, questions, "--runs", "2", "--temperature", "1", "--out", str(tmp_path / name))
-    assert [len(asked) for _, asked, _ in prompts] == [9, 2, 3, 3, 1]
-    assert (tmp_path / "whole").read_text() == (tmp_path / "parts").read_text()
+def test_an_image_is_preprocessed_once(folder, questions, monkeypatch):
+    """Not when it is read, but when its prompt is run; and once for all runs."""
+    preprocessed, original = [], Prompt.pixel_values
+
+    def counted(prompt):
+        if prompt.images:
+            preprocessed.append(prompt.images)
+        return original(prompt)
+
+    monkeypatch.setattr(Prompt, "pixel_values", counted)
+    with monkeypatch.context() as patch:
+        patch.setattr(Sampler, "generate", lambda *_, **__: None)
+        run(folder, questions)
+    assert not preprocessed
+    run(folder, questions, "--runs", "3", "--temperature", "1")
+    assert [len(images) for images in preprocessed] == [1]
 
 
 # --- Interruptions ---
 
-LONG = ["--runs", "2", "--temperature", "1", "--max-new-tokens", "40", "--max-batch", "2", "--device", "cpu"]
+LONG = "--runs 2 --temperature 1 --max-new-tokens 40 --max-batch 2 --device cpu".split()
+
+# The command, which kills itself behind a number of questions.
+KILLED = """
+import os, signal, sys
+import evaluate
+from training.journal import RecordFile
+
+append, answered = RecordFile.append, []
+
+def append_or_die(file, group):
+    append(file, group)
+    answered.append(group)
+    if len(answered) == 14:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+RecordFile.append = append_or_die
+evaluate.main(sys.argv[1:])
+"""
 
 
 @pytest.fixture
@@ -450,7 +578,16 @@ def files(tmp_path) -> list[Path]:
 
 
 def command(folder: Path, files: list[Path], out: Path, *arguments: str) -> list[str]:
-    return ["--model", str(folder), "--data", *map(str, files), "--out", str(out), *LONG, *arguments]
+    return [
+        "--model",
+        str(folder),
+        "--data",
+        *map(str, files),
+        "--out",
+        str(out),
+        *LONG,
+        *arguments,
+    ]
 
 
 def summaries(text: str) -> list[dict]:
@@ -465,25 +602,30 @@ def whole(folder, files, tmp_path, capsys) -> tuple[str, list[dict]]:
     return out.read_text(), summaries(capsys.readouterr().out)
 
 
-def start(arguments: list[str], **options) -> subprocess.Popen:
-    """The command as a process."""
-    return subprocess.Popen([sys.executable, ROOT / "evaluate.py", *arguments], stdout=subprocess.DEVNULL,
-                            stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, **options)
+def process(words: list, **options) -> subprocess.CompletedProcess:
+    """What Python, run in the repository, makes of these arguments."""
+    return subprocess.run(
+        [sys.executable, *words],
+        capture_output=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        text=True,
+        **options,
+    )
 
 
-def test_kill_9_then_resume_gives_what_an_uninterrupted_run_gives(folder, files, tmp_path, whole, prompts, capsys):
-    out, asked = tmp_path / "killed.jsonl", []
-    process = start(command(folder, files, out))
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and (not out.exists() or out.read_bytes().count(b"\n") < 28):  # in file 2
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+def test_kill_9_then_resume_gives_what_an_uninterrupted_run_gives(
+    folder, files, tmp_path, whole, prompts, capsys
+):
+    """It is killed in the second file."""
+    out = tmp_path / "killed.jsonl"
+    done = process(["-c", KILLED, *command(folder, files, out)])
+    assert done.returncode == -signal.SIGKILL, done.stderr
     lines = out.read_text().splitlines()
-    assert 28 <= len(lines) < 48, "killed too late"
+    assert len(lines) == 28
     evaluate.main(command(folder, files, out, "--json", "--resume"))
-    asked = sum(len(p) for _, p, _ in prompts[2:])  # behind those of `whole`
-    assert asked <= 24 - len(lines) // 2
+    asked = sum(len(p) for _, p, _ in prompts)
+    assert asked == 24 - len(lines) // 2
     assert out.read_text() == whole[0] and summaries(capsys.readouterr().out) == whole[1]
 
 
@@ -494,26 +636,37 @@ def test_a_full_disk_is_one_line_and_resume_goes_on(folder, files, tmp_path, who
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (half, half))
 
-    process = start(command(folder, files, out), preexec_fn=limit)
-    error = process.communicate(timeout=120)[1]
-    assert process.returncode == 2
-    assert [line for line in re.split(r"[\r\n]+", error) if "sampling" not in line and line.strip()] == [
-        "evaluate.py: error: [Errno 27] File too large"]
+    done = process(["evaluate.py", *command(folder, files, out)], preexec_fn=limit)
+    assert done.returncode == 2
+    assert [
+        line
+        for line in re.split(r"[\r\n]+", done.stderr)
+        if "sampling" not in line and line.strip()
+    ] == ["evaluate.py: error: [Errno 27] File too large"]
     assert 0 < len(out.read_text()) <= half
     evaluate.main(command(folder, files, out, "--json", "--resume"))
     assert out.read_text() == whole[0] and summaries(capsys.readouterr().out) == whole[1]
 
 
+def interrupt(monkeypatch, number: int) -> None:
+    """Ctrl-C when so many responses are finished."""
+    original, finished = Sampler.generate, []
+
+    def interrupted(self, prompts, params, *, on_completion, **rest):
+        def finish(i, sample, completion):
+            on_completion(i, sample, completion)
+            finished.append(i)
+            if len(finished) == number:
+                raise KeyboardInterrupt
+
+        return original(self, prompts, params, on_completion=finish, **rest)
+
+    monkeypatch.setattr(Sampler, "generate", interrupted)
+
+
 def test_ctrl_c_then_resume(folder, files, tmp_path, whole, capsys, monkeypatch):
-    out, forward, steps = tmp_path / "stopped.jsonl", Sampler.forward, []
-
-    def interrupted(self, B):
-        steps.append(B)
-        if len(steps) == 200:
-            raise KeyboardInterrupt
-        forward(self, B)
-
-    monkeypatch.setattr(Sampler, "forward", interrupted)
+    out = tmp_path / "stopped.jsonl"
+    interrupt(monkeypatch, 9)
     with pytest.raises(KeyboardInterrupt):
         evaluate.main(command(folder, files, out, "--json"))
     monkeypatch.undo()
@@ -523,13 +676,16 @@ def test_ctrl_c_then_resume(folder, files, tmp_path, whole, capsys, monkeypatch)
     assert out.read_text() == whole[0] and summaries(capsys.readouterr().out) == whole[1]
 
 
-@pytest.mark.parametrize("damage", [
-    lambda lines: lines[:30] + [lines[30][:20]],  # half a record
-    lambda lines: lines[:29],  # one of two runs
-    lambda lines: lines[4:10] + lines[:4],  # in the order in which they were finished
-    lambda lines: [],
-    lambda lines: lines,  # everything is there
-])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda lines: lines[:30] + [lines[30][:20]],  # half a record
+        lambda lines: lines[:29],  # one of two runs
+        lambda lines: lines[4:10] + lines[:4],  # in the order in which they were finished
+        lambda lines: [],
+        lambda lines: lines,  # everything is there
+    ],
+)
 def test_resume_takes_whole_questions_only(folder, files, tmp_path, whole, prompts, damage):
     out = tmp_path / "whole.jsonl"
     kept = damage(whole[0].splitlines(keepends=True))
@@ -537,13 +693,21 @@ def test_resume_takes_whole_questions_only(folder, files, tmp_path, whole, promp
     del prompts[:]
     evaluate.main(command(folder, files, out, "--resume"))
     assert out.read_text() == whole[0]
-    assert sum(len(asked) for _, asked, _ in prompts) == 24 - sum(line.endswith("\n") for line in kept) // 2
+    assert (
+        sum(len(asked) for _, asked, _ in prompts)
+        == 24 - sum(line.endswith("\n") for line in kept) // 2
+    )
 
 
 def test_resume_is_refused_where_anything_differs(folder, files, tmp_path, whole):
-    out, arguments = tmp_path / "whole.jsonl", command(folder, files, tmp_path / "whole.jsonl", "--resume")
+    out, arguments = (
+        tmp_path / "whole.jsonl",
+        command(folder, files, tmp_path / "whole.jsonl", "--resume"),
+    )
     evaluate.main([*arguments, "--max-batch", "7", "--json"])  # changes nothing
-    with pytest.raises(InputError, match="whole.jsonl: cannot resume with other options: --limit was None; --seed") as e:
+    with pytest.raises(
+        InputError, match="whole.jsonl: cannot resume with other options: --limit was None; --seed"
+    ) as e:
         evaluate.main([*arguments, "--seed", "1", "--limit", "5"])
     assert "\n" not in str(e.value)
     files[1].write_text(files[1].read_text().replace('"answer": "1"', '"answer": "2"'))
@@ -569,7 +733,9 @@ def test_results_are_not_replaced_unless_told_to(folder, questions, tmp_path):
     out = tmp_path / "out.jsonl"
     run(folder, questions, "--out", str(out))
     before = out.read_text()
-    with pytest.raises(InputError, match="out.jsonl holds results: use --resume, --overwrite, or another --out"):
+    with pytest.raises(
+        InputError, match="out.jsonl holds results: use --resume, --overwrite, or another --out"
+    ):
         run(folder, questions, "--out", str(out))
     assert out.read_text() == before
     run(folder, questions, "--out", str(out), "--limit", "1", "--overwrite")
@@ -589,110 +755,20 @@ def test_a_foreign_line_is_named(folder, questions, tmp_path):
         run(folder, questions, "--out", str(out), "--resume")
 
 
-# --- Without images ---
-
-
-def masked_file(path: Path, questions: dict[str, list[bool]], *, masked: bool = True,
-                file: str = "pictures.jsonl") -> str:
-    """An --out file as evaluate.py writes it, of the fields that the ablation reads."""
-    records = [{"file": f"some/where/{file}", "id": i, "masked": masked, "correct": correct, "vote": None}
-               for i, runs in questions.items() for correct in runs]
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return str(path)
-
-
-def test_text_solvable_by_hand(tmp_path, capsys):
-    """q1 is solved every time by A, q2 by B, q3 by both; q4 and q5 remain."""
-    yes, no = [True] * 3, [True, True, False]
-    a = masked_file(tmp_path / "a", {"q1": yes, "q2": no, "q3": yes, "q4": no, "q5": no})
-    b = masked_file(tmp_path / "b", {"q5": no, "q1": no, "q2": yes, "q3": yes, "q4": no})
-    right = {"q1": [True], "q2": [True], "q3": [True], "q4": [True], "q5": [False]}
-    on = [masked_file(tmp_path / "c", {**right, "q4": [False]}, masked=False),
-          masked_file(tmp_path / "d", right, masked=False)]
-    ids = tmp_path / "rest.jsonl"
-    evaluate.main(["--text-solvable", a, b, "--on", *on, "--out", str(ids), "--json"])
-    found = json.loads(capsys.readouterr().out)
-    assert (found["n"], found["runs"], found["solved"]) == (5, [3, 3], [2, 2])
-    assert (found["solved_by_either"], found["remaining"]) == (3, 2)
-    assert sorted(q["id"] for q in found["text_solvable"]) == ["q1", "q2", "q3"]
-    assert [[part["accuracy"] for part in found[name]] for name in ("all", "rest")] == [
-        pytest.approx([0.6, 0.8, 0.2]), pytest.approx([0.0, 0.5, 0.5])]
-    assert [part["n"] for part in found["rest"]] == [2, 2, 2]
-    assert found["all"][2]["stderr"] == pytest.approx((0.2 * 0.8 / 4) ** 0.5)  # of the paired differences 0, 0, 0, 1, 0
-    assert [json.loads(line) for line in ids.read_text().splitlines()] == [
-        {"file": "pictures.jsonl", "id": i} for i in ("q4", "q5")]
-    evaluate.main(["--text-solvable", a, b])  # works by itself
-    printed = capsys.readouterr().out
-    # A is right in 3 + 2 + 3 + 2 + 2 of 15 answers, question by question 1, 2/3, 1, 2/3, 2/3: deviations 0.2, -0.4/3
-    assert all(re.search(rf"/{name} +80.0 \+- 8.2 +2 \(3 of 3\)", printed) for name in "ab")
-    assert "always right by one of the two, or both: 3; that leaves 2" in printed and "with their images" not in printed
-    evaluate.main(["--text-solvable", a, b, "--on", *on])
-    assert re.search(r"difference +20.0 \+- 20.0 +50.0 \+- 50.0", capsys.readouterr().out)
-    # one file per model, with the answers to the masked and to the shown images
-    for one, other in zip((a, b), on):
-        with Path(one).open("a") as file:
-            file.write(Path(other).read_text())
-    evaluate.main(["--text-solvable", a, b])
-    assert re.search(r"difference +20.0 \+- 20.0 +50.0 \+- 50.0", capsys.readouterr().out)
-    with pytest.raises(InputError, match="rest.jsonl is there"):
-        evaluate.main(["--text-solvable", a, b, "--out", str(ids)])
-
-
-def test_text_solvable_refuses_other_files(tmp_path):
-    three = {"q1": [True] * 3, "q2": [False] * 3}
-    good = masked_file(tmp_path / "good", three)
-    once = masked_file(tmp_path / "once", {"q1": [True], "q2": [True]})
-    some = masked_file(tmp_path / "some", {"q1": [True] * 3, "q2": [False] * 2})
-    less = masked_file(tmp_path / "less", {"q1": [True] * 3})
-    shown = masked_file(tmp_path / "shown", three, masked=False)
-    other = masked_file(tmp_path / "other", three, file="else.jsonl")
-    (tmp_path / "noise").write_text('{"id": 3}\n')
-    for arguments, message in (
-        ([good], "takes two files"), ([good, good, good], "takes two files"),
-        ([good, good, "--on", good], "takes two files"),
-        ([good, once], "once: each question was asked once: make it with --runs 3"),
-        ([good, some], "some: not every question has 3 runs: finish it with --resume"),
-        ([good, less], "good and .*less are not of the same questions: only one has q2 of pictures.jsonl"),
-        ([good, other], "not of the same questions"),
-        ([shown, good], "shown: no question was asked with its image masked: make it with --mask-images"),
-        ([good, str(tmp_path / "noise")], "noise: line 1: not a record of evaluate.py --out"),
-        ([good, good, "--on", good, shown], "good: q1 of pictures.jsonl was not asked with its image"),
-    ):
-        with pytest.raises(InputError, match=message):
-            evaluate.main(["--text-solvable", *arguments])
-    with pytest.raises(InputError, match="--on goes with --text-solvable"):
-        evaluate.main(["--on", good, good])
-
-
-def test_text_solvable_end_to_end(folder, questions, tmp_path, monkeypatch, capsys):
-    """The image question is solved without its image by one model; so nothing is left to compare."""
-    out = {name: str(tmp_path / name) for name in ("a", "b", "c", "d")}
-    for name, answer in (("a", "A"), ("b", "B")):
-        with monkeypatch.context() as patch:
-            script(patch, [["0"] * 3, [answer] * 3, ["0"] * 3])
-            run(folder, questions, "--mask-images", "--runs", "3", "--temperature", "1", "--out", out[name])
-    for name in ("c", "d"):
-        run(folder, questions, "--out", out[name])
-    capsys.readouterr()
-    evaluate.main(["--text-solvable", out["a"], out["b"]])  # both also have text questions: nothing is masked there
-    assert "1 image questions" in (printed := capsys.readouterr().out) and "that leaves 0" in printed
-    evaluate.main(["--text-solvable", out["a"], out["b"], "--on", out["c"], out["d"], "--json"])
-    found = json.loads(capsys.readouterr().out)
-    assert (found["n"], found["solved"], found["remaining"], found["rest"]) == (1, [1, 0], 0, [])
-    assert found["text_solvable"] == [{"file": "questions.jsonl", "id": "b"}]
-    evaluate.main(["--text-solvable", out["a"], out["b"], "--on", out["c"], out["d"]])
-
-
 # --- Files as published, and a model that knows nothing ---
 
 
 @pytest.fixture(scope="module")
 def guesser(tmp_path_factory) -> Path:
-    """Random weights, but a vocabulary in which whole answers are single tokens: so many of its responses have one."""
+    """Random weights, but whole answers are single tokens: so many of its responses have one."""
     folder = tiny.make_folder(tmp_path_factory.mktemp("guesser"), "text")
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.add_tokens([AddedToken(f"<answer>{answer}</answer>") for answer in (*"ABCD", *"(A) (B) (C) (D)".split(),
-                                                                                  "18", "72", "204", "1/2")])
+    tokenizer.add_tokens(
+        [
+            AddedToken(f"<answer>{answer}</answer>")
+            for answer in (*"ABCD", *"(A) (B) (C) (D)".split(), "18", "72", "204", "1/2")
+        ]
+    )
     tokenizer.save(str(folder / "tokenizer.json"))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2048}))
@@ -703,30 +779,73 @@ def published(path: Path, name: str, n: int) -> Path:
     """n questions in the schema of MedQA (jind11), GSM8K (openai), or of ORZ's AIME 2024."""
     path = path / f"{name}.jsonl"
     if name == "aime":
-        path.write_text(json.dumps([{"prompt": [{"from": "user", "value": f"How many primes are below {i}?"}],
-                                     "final_answer": str(1000 + i)} for i in range(n)]))
+        path.write_text(
+            json.dumps(
+                [
+                    {
+                        "prompt": [{"from": "user", "value": f"How many primes are below {i}?"}],
+                        "final_answer": str(1000 + i),
+                    }
+                    for i in range(n)
+                ]
+            )
+        )
         return path
-    records = ([{"question": f"Patient {i} coughs. What is it?", "answer": f"Disease {i % 4}",
-                 "options": {letter: f"Disease {j}" for j, letter in enumerate("ABCD")},
-                 "meta_info": f"step{i % 2 + 1}", "answer_idx": "ABCD"[i % 4], "metamap_phrases": ["cough"]} for i in range(n)] if name == "medqa" else
-               [{"question": f"{i} and {i}?", "answer": f"{i} + {i} = <<{i}+{i}={2 * i}>>{2 * i}\n#### 1,{2 * i:03}"}
-                for i in range(n)])
+    records = (
+        [
+            {
+                "question": f"Patient {i} coughs. What is it?",
+                "answer": f"Disease {i % 4}",
+                "options": {letter: f"Disease {j}" for j, letter in enumerate("ABCD")},
+                "meta_info": f"step{i % 2 + 1}",
+                "answer_idx": "ABCD"[i % 4],
+                "metamap_phrases": ["cough"],
+            }
+            for i in range(n)
+        ]
+        if name == "medqa"
+        else [
+            {
+                "question": f"{i} and {i}?",
+                "answer": f"{i} + {i} = <<{i}+{i}={2 * i}>>{2 * i}\n#### 1,{2 * i:03}",
+            }
+            for i in range(n)
+        ]
+    )
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
 
 
 @pytest.mark.parametrize("runs", [["--temperature", "1"], ["--runs", "5", "--temperature", "0.7"]])
 def test_random_weights_are_at_chance_on_multiple_choice(guesser, tmp_path, capsys, runs):
-    """What it answers has nothing to do with what is right, and an answer that cannot be parsed gets no random guess:
-    the accuracy is what the frequencies of its letters and of the right ones make it, within four standard errors."""
+    """What it answers has nothing to do with what is right, and what has no answer gets no guess.
+
+    So the accuracy is what the frequencies of its letters and of the right ones make it, within
+    four standard errors.
+    """
     n, out = 400, tmp_path / "out.jsonl"
-    run(guesser, published(tmp_path, "medqa", n), "--prompt-style", "mcq", "--max-new-tokens", "24", "--out", str(out),
-        "--json", *runs)
-    found, records = json.loads(capsys.readouterr().out), [json.loads(line) for line in out.read_text().splitlines()]
+    run(
+        guesser,
+        published(tmp_path, "medqa", n),
+        "--prompt-style",
+        "mcq",
+        "--max-new-tokens",
+        "24",
+        "--out",
+        str(out),
+        "--json",
+        *runs,
+    )
+    found, records = (
+        json.loads(capsys.readouterr().out),
+        [json.loads(line) for line in out.read_text().splitlines()],
+    )
     assert found["n"] == n and found["dropped"] == found["bad"] == 0
     share = {letter: sum(r["vote"] == letter for r in records) / len(records) for letter in "ABCD"}
     assert sum(share.values()) > 0.2 and min(share.values()) > 0.01  # many answers, of every letter
-    assert abs(found["accuracy"] - sum(share.values()) / 4) < 4 * found["stderr"]  # each letter is right for a quarter
+    assert (
+        abs(found["accuracy"] - sum(share.values()) / 4) < 4 * found["stderr"]
+    )  # each letter is right for a quarter
     assert found["accuracy"] <= 1 - found["unparsed"] and found["unparsed"] > 0.1
     assert {r["meta"]["meta_info"] for r in records} == {"step1", "step2"}
 
@@ -734,24 +853,47 @@ def test_random_weights_are_at_chance_on_multiple_choice(guesser, tmp_path, caps
 @pytest.mark.parametrize("name", ["gsm8k", "aime"])
 def test_random_weights_know_no_number(guesser, tmp_path, capsys, name):
     """Many answers, none of them right."""
-    run(guesser, published(tmp_path, name, 60), "--prompt-style", "math", "--max-new-tokens", "24", "--temperature",
-        "1", "--json")
+    run(
+        guesser,
+        published(tmp_path, name, 60),
+        "--prompt-style",
+        "math",
+        "--max-new-tokens",
+        "24",
+        "--temperature",
+        "1",
+        "--json",
+    )
     found = json.loads(capsys.readouterr().out)
-    assert found["n"] == 60 and found["accuracy"] == 0.0 and found["stderr"] == 0.0 and found["unparsed"] < 0.8
+    assert (
+        found["n"] == 60
+        and found["accuracy"] == 0.0
+        and found["stderr"] == 0.0
+        and found["unparsed"] < 0.8
+    )
 
 
 def test_bad_lines_are_left_out_and_counted(folder, tmp_path, capsys):
     path = published(tmp_path, "gsm8k", 3)
     with path.open("a") as file:
-        file.write('{"question": "no answer?"}\nnot json\n{"question": "q", "answer": "1", "image": "none.png"}\n')
+        file.write(
+            '{"question": "no answer?"}\nnot json\n'
+            '{"question": "q", "answer": "1", "image": "none.png"}\n'
+        )
     with pytest.raises(InputError, match="gsm8k.jsonl: line 4: field 'answer' is missing"):
         run(folder, path)
     run(folder, path, "--skip-bad-lines", "--json")
     captured = capsys.readouterr()
-    assert "gsm8k.jsonl: 3 bad records left out\n" in captured.err and "line 5: malformed JSON" in captured.err
+    assert (
+        "gsm8k.jsonl: 3 bad records left out\n" in captured.err
+        and "line 5: malformed JSON" in captured.err
+    )
     assert "question gsm8k-6: " in captured.err and "none.png" in captured.err
     assert {k: v for k, v in json.loads(captured.out).items() if k in ("n", "bad", "dropped")} == {
-        "n": 3, "bad": 3, "dropped": 0}
+        "n": 3,
+        "bad": 3,
+        "dropped": 0,
+    }
     path.write_text("not json\n")
     with pytest.raises(InputError, match="line 1: malformed JSON"):
         run(folder, path, "--skip-bad-lines")

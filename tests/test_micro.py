@@ -1,4 +1,4 @@
-"""The micro world: right answers, no leakage, the same bits from a seed, a tokenizer that parts words from chains."""
+"""The micro world: right answers, no leakage, the same bits from a seed, tokenizer, base."""
 
 import json
 import random
@@ -11,15 +11,20 @@ import torch
 from PIL import Image
 
 from data import ImageConfig, Tokenizer, load_image, preprocess_image, read_examples, render_chat
-from micro import pretrain, world
-from micro.tokenizer import write_tokenizer
 from hub.config import Config
+from micro import conversations, pretrain, world
+from micro.folder import make_config
+from micro.tokenizer import write_tokenizer
 from model import Qwen2_5_VL
 from rewards import accuracy_reward
 
 MICRO = Path(__file__).resolve().parents[1] / "micro"
 DATA, BASE = MICRO / "data", MICRO / "base"
-TESTS = [f"test_{modality}{suffix}" for suffix in ("", "_other", "_graph") for modality in ("text", "image")]
+TESTS = [
+    f"test_{modality}{suffix}"
+    for suffix in ("", "_other", "_graph")
+    for modality in ("text", "image")
+]
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +35,10 @@ def tokenizer(tmp_path_factory) -> Tokenizer:
 
 
 def records(name: str) -> list[dict]:
-    return [json.loads(line) for line in (DATA / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line)
+        for line in (DATA / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def solve(form: str) -> str:
@@ -54,7 +62,9 @@ def walk(form: str) -> str:
 def form_of(prompt: str) -> str:
     """The question that a text prompt spells, read with a table of its own."""
     digits = dict(zip("zero one two three four five six seven eight nine".split(), "0123456789"))
-    letters = dict(zip("alfa bravo charlie delta echo foxtrot golf hotel india juliett".split(), "abcdefghij"))
+    letters = dict(
+        zip("alfa bravo charlie delta echo foxtrot golf hotel india juliett".split(), "abcdefghij")
+    )
     signs = {"plus": "+", "minus": "-", "forward": ">", "back": "<"}
     nodes = {word: word[0].upper() for word in "kilo mike papa romeo tango victor".split()}
     table = digits | letters | signs | nodes
@@ -94,11 +104,15 @@ def test_every_step_of_a_chain_is_right():
         restated, state, steps = match.groups()
         assert re.sub(r"#\d", "", restated) == question.form
         assert state == question.form[0] and len(steps) == 7 * question.depth
-        for i, (label, operation, after) in enumerate(re.findall(r"#(\d)([-+<>]\d)=(.);", steps), 1):
+        for i, (label, operation, after) in enumerate(
+            re.findall(r"#(\d)([-+<>]\d)=(.);", steps), 1
+        ):
             assert label == str(i) and after == solve(state + operation)
             assert f"#{i}{operation}" in restated
             state = after
-        assert state == question.answer and accuracy_reward(question.chain(), question.answer) == 1.0
+        assert (
+            state == question.answer and accuracy_reward(question.chain(), question.answer) == 1.0
+        )
 
 
 def test_a_text_prompt_spells_its_question_and_hides_its_depth():
@@ -114,7 +128,7 @@ def test_a_text_prompt_spells_its_question_and_hides_its_depth():
 
 
 def test_walks():
-    """A ring of six nodes; the chain restates it and follows its arrows, each from where the last one ended."""
+    """A ring of six nodes; the chain restates it and follows its arrows, each from the last end."""
     for question in walks(100):
         assert question.answer == walk(question.form) and len(question.form) == 14
         assert question.form[2::2] == "KMPRTV" and sorted(question.form[3::2]) == list("KMPRTV")
@@ -125,7 +139,9 @@ def test_walks():
         node, left = question.form[:2]
         assert count == left and len(hops) == 5 * int(left)
         for source, target, rest in re.findall("#(.)(.)(.);", hops):
-            assert source == node and source + target in question.arrows and int(rest) == int(left) - 1
+            assert (
+                source == node and source + target in question.arrows and int(rest) == int(left) - 1
+            )
             node, left = target, rest
         assert node == thought[2] == question.answer and left == "0"
     cut = world.Walk((1, 0, 2, 5, 4, 3), 4).chain(2)
@@ -157,7 +173,10 @@ def test_fragments_and_facts():
         assert "".join(c for c, m in zip(text, mask) if m) == question.restated + ";" + known
         assert question.fragment(rng, count=1)[0].count("=") == 1
         text, mask = world.facts(rng)
-        results = [solve(before + operation) for before, operation in re.findall(r"(.);#\d([-+<>]\d)=", text)]
+        results = [
+            solve(before + operation)
+            for before, operation in re.findall(r"(.);#\d([-+<>]\d)=", text)
+        ]
         assert [c for c, m in zip(text, mask) if m] == results
 
 
@@ -168,7 +187,11 @@ def test_image_is_one_strip_and_names_its_cells():
     rng = random.Random(0)
     for question in questions(20) + walks(5):
         image, cells = world.draw_image(question, rng)
-        assert image.size == (448, 28) and len(cells) == world.CELLS and "".join(cells) == question.form
+        assert (
+            image.size == (448, 28)
+            and len(cells) == world.CELLS
+            and "".join(cells) == question.form
+        )
         patches, grid = preprocess_image(load_image(image))
         assert grid == (1, 2, 32) and patches.shape == (64, 1176)
 
@@ -180,12 +203,18 @@ def test_training_images_equal_the_shipped_files_way(tmp_path):
         image, _ = world.draw_image(question, rng)
         image.save(tmp_path / "x.png", optimize=True, bits=2)
         config = ImageConfig(3136, 802816)
-        assert torch.equal(preprocess_image(image)[0], preprocess_image(load_image(tmp_path / "x.png"), config)[0])
+        assert torch.equal(
+            preprocess_image(image)[0], preprocess_image(load_image(tmp_path / "x.png"), config)[0]
+        )
 
 
 def test_glyphs_differ():
     for size in world.GLYPH_SIZES:
-        assert len({world.glyph_mask(symbol, size).tobytes() for symbol in world.GLYPHS}) == len(world.GLYPHS) == 30
+        assert (
+            len({world.glyph_mask(symbol, size).tobytes() for symbol in world.GLYPHS})
+            == len(world.GLYPHS)
+            == 30
+        )
 
 
 # The shipped data
@@ -204,16 +233,28 @@ def test_the_same_bits_from_the_same_seed():
 
 def test_another_seed_gives_other_questions():
     other = world.make_data(1)[0]["test_text"]
-    assert {record["form"] for record in other} != {record["form"] for record in records("test_text")}
+    assert {record["form"] for record in other} != {
+        record["form"] for record in records("test_text")
+    }
 
 
-@pytest.mark.parametrize("name", ["sft", "rl", "med", "test_text", "test_text_other", "test_text_graph"])
+@pytest.mark.parametrize(
+    "name", ["sft", "rl", "med", "test_text", "test_text_other", "test_text_graph"]
+)
 def test_text_files(name):
     for record, example in zip(records(name), read_examples(DATA / f"{name}.jsonl"), strict=True):
         form, graph = record["form"], "graph" in name or name == "med"
-        assert form_of(record["question"]) == form and (walk if graph else solve)(form) == record["answer"]
-        assert record["depth"] == (int(form[1]) if graph else len(form) // 2) == example.meta["depth"]
-        assert record["domain"] == ("G" if graph else "L" if "other" in name else "A") and "image" not in record
+        assert (
+            form_of(record["question"]) == form
+            and (walk if graph else solve)(form) == record["answer"]
+        )
+        assert (
+            record["depth"] == (int(form[1]) if graph else len(form) // 2) == example.meta["depth"]
+        )
+        assert (
+            record["domain"] == ("G" if graph else "L" if "other" in name else "A")
+            and "image" not in record
+        )
         assert ("response" in record) == (name == "sft")
         if name == "sft":
             assert accuracy_reward(record["response"], record["answer"]) == 1.0
@@ -227,16 +268,23 @@ def test_image_files():
             assert form_of(record["question"]) == "" and record["question"].startswith("Solve:")
     for record in records("test_transcription"):
         numbers = "#" if record["domain"] == "G" else r"#\d"
-        assert re.sub(numbers, "", record["answer"]) == record["form"] and record["question"].startswith("Read:")
+        assert re.sub(numbers, "", record["answer"]) == record["form"] and record[
+            "question"
+        ].startswith("Read:")
 
 
 def test_sizes_and_depths():
     for name in TESTS:
         depths = [record["depth"] for record in records(name)]
         deepest = 5 if "graph" in name else 6
-        assert len(depths) >= 500 and all(depths.count(depth) >= 100 for depth in range(2, deepest + 1))
+        assert len(depths) >= 500 and all(
+            depths.count(depth) >= 100 for depth in range(2, deepest + 1)
+        )
         assert len({record["form"] for record in records(name)}) == len(depths)
-    assert sum(path.stat().st_size for path in MICRO.rglob("*") if "__pycache__" not in str(path)) < 8e6 + 2.5e6
+    assert (
+        sum(path.stat().st_size for path in MICRO.rglob("*") if "__pycache__" not in str(path))
+        < 8e6 + 2.5e6
+    )
 
 
 def test_no_test_question_in_training():
@@ -244,16 +292,20 @@ def test_no_test_question_in_training():
     assert all(world.bucket(form) in world.TEST_BUCKETS for form in tests)
     for name in ("sft", "rl", "med"):
         forms = {record["form"] for record in records(name)}
-        assert not forms & tests and not any(world.bucket(form) in world.TEST_BUCKETS for form in forms)
+        assert not forms & tests and not any(
+            world.bucket(form) in world.TEST_BUCKETS for form in forms
+        )
     assert not {r["form"] for r in records("sft")} & {r["form"] for r in records("rl")}
 
 
 def test_no_test_question_in_pretraining(tokenizer):
     rng = random.Random(0)
     for _ in range(300):
-        ids, _, _ = pretrain.make_row(rng, tokenizer, pretrain.Mix(0.5, (0.1, 0.1)))
+        ids, _, _ = conversations.make_row(rng, tokenizer, conversations.Mix(0.5, (0.1, 0.1)))
         text = tokenizer.decode(ids)
-        restated = re.search(r"(?:<think>|<answer>)(.#1[^;<]*(?:<\d[^;<]*)*|[A-Z]\d#[^;<]*)(?:;|</)", text)
+        restated = re.search(
+            r"(?:<think>|<answer>)(.#1[^;<]*(?:<\d[^;<]*)*|[A-Z]\d#[^;<]*)(?:;|</)", text
+        )
         spelt = form_of(text.split("user\n")[1].split("assistant\n")[0])
         for form in [re.sub(r"#\d|#", "", restated[1]) if restated else "", spelt]:
             assert not form or world.bucket(form) not in world.TEST_BUCKETS
@@ -262,9 +314,21 @@ def test_no_test_question_in_pretraining(tokenizer):
 # The tokenizer
 
 
-@pytest.mark.parametrize("text", [
-    "", " ", "a b  c\n\t\r\n", "e\u0301\u00e9 漢字 🙂🏽", "\x00\x7f", "</think><answer>5</answer>", "Solve: river ten",
-    "<|im_end|> <|image_pad|>", "ĠĊ ﬁ 𝔘", "".join(map(chr, range(0x2000, 0x2100)))])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " ",
+        "a b  c\n\t\r\n",
+        "e\u0301\u00e9 漢字 🙂🏽",
+        "\x00\x7f",
+        "</think><answer>5</answer>",
+        "Solve: river ten",
+        "<|im_end|> <|image_pad|>",
+        "ĠĊ ﬁ 𝔘",
+        "".join(map(chr, range(0x2000, 0x2100))),
+    ],
+)
 def test_round_trip(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
@@ -272,7 +336,10 @@ def test_round_trip(tokenizer, text):
 def test_round_trip_of_random_unicode(tokenizer):
     rng = random.Random(0)
     for _ in range(200):
-        codes = [rng.randrange(rng.choice([0x80, 0x800, 0xD800, 0x110000])) for _ in range(rng.randrange(30))]
+        codes = [
+            rng.randrange(rng.choice([0x80, 0x800, 0xD800, 0x110000]))
+            for _ in range(rng.randrange(30))
+        ]
         text = "".join(chr(c) for c in codes if not 0xD800 <= c < 0xE000)
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
@@ -280,7 +347,7 @@ def test_round_trip_of_random_unicode(tokenizer):
 def test_a_chain_is_single_characters_and_tags(tokenizer):
     for question in questions(50) + walks(20):
         tokens = [tokenizer.decode([i]) for i in tokenizer.encode(question.chain())]
-        inner = question.chain()[len("<think>"):].split("</think>")[0]
+        inner = question.chain()[len("<think>") :].split("</think>")[0]
         closing = ["</", "think", ">", "<", "answer", ">", question.answer, "</", "answer", ">"]
         assert tokens == ["<", "think", ">", *inner, *closing]
 
@@ -289,15 +356,23 @@ def test_words_and_chains_share_no_token(tokenizer):
     rng = random.Random(0)
     words, chains = set(), set()
     for question in questions(300) + walks(100):
-        words |= {*tokenizer.encode(world.text_prompt(question, rng)), *tokenizer.encode(world.image_prompt(rng))}
+        words |= {
+            *tokenizer.encode(world.text_prompt(question, rng)),
+            *tokenizer.encode(world.image_prompt(rng)),
+        }
         chains |= set(tokenizer.encode(question.chain()))
     assert not words & chains
     prompt = world.text_prompt(questions(7)[6], rng)
-    assert len(tokenizer.encode(prompt)) == len(prompt.split()) + 1  # one token a word, and the task's colon
+    assert (
+        len(tokenizer.encode(prompt)) == len(prompt.split()) + 1
+    )  # one token a word, and the task's colon
 
 
 def test_the_template_is_few_tokens(tokenizer):
-    messages = [{"role": "user", "content": "Solve: river"}, {"role": "assistant", "content": "<answer>5</answer>"}]
+    messages = [
+        {"role": "user", "content": "Solve: river"},
+        {"role": "assistant", "content": "<answer>5</answer>"},
+    ]
     ids, mask = render_chat(messages, tokenizer)
     assert len(ids) == 31 and sum(mask) == 8
 
@@ -306,35 +381,64 @@ def test_the_template_is_few_tokens(tokenizer):
 
 
 def test_config(tokenizer):
-    raw = pretrain.make_config(tokenizer)
+    raw = make_config(tokenizer)
     with torch.device("meta"):
         model = Qwen2_5_VL(Config.from_dict(raw))
     assert 1e6 < sum(p.numel() for p in model.parameters()) < 3e6
-    assert raw["vocab_size"] % 64 == 0 and raw["vocab_size"] >= tokenizer.vocab_size + 64  # padding rows, as in Qwen
+    assert (
+        raw["vocab_size"] % 64 == 0 and raw["vocab_size"] >= tokenizer.vocab_size + 64
+    )  # padding rows, as in Qwen
     assert raw["model_type"] == "qwen2_5_vl" and raw["vision_config"]["window_size"] == 112
 
 
 def test_loss_is_on_what_can_be_known(tokenizer):
     rng = random.Random(3)
     for _ in range(100):
-        ids, mask, patches = pretrain.make_row(rng, tokenizer, pretrain.Mix(0.5))
-        assert len(ids) == len(mask) and any(mask) and (patches is not None) == (tokenizer.image_pad in ids)
-        assert not any(mask[:ids.index(tokenizer.encode("assistant")[0], 12)])  # the prompt
+        ids, mask, patches = conversations.make_row(rng, tokenizer, conversations.Mix(0.5))
+        assert (
+            len(ids) == len(mask)
+            and any(mask)
+            and (patches is not None) == (tokenizer.image_pad in ids)
+        )
+        assert not any(mask[: ids.index(tokenizer.encode("assistant")[0], 12)])  # the prompt
         text = tokenizer.decode(ids)
         kept = tokenizer.decode([i for i, m in zip(ids, mask) if m], skip_special=False)
-        assert "Recall:" in text and re.fullmatch(r"[0-9a-j]+", kept) or "Recall:" not in text and len(kept) > 1
+        assert (
+            "Recall:" in text
+            and re.fullmatch(r"[0-9a-j]+", kept)
+            or "Recall:" not in text
+            and len(kept) > 1
+        )
 
 
 def test_pretraining_runs_end_to_end(tmp_path, monkeypatch, capsys):
-    for name, value in {"ALIGN_STEPS": 2, "TEXT_STEPS": 1, "MIXED_STEPS": 1, "FINAL_STEPS": 1, "BATCH": 12,
-                        "ALIGN_IMAGES": 2, "PROBES": 2}.items():
+    for name, value in {
+        "ALIGN_STEPS": 2,
+        "TEXT_STEPS": 1,
+        "MIXED_STEPS": 1,
+        "FINAL_STEPS": 1,
+        "BATCH": 12,
+        "ALIGN_IMAGES": 2,
+        "PROBES": 2,
+    }.items():
         monkeypatch.setattr(pretrain, name, value)
     monkeypatch.setattr(pretrain, "PROBE_DEPTHS", range(2, 3))
     for folder in ("a", "b"):
-        arguments = ["pretrain.py", "--seed", "3", "--out", str(tmp_path / folder), "--processes", "1"]
+        arguments = [
+            "pretrain.py",
+            "--seed",
+            "3",
+            "--out",
+            str(tmp_path / folder),
+            "--processes",
+            "1",
+        ]
         monkeypatch.setattr(sys, "argv", arguments)
         pretrain.main()
-        assert folder == "b" or "transcription   single steps            k=2" in capsys.readouterr().out
+        assert (
+            folder == "b"
+            or "transcription   single steps            k=2" in capsys.readouterr().out
+        )
         monkeypatch.setattr(pretrain, "report", lambda *_: {"nothing": {"measured": 0.0}})
     files = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
     assert set(files) == {path.name for path in BASE.iterdir()}
@@ -344,8 +448,14 @@ def test_pretraining_runs_end_to_end(tmp_path, monkeypatch, capsys):
 
 def test_several_bases_share_all_but_the_final_stage(tmp_path, monkeypatch):
     """A base does not depend on which others are built beside it."""
-    for name, value in {"ALIGN_STEPS": 2, "TEXT_STEPS": 1, "MIXED_STEPS": 1, "FINAL_STEPS": 2, "BATCH": 12,
-                        "ALIGN_IMAGES": 2}.items():
+    for name, value in {
+        "ALIGN_STEPS": 2,
+        "TEXT_STEPS": 1,
+        "MIXED_STEPS": 1,
+        "FINAL_STEPS": 2,
+        "BATCH": 12,
+        "ALIGN_IMAGES": 2,
+    }.items():
         monkeypatch.setattr(pretrain, name, value)
     monkeypatch.setattr(pretrain, "COMPLETE_SHARES", {"none": (0.0, 0.0), "both": (1.0, 1.0)})
     monkeypatch.setattr(pretrain, "report", lambda *_: {"nothing": {"measured": 0.0}})
@@ -363,10 +473,14 @@ def test_shipped_base(tokenizer, tmp_path):
     model = Qwen2_5_VL.from_pretrained(BASE)
     write_tokenizer(tmp_path)
     assert (BASE / "tokenizer.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
-    assert json.loads((BASE / "config.json").read_text()) == pretrain.make_config(tokenizer)
+    assert json.loads((BASE / "config.json").read_text()) == make_config(tokenizer)
     assert ImageConfig.from_pretrained(BASE) == ImageConfig(3136, 802816)
     assert (BASE / "model.safetensors").stat().st_size < 8e6
     examples = list(read_examples(DATA / "test_transcription.jsonl"))[::30]
     assert {example.domain for example in examples} == set("ALG")
-    read = pretrain.answer(model, tokenizer, [(e.question, load_image(e.images[0])) for e in examples])
-    assert sum(text == f"<answer>{e.answer}</answer>" for text, e in zip(read, examples)) >= 0.9 * len(examples)
+    read = pretrain.answer(
+        model, tokenizer, [(e.question, load_image(e.images[0])) for e in examples]
+    )
+    assert sum(
+        text == f"<answer>{e.answer}</answer>" for text, e in zip(read, examples)
+    ) >= 0.9 * len(examples)
