@@ -511,7 +511,7 @@ WRONG = {
     "questions over the context, evaluate": (
         lambda s: ["evaluate", "--model", s.model(), "--data", rl_data(s),
                    s.data(question(2, question="?" * 600), name="second.jsonl")],
-        "second.jsonl", "no question fits the context of 512 tokens"),
+        "second.jsonl", "no example is left: their prompts do not fit the context of 512 tokens"),
     # options
     "unknown option": (lambda s: ["sample", "--promt", "Hi"], "--promt"),
     "abbreviated option": (lambda s: ["sft", "--learn", "3"], "--learn"),
