@@ -32,8 +32,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
 
-from answers.formulas import (MAX_CHARS, MAX_WORK, ROUNDS, THOUSANDS, Evaluator, Node, NotMaths, Parser, approximate, children,
-                      plain, random_point, tokenise, value_or_none, values_agree, variables)
+from answers.formulas import (MAX_CHARS, MAX_WORK, THOUSANDS, Node, NotMaths, Parser, plain, tokenise,
+                              variables)
+from answers.trees import has_kind, in_order_of_value, nodes_agree, relations_agree
 
 
 @dataclass(frozen=True)
@@ -182,12 +183,12 @@ def _interpret(tree: Node, canonical: str, unit: str, name: str) -> Answer:
         _, terms, signs = tree
         if set(signs) == {"="} and not (name and variables(tree)):
             budget = [MAX_WORK // 8]
-            if not variables(tree) and all(_nodes_agree(terms[0], term, budget) for term in terms[1:]):  # 1/2 = 0.5
+            if not variables(tree) and all(nodes_agree(terms[0], term, budget) for term in terms[1:]):  # 1/2 = 0.5
                 return Answer(terms[-1], canonical, unit, name)
-    elif tree[0] == "set" and _has(tree, "pm", "mp"):  # {0, \pm 1}
+    elif tree[0] == "set" and has_kind(tree, "pm", "mp"):  # {0, \pm 1}
         items = dict.fromkeys(_with_sign(item, plus) for item in tree[1] for plus in (True, False))
         return Answer(("set", tuple(items)), canonical, unit, name)
-    elif _has(tree, "pm", "mp"):
+    elif has_kind(tree, "pm", "mp"):
         both = tuple(Answer(_with_sign(tree, sign == "+"), canonical + sign, unit, name) for sign in "+-")
         return Answer(("list", both), canonical)
     return Answer(tree, canonical, unit, name)
@@ -241,105 +242,6 @@ parse_truth = lru_cache(maxsize=4096)(parse_answer.__wrapped__)
 
 # --- Comparison -------------------------------------------------------------------------------------------------------
 
-def _has(node: Node, *kinds: str) -> bool:
-    return node[0] in kinds or any(_has(child, *kinds) for child in children(node))
-
-
-def _scalars_agree(a: Node, b: Node, budget: list[int]) -> bool:
-    """Equal values wherever both have one, at three points at least."""
-    names = variables(a) | variables(b)
-    for log_base in (0, 10) if "log" in str(a) + str(b) else (0,):
-        seen = 0
-        for turn in range(ROUNDS if names else 1):
-            evaluator = Evaluator(random_point(names, turn), budget, log_base)
-            one, other = value_or_none(evaluator, a), value_or_none(evaluator, b)
-            if one is not None and other is not None:
-                if not values_agree(one, other):
-                    break
-                seen += 1
-        else:
-            if seen >= (3 if names else 1):
-                return True
-    return False
-
-
-def _relations_agree(a: Node, b: Node, budget: list[int]) -> bool:
-    """Two chains of equations or inequalities: link by link, the differences of their sides are in a constant ratio."""
-    ours, others = ([(terms[i], terms[i + 1], sign) for i, sign in enumerate(signs)] for _, terms, signs in (a, b))
-    return len(ours) == len(others) and any(
-        all(_links_agree(x, y, budget) for x, y in zip(ours, order)) for order in (others, others[::-1]))
-
-
-def _links_agree(a: tuple, b: tuple, budget: list[int]) -> bool:
-    differences, signs = [], []
-    for left, right, sign in (a, b):
-        if sign in (">", ">="):
-            left, right, sign = right, left, {">": "<", ">=": "<="}[sign]
-        differences.append(("-", left, right))
-        signs.append(sign)
-    names = variables(differences[0]) | variables(differences[1])
-    ratios = []
-    for turn in range(ROUNDS):
-        evaluator = Evaluator(random_point(names, turn), budget)
-        ratio = value_or_none(evaluator, ("/", *differences))
-        if ratio is not None:
-            ratios.append(ratio)
-    return (signs[0] == signs[1] and names != frozenset() and len(ratios) >= 3
-            and all(values_agree(ratio, ratios[0]) for ratio in ratios) and not values_agree(ratios[0], 0)
-            and (signs[0] in ("=", "!=") or approximate(ratios[0]).value.real > 0))
-
-
-def _sorted(items: tuple, budget: list[int]) -> list:
-    """Nodes or answers in an order that does not depend on their spelling."""
-    def key(item) -> tuple:
-        node = item.value if isinstance(item, Answer) else item
-        if node[0] in ("seq", "set", "union"):
-            return 1, *(key(child) for child in node[-1])
-        value = value_or_none(Evaluator(random_point(variables(node), 0), budget), node)
-        if value is None:
-            return 2, str(node)
-        number = complex(approximate(value).value)
-        return 0, float(f"{number.real:.9g}") + 0.0, float(f"{number.imag:.9g}") + 0.0
-    try:
-        return sorted(items, key=key)
-    except (TypeError, ArithmeticError):  # kinds that cannot be ordered
-        return list(items)
-
-
-def _nodes_agree(a: Node, b: Node, budget: list[int]) -> bool:
-    """Two trees, by kind."""
-    if a == b:
-        return True
-    a, b = (node[1][0] if node[0] == "set" and len(node[1]) == 1 else node for node in (a, b))  # {5} is 5
-    kinds = {a[0], b[0]}
-    if kinds <= {"set", "union"} and len(kinds) == 1:
-        return len(a[1]) == len(b[1]) and all(
-            _nodes_agree(x, y, budget) for x, y in zip(_sorted(a[1], budget), _sorted(b[1], budget)))
-    if "matrix" in kinds:
-        return _matrices_agree(a, b, budget)
-    if kinds == {"seq"}:
-        return (a[1] == b[1] or len(a[2]) > 2) and len(a[2]) == len(b[2]) and all(
-            _nodes_agree(x, y, budget) for x, y in zip(a[2], b[2]))
-    if kinds == {"chain"}:
-        return _relations_agree(a, b, budget)
-    if kinds == {"ratio"} and len(a[1]) == len(b[1]):
-        return all(_scalars_agree(("*", a[1][0], y), ("*", b[1][0], x), budget) for x, y in zip(a[1][1:], b[1][1:]))
-    if kinds & {"set", "union", "seq", "chain"}:
-        return False
-    return _scalars_agree(a, b, budget)
-
-
-def _matrices_agree(a: Node, b: Node, budget: list[int]) -> bool:
-    """Entry by entry. A single row or column also equals the tuple of its entries."""
-    if a[0] == b[0]:
-        return len(a[1]) == len(b[1]) and all(
-            len(r) == len(s) and all(_nodes_agree(x, y, budget) for x, y in zip(r, s)) for r, s in zip(a[1], b[1]))
-    matrix, other = (a, b) if a[0] == "matrix" else (b, a)
-    entries = [entry for row in matrix[1] for entry in row]
-    return (min(len(matrix[1]), len(matrix[1][0])) == 1 and other[0] == "seq" and len(other[2]) == len(entries)
-            and all(_nodes_agree(x, y, budget) for x, y in zip(entries, other[2])))
-
-
 def _lists_agree(a: Answer, b: Answer, budget: list[int]) -> bool:
     """Lists, or a list and something that holds several values."""
     items, node = (a.value[1], b.value) if a.value[0] == "list" else (b.value[1], a.value)
@@ -352,16 +254,16 @@ def _lists_agree(a: Answer, b: Answer, budget: list[int]) -> bool:
         if not in_order and all(item.name for item in (*items, *others)) and max(distinct) > 1:
             items, others = (sorted(side, key=lambda item: item.name) for side in (items, others))
         elif not in_order:
-            items, others = _sorted(items, budget), _sorted(others, budget)
+            items, others = in_order_of_value(items, budget), in_order_of_value(others, budget)
         return all(answers_agree(x, y, budget) for x, y in zip(items, others))
     if node[0] in ("set", "union"):
         return len({item.name for item in items} - {""}) < 2 and len(node[1]) == len(items) and all(
-            _nodes_agree(x.value, y, budget) for x, y in zip(_sorted(items, budget), _sorted(node[1], budget)))
+            nodes_agree(x.value, y, budget) for x, y in zip(in_order_of_value(items, budget), in_order_of_value(node[1], budget)))
     if node[0] == "seq" and (node[1] == "()" or len(node[2]) > 2):
         names = [item.name for item in items]
         in_order = not any(names) or names == sorted(set(names))  # x = 1, y = 2, but not y = 1, x = 2
         return in_order and len(node[2]) == len(items) and all(
-            _nodes_agree(x.value, y, budget) for x, y in zip(items, node[2]))
+            nodes_agree(x.value, y, budget) for x, y in zip(items, node[2]))
     return False
 
 
@@ -372,19 +274,19 @@ def answers_agree(a: Answer, b: Answer, budget: list[int]) -> bool:
     if a.value is None or b.value is None:
         return False
     if a.name != b.name and "=" in _relation_signs(a, b):
-        return _relations_agree(_as_relation(a), _as_relation(b), budget)
+        return relations_agree(_as_relation(a), _as_relation(b), budget)
     if a.unit != b.unit and (a.unit and b.unit or "base" in a.unit + b.unit):
         return False
     if a.name != b.name and a.name and b.name:
         return False
     if "list" in (a.value[0], b.value[0]):
         return _lists_agree(a, b, budget)
-    if _nodes_agree(a.value, b.value, budget):
+    if nodes_agree(a.value, b.value, budget):
         return True
     for one, other in ((a, b), (b, a)):
         if one.unit in ("%", "degree") and not other.unit:
             value = ("/", one.value, ("num", 100)) if one.unit == "%" else ("call", "degrees", one.value)
-            if _nodes_agree(value, other.value, budget):
+            if nodes_agree(value, other.value, budget):
                 return True
     return False
 
