@@ -280,6 +280,7 @@ def tokenise(text: str) -> list[Token]:
     for match in _TOKEN.finditer(text):
         if len(tokens) > MAX_TOKENS:
             raise NotMaths
+        # The group that matched says what it is; spaces are passed over.
         kind, value = match.lastgroup, match[0]
         if kind == "sign":
             depth += (value in "([") - (value in ")]")
@@ -355,7 +356,9 @@ class Parser:
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise NotMaths
+        # 1. The first operand.
         left = self.postfix(self.prefix())
+        # 2. As long as the next sign binds tighter, it and its right side join what stands left.
         while True:
             kind, value = self.peek()
             if kind == "sign" and value in _INFIX:
@@ -365,6 +368,7 @@ class Parser:
                 self.place += 1
                 left = self.infix(left, value, binding)
             elif self.begins_factor() and power < _INFIX["*"]:
+                # 2x: a product without a sign.
                 left = ("*", left, self.expression(_INFIX["*"]))
             else:
                 break
@@ -455,6 +459,7 @@ class Parser:
         An improper fraction behind a number is nothing that we understand.
         """
         start = self.place
+        # 1. What follows the number: a fraction in either way of writing, or something else.
         kinds = [kind for kind, _ in self.tokens[start : start + 3]]
         if self.next_is("frac"):
             fraction = self.argument(), self.argument()
@@ -466,6 +471,7 @@ class Parser:
         if not all(part[0] == "num" and type(part[1]) is int for part in (whole, *fraction)):
             self.place = start  # 3\frac{x}{2} is a product
             return whole
+        # 2. 3\frac12 is 7/2.
         top, bottom = fraction[0][1], fraction[1][1]
         if not 0 <= top < bottom:
             raise NotMaths
@@ -510,19 +516,22 @@ class Parser:
         """
         if name == "sqrt":
             return self.root()
+        # 1. Behind the name a power and a base, in either order: \log^2_3, \log_3^2.
         power = None
         base = None
-        for _ in range(2):  # \log^2_3 or \log_3^2
+        for _ in range(2):
             if power is None and self.next_is("^"):
                 power = self.script()
             elif base is None and self.next_is("_"):
                 base = self.script()
+        # 2. The argument.
         if self.peek() in (("sign", "("), ("sign", "{")):
             argument = self.postfix(self.prefix())
         else:
             argument = self.expression(_INFIX["*"])
             while self.peek()[0] in ("var", "const"):  # \sin 2 x
                 argument = ("*", argument, self.expression(_INFIX["*"]))
+        # 3. \sin^{-1} x is no 1 / sin x.
         if power == ("neg", ("num", 1)):
             return "call", "arc" + name, argument
         call = ("call", name, argument) if base is None else ("call", name, argument, base)
@@ -541,14 +550,17 @@ class Parser:
 
     def bracket(self, opening: str) -> Node:
         r"""Returns what a bracket holds, behind its opening: (a), (a, b), [a, b), {a}, \{a, b\}."""
+        # 1. The items.
         items = []
         while self.peek()[1] not in (")", "]", "}", r"\}"):
             items.append(self.expression(0))
             if not (self.next_is(",") or self.next_is(";")):
                 break
+        # 2. A brace is closed by its like; an interval may begin with ( and end with ].
         _, closing = self.take()
         if closing not in {"{": ("}",), r"\{": (r"\}",)}.get(opening, (")", "]")):
             raise NotMaths
+        # 3. A set, a group or something in brackets, or else a tuple or an interval.
         if opening == r"\{" or opening == "{" and len(items) > 1:
             return "set", tuple(items)
         if len(items) == 1 and (opening + closing in ("()", "{}") or items[0][0] == "matrix"):
@@ -570,6 +582,7 @@ class Parser:
                 rows.append([])
             elif not self.next_is("&") and self.peek() != ("sign", end):
                 raise NotMaths
+        # Behind the last \\ an empty row was begun.
         rows = [tuple(row) for row in rows if row]
         if name not in _MATRICES or len(set(map(len, rows))) != 1:
             raise NotMaths
@@ -635,6 +648,7 @@ def _root(base: Value, degree: int, real: bool) -> Value:
     """
     if degree < 1 or degree > 1000:
         raise NoValue
+    # 1. Exactly: the roots of numerator and denominator. \sqrt[3]{-8} is -2.
     if _exact(base):
         if base < 0 and degree % 2:
             root = _root(-base, degree, real)
@@ -643,6 +657,7 @@ def _root(base: Value, degree: int, real: bool) -> Value:
         top, bottom = _integer_root(abs(top), degree), _integer_root(bottom, degree)
         if base >= 0 and top is not None and bottom is not None:
             return Fraction(top, bottom) if bottom > 1 else top
+    # 2. As a float. Its relative error is at most that of the number.
     number = approximate(base)
     if number.value == 0:
         return Approx(0.0, number.error ** (1 / degree))
@@ -791,15 +806,18 @@ class Evaluator:
 
         (b ± ε)^n is within n |b|^(n-1) ε of b^n, to first order. All else is exp(exponent ln base).
         """
+        # 1. Real or complex exponents. Real ones need a base that is surely positive.
         if not _exact(exponent):
             number = approximate(base)
             if not isinstance(exponent.value, complex):
                 if isinstance(number.value, complex) or number.value <= number.error:
                     raise NoValue
             return self.smooth("exp", self.product(exponent, self.smooth("ln", number)))
+        # 2. x^(2/3) is the square of the cube root.
         if exponent.denominator > 1:
             top, bottom = exponent.as_integer_ratio()
             return self.power(_root(base, bottom, self.real), top)
+        # 3. Whole exponents.
         exponent = int(exponent)
         if exponent < 0:
             return self.quotient(1, self.power(base, -exponent))
@@ -809,7 +827,7 @@ class Evaluator:
                 raise NoValue
             error = exponent * size ** max(0, exponent - 1) * base.error
             return _checked(base.value**exponent, error)
-        # 1 to whatever power is small; other numbers are refused before they grow too large.
+        # 4. ... of exact numbers. Powers of 0 and 1 stay small; others are refused when too large.
         bits = max(base.numerator.bit_length(), base.denominator.bit_length())
         if exponent * bits > MAX_BITS:
             if base not in (-1, 0, 1):
@@ -827,12 +845,13 @@ class Evaluator:
             raise NoValue
         if name == "exp" and argument == 0:
             return 1
-        # Without variables ln(-1) is i pi.
+        # 1. In which library. Without variables ln(-1) is i pi.
         is_complex = isinstance(x.value, complex)
         if is_complex or (name == "ln" and x.value < 0 and not self.real):
             library = cmath
         else:
             library = math
+        # 2. The value, there and a little further on.
         function = _SMOOTH[name]
         value = function(library, x.value)
         try:
@@ -844,6 +863,7 @@ class Evaluator:
     def call(self, name: str, arguments: list[Value]) -> Value:
         """Returns a function's value, exact where it is rational for sure: ln 1, sin 0, sqrt 4."""
         x = arguments[0]
+        # 1. Functions that may have two arguments.
         if name == "sqrt":
             return _root(x, 2, self.real)
         if name == "root":
@@ -860,6 +880,7 @@ class Evaluator:
             return self.whole(name, arguments)
         if len(arguments) > 1:  # \sin_2 x
             raise NoValue
+        # 2. Functions of one.
         if name == "degrees":
             return self.quotient(self.product(x, _CONSTANTS["pi"]), 180)
         if name in _ZERO_AT_ZERO and x == 0 or name == "ln" and x == 1:

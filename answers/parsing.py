@@ -87,6 +87,7 @@ def _unit(text: str, glued: bool) -> str:
     power = ""
     words = re.findall(r"[^\W\d_]+|\^?[23]|\S", re.sub("[{}]", "", text.lower()))
     for word in words:
+        # A known unit, in the singular; F is only a unit behind "degree".
         name = _UNITS.get(word) or _UNITS.get(word.removesuffix("s"))
         if unit == ["degree"] and word in ("c", "celsius", "f", "fahrenheit"):
             name = word[0]
@@ -153,6 +154,7 @@ def _parse(text: str) -> Answer | None:
     parts = _split(text) if _PARTED.search(text) else [text]
     if len(parts) == 1:
         return _single(text)
+    # A list. All its parts must be maths.
     canonical = _canonical(text)
     answers = []
     for part in parts:
@@ -162,6 +164,7 @@ def _parse(text: str) -> Answer | None:
         answers.append(answer)
     if all(answer.value[0] == "var" for answer in answers):  # and so is "A, B"
         return Answer(None, canonical)
+    # x > 2 and x < 3 is one interval.
     if len(answers) == 2 and " and " in text:
         both = _both_hold(*answers)
         if both:
@@ -278,12 +281,14 @@ def _interval(terms: tuple[Node, ...], signs: tuple[str, ...]) -> tuple[str, Nod
         signs = tuple(MIRRORED[sign] for sign in reversed(signs))
     if not all(sign in ("<", "<=") for sign in signs) or len(terms) > 3:
         return None
+    # A half-line gets its infinite end.
     if len(terms) == 2 and terms[0][0] == "var":
         terms = (_MINUS_INFINITY, *terms)
         signs = ("<", *signs)
     elif len(terms) == 2:
         terms = (*terms, _INFINITY)
         signs = (*signs, "<")
+    # In the middle the variable, at the ends numbers.
     low, variable, high = terms
     if variable[0] != "var" or variables(low) or variables(high):
         return None
@@ -301,6 +306,7 @@ def _both_hold(one: Answer, other: Answer) -> Node | None:
         return None
     if any(answer.value[0] != "seq" or len(answer.value[2]) != 2 for answer in (one, other)):
         return None
+    # From the one that is bounded below to the one that is bounded above.
     if one.value[2][0] == _MINUS_INFINITY:
         one, other = other, one
     _, brackets, (low, high) = one.value

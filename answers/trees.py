@@ -39,6 +39,7 @@ def trees_agree(one: Node, other: Node, budget: Budget) -> bool:
     if one == other:
         return True
     one, other = _only_element(one), _only_element(other)
+    # What has several entries or sides, by kind.
     kinds = {one[0], other[0]}
     if "matrix" in kinds:
         return _matrices_agree(one, other, budget)
@@ -61,6 +62,7 @@ def trees_agree(one: Node, other: Node, budget: Budget) -> bool:
         )
     if kinds & {"set", "union", "seq", "chain"}:
         return False
+    # All else is a number or an expression.
     return _scalars_agree(one, other, budget)
 
 
@@ -150,6 +152,7 @@ def _links_agree(one: tuple[Node, str], other: tuple[Node, str], budget: Budget)
     names = variables(difference) | variables(other_difference)
     if sign != other_sign or not names:
         return False
+    # The ratio at all points where it has a value: at least three, not zero, all the same.
     quotient = ("/", difference, other_difference)
     ratios = [values[0] for values in _values_at_points([quotient], names, budget)]
     if len(ratios) < 3 or values_agree(ratios[0], 0):

@@ -240,9 +240,38 @@ HEAVY = [
 # fmt: on
 
 
+# fmt: off
+RARE = [  # one of each kind that the development table does not have
+    ("y = 2, x = 1", "x = 1, y = 2", True), ("y = 1, x = 2", "x = 1, y = 2", False),
+    (r"3\frac{x}{2}", r"\frac{3x}{2}", True), (r"\begin{vmatrix} 1 \end{vmatrix}", "1", False),
+    (r"\sqrt{\pi - \pi}", "0", True), (r"\sqrt{-2}", r"i\sqrt2", True),
+    (r"\sqrt[3]{3^{999}}", "0", False), (r"(-1)^{\pi}", "-1", False),
+    (r"i^i", r"e^{-\pi/2}", True),
+    ("(-1)^{99999999}", "-1", True), ("(-1)^{99999998}", "1", True),
+    ("(1/2)^{99999999}", "0", False),
+    ("e^0", "1", True), (r"\exp(0)", "1", True), (r"\ln(-1)", r"i\pi", True),
+    (r"\arccos 1", "0", True), (r"\arcsin 1", r"\pi/2", True), (r"\sin^{-1} 1", r"\pi/2", True),
+    (r"\sin_2 1", r"\sin 1", False), (r"\sin 0", "0", True), (r"\cos i", r"\cosh 1", True),
+    (r"\lfloor \pi \rfloor", "3", True), (r"\lceil e \rceil", "3", True),
+    (r"\lfloor \sqrt2^2 \rfloor", "2", False), (r"\sqrt[\pi]{2}", r"\sqrt{2}", False),
+    (r"\binom{3}{5}", "0", True), (r"\binom{99999}{50000}", "1", False),
+    ("5 cubic feet", "5 ft^3", True), ("x > 2 and x < 3", "(2, 3)", True),
+    ("x > 2 and x > 3", "(2, 3)", False), ("x > 2 and y < 3", "(2, 3)", False),
+    ("-x < 0", "x < 0", False), ("1 = 1", "2 = 2", False), ("1:2:3", "2:4:6", True),
+    ("1:2:3", "1:2:4", False), ("[1, 2]", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", True),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize("one, other, expected", RARE)
+def test_rare_forms(one, other, expected):
+    assert is_equivalent(one, other) is is_equivalent(other, one) is expected
+
+
 def test_numbers_beyond_a_floats_range():
     assert is_equivalent("2^{2000}x < 2^{2000}y", "x < y")
     assert not is_equivalent("2^{2000}x < 2^{2000}y", "x > y")
+    assert not is_equivalent("i^{i}+1.7e308:i", "1.7e308")
     assert is_equivalent(r"\{1, 2^{9999}\}", r"\{2^{9999}, 1\}")
     assert not is_equivalent(r"\{1, 2^{9999}\}", r"\{2^{9998}, 1\}")
 
