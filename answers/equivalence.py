@@ -90,10 +90,10 @@ def _as_relation(answer: Answer) -> Node:
 def _list_agrees(items: tuple[Answer, ...], value: Node, budget: Budget) -> bool:
     r"""Returns whether a list agrees with what another answer has for a value. Four kinds do:
 
-    a list      1, 2          2, 1            see `_lists_agree`
-    a set       1, 2          \{2, 1\}      in any order
-    a union     (0,1), (2,3)  (2,3) \cup (0,1)
-    a tuple     1, 2          (1, 2)          in order; x = 1, y = 2 as well, but not y = 1, x = 2
+    a list     1, 2              2, 1                 see `_lists_agree`
+    a set      1, 2              \{2, 1\}             in any order
+    a union    (0, 1), (2, 3)    (2, 3) \cup (0, 1)   in any order
+    a tuple    1, 2              (1, 2)               in order, by name x = 1, y = 2
     """
     kind = value[0]
     names = [item.name for item in items]
@@ -102,14 +102,14 @@ def _list_agrees(items: tuple[Answer, ...], value: Node, budget: Budget) -> bool
     if kind in ("set", "union"):
         elements = by_value(value[1], budget)
         items = by_value(items, budget, _tree)
-        one_name = len(set(names) - {""}) < 2
+        names_fit = len(set(names) - {""}) < 2
     elif kind == "seq" and (value[1] == "()" or len(value[2]) > 2):
         elements = value[2]
-        one_name = not any(names) or names == sorted(set(names))
+        names_fit = not any(names) or names == sorted(set(names))
     else:
         return False
     return (
-        one_name
+        names_fit
         and len(items) == len(elements)
         and all(trees_agree(item.value, element, budget) for item, element in zip(items, elements))
     )

@@ -237,7 +237,7 @@ def _interpret(tree: Node, canonical: str, unit: str, name: str) -> Answer:
 
     x > 3              the interval (3, \infty), by the name of x
     1/2 = 0.5          its last number, if all are the same
-    \{0, \pm 1\}      the set with both signs
+    \{0, \pm 1\}       the set with both signs
     2 \pm 1            the list of both values
     """
     has_signs = has_kind(tree, "pm", "mp")
