@@ -1,7 +1,10 @@
-"""The peer of `bench.py rewards`: math-verify. Runs in an environment of its own, which needs math-verify only; reads
-[[truth, answer], ...] on stdin and prints one JSON object: by way of writing an answer its verdicts and its seconds.
+"""The peer of benchmarks/rewards.py: math-verify.
 
-Both ways of its README: the answer as it is, and between dollar signs, as LaTeX. A truth is parsed once."""
+Runs in an environment of its own, which needs math-verify only. Reads [[truth, answer], ...] on
+stdin and prints one JSON object: the verdicts and the seconds for each of the two ways in which its
+README writes answers: as they are, and between dollar signs, as LaTeX. A truth is parsed once.
+"""
+
 import json
 import logging
 import sys
@@ -13,10 +16,14 @@ from math_verify import parse, verify
 
 
 def judge(pairs: list[list[str]], form: str) -> dict:
-    parsed, verdicts, started = lru_cache(maxsize=None)(parse), [], time.perf_counter()
+    """Returns the verdicts on answers that are written in this form, and the seconds they took."""
+    parsed = lru_cache(maxsize=None)(parse)
+    verdicts = []
+    started = time.perf_counter()
     for truth, answer in pairs:
         try:
-            verdicts.append(bool(verify(parsed(form.format(truth)), parsed(form.format(answer)))))
+            same = verify(parsed(form.format(truth)), parsed(form.format(answer)))
+            verdicts.append(bool(same))
         except Exception:  # its own time limit among others: not accepted
             verdicts.append(False)
     return {"verdicts": verdicts, "seconds": time.perf_counter() - started}
@@ -25,4 +32,6 @@ def judge(pairs: list[list[str]], form: str) -> dict:
 if __name__ == "__main__":
     logging.disable(logging.CRITICAL)
     pairs = json.load(sys.stdin)
-    print(json.dumps({"version": version("math-verify"), "plain": judge(pairs, "{}"), "latex": judge(pairs, "${}$")}))
+    result = {"version": version("math-verify")}
+    result |= {"plain": judge(pairs, "{}"), "latex": judge(pairs, "${}$")}
+    print(json.dumps(result))

@@ -1,0 +1,206 @@
+r"""Are two trees of formulas.py the same? Standard library only.
+
+Each kind is compared with its own kind: numbers and expressions by their values, equations and
+inequalities side by side, sets in any order, tuples and matrices entry by entry.
+
+Expressions with variables are the same if their values are, at several points that were drawn at
+random (Schwartz 1980; Zippel 1979: two different polynomials of degree d agree at a point drawn
+from a set of size s with a probability of at most d/s). Where one of the two has no real value, a
+point says nothing.
+
+>>> half, tenths = ("/", ("num", 1), ("num", 2)), ("/", ("num", 5), ("num", 10))
+>>> trees_agree(half, tenths, Budget()), trees_agree(("var", "x"), half, Budget())
+(True, False)
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+
+from answers.formulas import (
+    NO_VALUE,
+    ROUNDS,
+    Approx,
+    Budget,
+    Evaluator,
+    Node,
+    Value,
+    approximate,
+    children,
+    random_point,
+    value_or_none,
+    values_agree,
+    variables,
+)
+
+MIRRORED = {">": "<", ">=": "<="}
+
+
+def trees_agree(one: Node, other: Node, budget: Budget) -> bool:
+    """Returns whether two trees mean the same. What exceeds the budget agrees with nothing."""
+    if one == other:
+        return True
+    one, other = _only_element(one), _only_element(other)
+    # What has several entries or sides, by kind.
+    kinds = {one[0], other[0]}
+    if "matrix" in kinds:
+        return _matrices_agree(one, other, budget)
+    if kinds == {"set"} or kinds == {"union"}:
+        if len(one[1]) != len(other[1]):
+            return False
+        return _all_agree(by_value(one[1], budget), by_value(other[1], budget), budget)
+    if kinds == {"seq"}:
+        # Brackets tell the interval [1, 2] from (1, 2). Three numbers are no interval.
+        return (one[1] == other[1] or len(one[2]) > 2) and _all_agree(one[2], other[2], budget)
+    if kinds == {"chain"}:
+        return relations_agree(one, other, budget)
+    if kinds == {"ratio"} and len(one[1]) == len(other[1]):
+        # a : b : c equals d : e : f if a e = d b and a f = d c.
+        first, *rest = one[1]
+        other_first, *other_rest = other[1]
+        return all(
+            _scalars_agree(("*", first, y), ("*", other_first, x), budget)
+            for x, y in zip(rest, other_rest)
+        )
+    if kinds & {"set", "union", "seq", "chain"}:
+        return False
+    # All else is a number or an expression.
+    return _scalars_agree(one, other, budget)
+
+
+def _only_element(node: Node) -> Node:
+    """Returns the element of a set with one element, since {5} is 5; any other node as it is."""
+    return node[1][0] if node[0] == "set" and len(node[1]) == 1 else node
+
+
+def _all_agree(ours: Iterable[Node], others: Iterable[Node], budget: Budget) -> bool:
+    """Returns whether there are as many trees on both sides, and each agrees with its opposite."""
+    return len(ours) == len(others) and all(
+        trees_agree(one, other, budget) for one, other in zip(ours, others)
+    )
+
+
+# --- Numbers and expressions ----------------------------------------------------------------------
+
+
+def _values_at_points(
+    trees: list[Node], names: frozenset[str], budget: Budget, log_base: int = 0
+) -> Iterator[list[Value]]:
+    """Yields the trees' values at each random point where all of them have one.
+
+    The points have a coordinate for each name; without names there is one point only.
+    """
+    for turn in range(ROUNDS if names else 1):
+        evaluator = Evaluator(random_point(names, turn), budget, log_base)
+        values = [value_or_none(evaluator, tree) for tree in trees]
+        if None not in values:
+            yield values
+
+
+def _scalars_agree(one: Node, other: Node, budget: Budget) -> bool:
+    """Returns whether two expressions have equal values. log has base e or 10, whichever fits."""
+    if _equal_at_points(one, other, budget, log_base=0):
+        return True
+    has_log = "log" in str(one) + str(other)
+    return has_log and _equal_at_points(one, other, budget, log_base=10)
+
+
+def _equal_at_points(one: Node, other: Node, budget: Budget, log_base: int) -> bool:
+    """Returns whether the values are equal wherever both have one, at three points at least."""
+    names = variables(one) | variables(other)
+    seen = 0
+    for values in _values_at_points([one, other], names, budget, log_base):
+        if not values_agree(*values):
+            return False
+        seen += 1
+    return seen >= (3 if names else 1)
+
+
+# --- Equations and inequalities -------------------------------------------------------------------
+
+
+def relations_agree(one: Node, other: Node, budget: Budget) -> bool:
+    """Returns whether two chains of relations agree link by link, forwards or backwards.
+
+    The links of a < b <= c are a < b and b <= c.
+    """
+    links, other_links = _links(one), _links(other)
+    if len(links) != len(other_links):
+        return False
+    return any(
+        all(_links_agree(x, y, budget) for x, y in zip(links, order))
+        for order in (other_links, other_links[::-1])
+    )
+
+
+def _links(chain: Node) -> list[tuple[Node, str]]:
+    """Returns each link of a chain as a difference and its relation to 0: a > b is (b - a, "<")."""
+    _, terms, signs = chain
+    links = []
+    for left, right, sign in zip(terms, terms[1:], signs):
+        if sign in MIRRORED:
+            left, right, sign = right, left, MIRRORED[sign]
+        links.append((("-", left, right), sign))
+    return links
+
+
+def _links_agree(one: tuple[Node, str], other: tuple[Node, str], budget: Budget) -> bool:
+    """Returns whether two relations to 0 say the same: their left sides are in a constant ratio.
+
+    2x + 2y = 4 and x + y - 2 = 0 have the ratio 2 wherever it is computed. For inequalities it must
+    be positive, since -x < 0 is not x < 0.
+    """
+    (difference, sign), (other_difference, other_sign) = one, other
+    names = variables(difference) | variables(other_difference)
+    if sign != other_sign or not names:
+        return False
+    # The ratio at all points where it has a value: at least three, not zero, all the same.
+    quotient = ("/", difference, other_difference)
+    ratios = [values[0] for values in _values_at_points([quotient], names, budget)]
+    if len(ratios) < 3 or values_agree(ratios[0], 0):
+        return False
+    # An exact ratio may be beyond a float's range, so it is not made one.
+    first = ratios[0].value.real if isinstance(ratios[0], Approx) else ratios[0]
+    if sign in ("<", "<=") and first <= 0:
+        return False
+    return all(values_agree(ratio, ratios[0]) for ratio in ratios)
+
+
+# --- Sets and matrices ----------------------------------------------------------------------------
+
+
+def by_value(items: Iterable, budget: Budget, node_of: Callable = lambda item: item) -> list:
+    """Returns the items sorted by the value of their trees, not by their spelling.
+
+    node_of: an item's tree.
+    """
+
+    def key(node: Node) -> tuple:
+        # Three groups: what has a value, tuples and sets, and all else, sorted by its text.
+        if node[0] in ("seq", "set", "union"):
+            return 1, *(key(child) for child in node[-1])
+        evaluator = Evaluator(random_point(variables(node), 0), budget)
+        try:
+            number = complex(approximate(evaluator(node)).value)
+        except NO_VALUE:
+            return 2, str(node)
+        # Nine digits: rounding errors must not decide. + 0.0 makes 0.0 of -0.0.
+        return 0, float(f"{number.real:.9g}") + 0.0, float(f"{number.imag:.9g}") + 0.0
+
+    return sorted(items, key=lambda item: key(node_of(item)))
+
+
+def _matrices_agree(one: Node, other: Node, budget: Budget) -> bool:
+    """Returns whether the entries agree. A single row or column also equals a tuple."""
+    if one[0] == other[0]:
+        return len(one[1]) == len(other[1]) and all(
+            _all_agree(row, other_row, budget) for row, other_row in zip(one[1], other[1])
+        )
+    matrix, other = (one, other) if one[0] == "matrix" else (other, one)
+    rows = matrix[1]
+    if other[0] != "seq" or (len(rows) > 1 and len(rows[0]) > 1):
+        return False
+    return _all_agree([entry for row in rows for entry in row], other[2], budget)
+
+
+def has_kind(node: Node, *kinds: str) -> bool:
+    """Returns whether the tree has a node of one of these kinds."""
+    return node[0] in kinds or any(has_kind(child, *kinds) for child in children(node))
