@@ -75,7 +75,7 @@ def random_streams(prompts: Sequence[Prompt]) -> list[tuple[int, int]]:
     seen, streams = Counter(), []
     for prompt in prompts:
         key = zlib.crc32(torch.tensor(prompt.ids).numpy().tobytes())
-        key = key if prompt.patches is None else zlib.crc32(prompt.patches.numpy().tobytes(), key)
+        key = key if not prompt.grids else zlib.crc32(repr(prompt.grids).encode(), key)
         streams.append((key, seen[key]))
         seen[key] += 1
     return streams
@@ -219,7 +219,7 @@ class Sampler:
         lengths = [len(p.ids) for p in prompts]
         positions = [rope_positions(torch.tensor([p.ids]), p.grids, self.model.config) for p in prompts]
         borders = F.pad(torch.tensor(lengths).cumsum(0), (1, 0))
-        patches = [p.patches for p in prompts if p.patches is not None]
+        patches = [x for x in (p.pixel_values() for p in prompts) if x is not None]
         grids, cache = [grid for p in prompts for grid in p.grids], PromptCache()
         hidden = self.packed(torch.tensor([[token for p in prompts for token in p.ids]], device=self.device),
                             position_ids=torch.cat([p for p, _ in positions], dim=-1).to(self.device),
