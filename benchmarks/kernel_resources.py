@@ -51,21 +51,14 @@ TYPES = {
     "upstream": "*fp32",
 }
 MATRICES = ("q", "k", "v", "out", "d_out", "dq", "dk", "dv", "gradients")
-OPTIONS = ("num_warps", "num_stages")
 
 
 class Job(NamedTuple):
     """A kernel as it is used."""
 
-    dtype: str
-    use: str
+    name: str  # what --only takes, e.g. "bf16 key 128"
     kernel: object
     constants: dict  # the constexpr arguments, and the compiler's options
-
-    @property
-    def name(self) -> str:
-        """Returns what --only takes, e.g. "bf16 key 128"."""
-        return f"{self.dtype} {self.use}"
 
     @property
     def tile(self) -> str:
@@ -87,30 +80,29 @@ def jobs() -> Iterator[Job]:
                 kernel = getattr(attention_triton, f"_{kind}_kernel")
                 for text, short in lengths.items():
                     sizes = attention_triton.blocks(constants["WIDTH"], short, kind, DTYPES[dtype])
-                    yield Job(dtype, f"{kind} {D}{text}", kernel, constants | sizes)
+                    yield Job(f"{dtype} {kind} {D}{text}", kernel, constants | sizes)
             if D == 128:
                 del constants["CAUSAL"]
                 sizes = {"SPLITS": 4, "BM": 16} | decode_triton.decode_blocks(DTYPES[dtype])
-                yield Job(dtype, "decode 128", decode_triton._decode_kernel, constants | sizes)
+                yield Job(f"{dtype} decode 128", decode_triton._decode_kernel, constants | sizes)
         constants = logprob_triton.TILE | {"LOWEST": logprob_triton.LOWEST}
-        yield Job(dtype, "statistics", logprob_triton._statistics_kernel, constants)
-        yield Job(dtype, "logit gradients", logprob_triton._gradient_kernel, constants)
+        yield Job(f"{dtype} statistics", logprob_triton._statistics_kernel, constants)
+        yield Job(f"{dtype} logit gradients", logprob_triton._gradient_kernel, constants)
 
 
 def compile_job(job: Job, capability: str):
     """Returns the compiled kernel. Sizes and strides are multiples of 16, as Qwen2.5's are."""
-    names = job.kernel.arg_names
     signature, attributes, values = {}, {}, {}
-    for i, name in enumerate(names):
+    for i, name in enumerate(job.kernel.arg_names):
         if name in job.constants:
             signature[name] = "constexpr"
             values[(i,)] = job.constants[name]
             continue
-        signature[name] = f"*{job.dtype}" if name in MATRICES else TYPES.get(name, "i32")
+        signature[name] = f"*{job.name[:4]}" if name in MATRICES else TYPES.get(name, "i32")
         if signature[name] != "fp32" and name not in attention_triton.COUNTS:
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=job.kernel, signature=signature, constexprs=values, attrs=attributes)
-    options = {name: job.constants[name] for name in OPTIONS if name in job.constants}
+    options = {name: x for name, x in job.constants.items() if name.startswith("num_")}
     return triton.compile(source, target=GPUTarget("cuda", int(capability), 32), options=options)
 
 
