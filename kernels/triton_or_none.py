@@ -27,16 +27,23 @@ else:
 INTERPRETED = AVAILABLE and os.environ.get("TRITON_INTERPRET") == "1"
 
 
+class WrongKernels(OSError, ValueError):
+    """A bad value of the environment variable KERNELS.
+
+    It is an OSError, as what else is wrong with a user's environment: commands print one line.
+    """
+
+
 def wanted_kernels() -> str:
     """Returns the environment variable KERNELS, which says who computes.
 
     auto (the default): on a GPU our Triton kernels where torch has nothing as fast, else torch.
     triton, sdpa (torch's own), reference (the definitions): that one, for all that it can compute.
-    Raises ValueError for any other word.
+    Raises WrongKernels for any other word.
     """
     wanted = os.environ.get("KERNELS", "auto")
     if wanted not in ("auto", "triton", "sdpa", "reference"):
-        raise ValueError(f"KERNELS must be auto, triton, sdpa or reference, not {wanted}")
+        raise WrongKernels(f"KERNELS must be auto, triton, sdpa or reference, not {wanted}")
     return wanted
 
 
