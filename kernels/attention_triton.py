@@ -230,6 +230,7 @@ def _walk_keys(
         key = start + tl.arange(0, BN)
         k_tile = _load_rows(k, key, stride, length, MASK == "none", D, WIDTH)
         v_tile = _load_rows(v, key, stride, length, MASK == "none", D, WIDTH)
+        # The weights of the forward pass, without a second softmax: lse normalises them.
         score = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")  # [BM, BN]
         p = tl.exp2(_exponent(score, D) - lse[:, None])
         if MASK == "causal":
@@ -301,6 +302,7 @@ def _walk_queries(
         p = tl.exp2(_exponent(score, D) - normaliser[None, :])
         if MASK == "causal":
             p = tl.where(key[:, None] <= query[None, :], p, 0.0)
+        # The products' left operands go back to 16 bits; the sums stay in float32.
         dv += tl.dot(p.to(d_out_tile.dtype), d_out_tile, input_precision="ieee")
         d_p = tl.dot(v_tile, tl.trans(d_out_tile), input_precision="ieee")
         d_score = p * (d_p - subtracted[None, :])
