@@ -1,4 +1,5 @@
 """What the benches share: shapes of real models, timers, the peers' processes."""
+
 import json
 import subprocess
 import time
@@ -14,43 +15,86 @@ from model import Qwen2_5_VL
 HERE = Path(__file__).resolve().parent
 
 
-QWEN = {"model_type": "qwen2", "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 32768,
-        "torch_dtype": "float32"}
-SHAPES = {  # of the decoders of Qwen2.5-0.5B, Qwen2.5-VL-3B and Qwen2.5-VL-7B
-    "0.5b": QWEN | {"hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
-                    "intermediate_size": 4864, "vocab_size": 151936, "tie_word_embeddings": True},
-    "3b": QWEN | {"hidden_size": 2048, "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 2,
-                  "intermediate_size": 11008, "vocab_size": 151936, "tie_word_embeddings": True},
-    "7b": QWEN | {"hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
-                  "intermediate_size": 18944, "vocab_size": 152064, "tie_word_embeddings": False}}
+QWEN = {
+    "model_type": "qwen2",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "max_position_embeddings": 32768,
+    "torch_dtype": "float32",
+}
+# The decoders of Qwen2.5-0.5B, Qwen2.5-VL-3B and Qwen2.5-VL-7B.
+SHAPES = {
+    "0.5b": QWEN
+    | {
+        "hidden_size": 896,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "intermediate_size": 4864,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    },
+    "3b": QWEN
+    | {
+        "hidden_size": 2048,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "intermediate_size": 11008,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    },
+    "7b": QWEN
+    | {
+        "hidden_size": 3584,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "intermediate_size": 18944,
+        "vocab_size": 152064,
+        "tie_word_embeddings": False,
+    },
+}
 
 
 def random_model(shape: str, device: torch.device, dtype: torch.dtype) -> Qwen2_5_VL:
-    """A decoder with random weights."""
+    """Returns a decoder of one of SHAPES, with random weights."""
     with torch.device("meta"):
         model = Qwen2_5_VL(Config.from_dict(SHAPES[shape])).to(dtype)
     model.to_empty(device=device)
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.fill_(1.0) if "norm" in name else parameter.normal_(std=0.02, generator=generator)
+            if "norm" in name:
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(std=0.02, generator=generator)
     return model.eval()
 
 
 def ask_peer(python: str, script: str, job: object) -> list[dict]:
-    """Runs one of benchmarks/ in the peer's environment with the job on stdin; the JSON objects that it prints."""
+    """Runs a script of benchmarks/ in the peer's environment, with the job on stdin.
+
+    Returns the JSON objects that it prints. Raises InputError if it cannot run or fails.
+    """
     try:
-        done = subprocess.run([python, str(HERE / script)], input=json.dumps(job), capture_output=True,
-                              text=True, check=True)
+        done = subprocess.run(
+            [python, str(HERE / script)],
+            input=json.dumps(job),
+            capture_output=True,
+            text=True,
+            check=True,
+        )
     except OSError as error:
         raise InputError(f"--peer {python}: {error.strerror}") from None
     except subprocess.CalledProcessError as error:
-        raise InputError(f"--peer {python}: {(error.stderr.strip() or 'failed').splitlines()[-1]}") from None
+        complaint = (error.stderr.strip() or "failed").splitlines()[-1]
+        raise InputError(f"--peer {python}: {complaint}") from None
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second that a copy of 1 GiB reads and writes."""
+    """Returns the bytes per second that a copy of 1 GiB reads and writes."""
     source = torch.ones(2**28, device=device)
     target, best = torch.empty_like(source), float("inf")
     for _ in range(5):
@@ -63,12 +107,13 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def synchronize(device: torch.device) -> None:
+    """Waits until a GPU has done what it was asked."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
 def milliseconds(run: Callable[[], object], device: torch.device) -> float:
-    """Median of runs for a quarter of a second, after three to warm up."""
+    """Returns the median time of the runs of a quarter of a second, after three to warm up."""
     for _ in range(3):
         run()
     if device.type == "cuda":
@@ -85,7 +130,7 @@ def milliseconds(run: Callable[[], object], device: torch.device) -> float:
 
 
 def gpu_milliseconds(run: Callable[[], object], calls: int) -> float:
-    """Of one of so many calls, on the GPU alone: it sleeps while the host queues them."""
+    """Returns the GPU's time for one of so many calls: it sleeps while they are queued."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda._sleep(50_000_000)  # cycles: some 30 ms
     begin.record()
@@ -97,7 +142,10 @@ def gpu_milliseconds(run: Callable[[], object], calls: int) -> float:
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device, *, less: int) -> int | None:
-    """Memory on a GPU beyond what was there before and `less`, the gradients; None on a CPU."""
+    """Returns the peak of a GPU's memory beyond what it held before and `less` (the gradients).
+
+    None on a CPU.
+    """
     if device.type != "cuda":
         return None
     before = torch.cuda.memory_allocated(device)
@@ -107,7 +155,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device, *, less: int) ->
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second of a large product."""
+    """Returns the operations per second of a large product."""
     n = 8192 if device.type == "cuda" else 512
     a = torch.randn(n, n, device=device).to(dtype)
     return 2e3 * n**3 / milliseconds(lambda: a @ a, device)

@@ -1,6 +1,10 @@
-"""The peer of `bench.py logprob`: Liger's fused linear cross-entropy. Runs in an environment with a GPU, torch and
-liger-kernel; reads one JSON object (tokens, width, vocabulary, dtype) on stdin, and prints one per way of summing
-weight's gradient: milliseconds, and the peak of memory beyond inputs and gradients."""
+"""The peer of benchmarks/logprob.py: Liger's fused linear cross-entropy.
+
+Runs in an environment with a GPU, torch and liger-kernel. Reads one JSON object (tokens, width,
+vocabulary, dtype) on stdin, and prints one per way of summing weight's gradient: milliseconds, and
+the peak of memory beyond inputs and gradients.
+"""
+
 import json
 import sys
 import time
@@ -11,7 +15,7 @@ from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
 
 def milliseconds(run) -> float:
-    """Median of runs for half a second, after three to warm up."""
+    """Returns the median time of the runs of half a second, after three to warm up."""
     for _ in range(3):
         run()
     times = []
@@ -43,8 +47,15 @@ def main() -> None:
         torch.cuda.reset_peak_memory_stats()
         step()
         extra = torch.cuda.max_memory_allocated() - before - hidden.nbytes - weight.nbytes
-        print(json.dumps({"name": name, "forward_ms": forward, "forward_backward_ms": both, "extra_bytes": extra,
-                          "liger": version("liger-kernel"), "torch": torch.__version__}), flush=True)
+        figures = {
+            "name": name,
+            "forward_ms": forward,
+            "forward_backward_ms": both,
+            "extra_bytes": extra,
+            "liger": version("liger-kernel"),
+            "torch": torch.__version__,
+        }
+        print(json.dumps(figures), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""Plots what `make gpu` recorded. Needs matplotlib, which nothing else here does: pip install matplotlib
+"""Plots what `make gpu` recorded: benchmarks/attention-gpu.json and logprob-gpu.json, as .png
+beside them. Needs matplotlib.
 
-    python benchmarks/plot.py            # benchmarks/attention-gpu.json, logprob-gpu.json -> .png beside them
+    python benchmarks/plot.py
 """
+
 import json
 from pathlib import Path
 
@@ -14,17 +16,19 @@ FOLDER = Path(__file__).resolve().parent
 
 
 def about(result: dict) -> str:
-    r = result
-    return f"{r['device']}, torch {r['torch']}, {r['dtype']}, commit {r['commit'][:7]}, {r['date']}"
+    """Returns what the figures are of: device, versions, date."""
+    words = [result["device"], f"torch {result['torch']}", result["dtype"]]
+    return ", ".join([*words, f"commit {result['commit'][:7]}", result["date"]])
 
 
 def bars(axes, groups: dict[str, dict[str, float]], label: str) -> None:
-    """One group of horizontal bars per shape, a colour per competitor."""
+    """Draws one group of horizontal bars per shape, with a colour per competitor."""
     names = list(dict.fromkeys(name for values in groups.values() for name in values))
     height = 0.8 / len(names)
     for i, name in enumerate(names):
         rows = [(y, values[name]) for y, values in enumerate(groups.values()) if name in values]
-        axes.barh([y + i * height for y, _ in rows], [value for _, value in rows], height, label=name)
+        places = [y + i * height for y, _ in rows]
+        axes.barh(places, [value for _, value in rows], height, label=name)
     axes.set_yticks([y + 0.4 - height / 2 for y in range(len(groups))], groups)
     axes.invert_yaxis()
     axes.set_xlabel(label)
@@ -32,30 +36,37 @@ def bars(axes, groups: dict[str, dict[str, float]], label: str) -> None:
 
 
 def plot_attention(path: Path) -> None:
-    """Share of the ceiling that was measured in the same run: of a product's speed, when decoding of a copy's."""
+    """Draws the share of the ceiling that was measured in the same run (of a product's speed; when
+    decoding of a copy's), and the time of forward + backward beside ours."""
     result = json.loads(path.read_text())
-    shares = {shape: {name: 100 * r["share"] for name, r in found.items()} for shape, found in result["shapes"].items()}
-    speedups = {shape: {name: found["triton"]["forward_backward_ms"] and
-                        r["forward_backward_ms"] / found["triton"]["forward_backward_ms"] for name, r in found.items()}
-                for shape, found in result["shapes"].items()
-                if "triton" in found and found["triton"]["forward_backward_ms"]}
+    shares, times = {}, {}
+    for shape, found in result["shapes"].items():
+        shares[shape] = {name: 100 * figures["share"] for name, figures in found.items()}
+        ours = found.get("triton", {}).get("forward_backward_ms")
+        if ours:  # not when decoding, which has no backward pass
+            times[shape] = {
+                name: figures["forward_backward_ms"] / ours for name, figures in found.items()
+            }
     figure, axes = plt.subplots(1, 2, figsize=(13, 1 + 0.6 * len(shares)))
     bars(axes[0], shares, "forward: % of the measured ceiling")
-    if speedups:
-        bars(axes[1], speedups, "forward + backward: time in units of ours")
+    if times:
+        bars(axes[1], times, "forward + backward: time in units of ours")
     figure.suptitle(about(result), fontsize=8)
     figure.tight_layout()
     figure.savefig(path.with_suffix(".png"), dpi=110)
 
 
 def plot_logprob(path: Path) -> None:
-    """Time and memory."""
+    """Draws time and memory."""
     result = json.loads(path.read_text())
+    forward, both, memory = {}, {}, {}
+    for name, figures in result["ways"].items():
+        forward[name] = figures["forward_ms"]
+        both[name] = figures["forward_backward_ms"]
+        memory[name] = figures["extra_bytes"] / 1e9
     figure, axes = plt.subplots(1, 2, figsize=(11, 3))
-    bars(axes[0], {"forward": {name: r["forward_ms"] for name, r in result["ways"].items()},
-                   "forward + backward": {name: r["forward_backward_ms"] for name, r in result["ways"].items()}}, "ms")
-    bars(axes[1], {"": {name: r["extra_bytes"] / 1e9 for name, r in result["ways"].items()}},
-         "GB beyond inputs and gradients")
+    bars(axes[0], {"forward": forward, "forward + backward": both}, "ms")
+    bars(axes[1], {"": memory}, "GB beyond inputs and gradients")
     head = f"{result['tokens']} tokens, head {result['vocabulary']} x {result['width']}"
     figure.suptitle(f"{head}; {about(result)}", fontsize=8)
     figure.tight_layout()

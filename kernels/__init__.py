@@ -1,13 +1,22 @@
-"""The computations that take a reasoning model's time: attention, log-probs over a large vocabulary, linear maps with few
-rows, and drawing the next token.
+"""The computations that take a reasoning model's time.
 
-attention.py and logprob.py hold the plain PyTorch reference first, then the fast paths, then one dispatcher of the file's
-purpose; linear.py's reference is torch's own F.linear.
+Attention, log-probs over a large vocabulary, linear maps with few rows, drawing the next token.
+attention.py and logprob.py hold the definition in plain PyTorch first, then the same, faster, then
+the function that chooses; linear.py's definition is torch's own F.linear.
 """
+
 from kernels.attention import attention
 from kernels.linear import PackedLinear, can_pack, packed_twin
 from kernels.logprob import token_log_probs
 from kernels.sampling import draw, is_greedy, sampling_log_probs
 
-__all__ = ["PackedLinear", "attention", "can_pack", "draw", "is_greedy", "packed_twin", "sampling_log_probs",
-           "token_log_probs"]
+__all__ = [
+    "PackedLinear",
+    "attention",
+    "can_pack",
+    "draw",
+    "is_greedy",
+    "packed_twin",
+    "sampling_log_probs",
+    "token_log_probs",
+]

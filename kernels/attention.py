@@ -1,129 +1,178 @@
-"""Softmax attention for the decoder (causal, grouped-query), the ViT (packed windows) and decoding (ragged keys).
+"""Softmax attention for the decoder (causal, grouped-query), the ViT (windows) and decoding.
 
-Shapes: B batch, T queries, S keys, H query heads, K key/value heads (H % K == 0; head h reads kv head h // (H / K)),
-D head dim. Every path computes softmax(scale * q k^T + mask) v with one of three masks:
+Shapes: B rows, T queries, S keys, H query heads, K key/value heads (H % K == 0; query head h reads
+key/value head h // (H / K)), D head dim. Every path computes softmax(q k^T / sqrt(D) + mask) v
+with one of three masks:
 
-* causal:      query t sees key s when s <= t + (S - T): bottom-right aligned, so the last query sees every key;
-* key_lengths: row b has key_lengths[b] real keys (a KV cache whose rows are filled to different lengths);
-* cu_seqlens:  row 0 packs several segments end to end, with borders [0, n1, n1+n2, ..., T] and no key_lengths; they do
-               not see one another.
+* causal:      query t sees key s when s <= t + (S - T): aligned at the bottom right, so that the
+               last query sees every key;
+* key_lengths: row b has key_lengths[b] real keys (a KV cache whose rows are filled to different
+               lengths);
+* cu_seqlens:  row 0 packs several segments end to end, with borders [0, n1, n1 + n2, ..., T]; they
+               do not see one another.
 
 A query that sees no key at all gets zeros (SDPA would give NaN: pytorch#103749).
+
+First the definition, which takes every combination of masks. Then the same, faster, for what our
+models ask: whole rows, packs, and one query per row. Last `attention`, which chooses.
 """
+
+from itertools import groupby
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.attention_triton import attention_decode_triton, attention_triton, columns
-from kernels.triton_or_none import triton_runs_on, wanted_kernels
+from kernels.attention_triton import WIDEST, attention_triton
+from kernels.decode_triton import attention_decode_triton
+from kernels.triton_or_none import use_triton, wanted_kernels
+
+# --- The definition -----------------------------------------------------------------------------
 
 
-def attention_reference(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | None = None,
-                        key_lengths: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
-    """The definition, with the scores written out: q [B, T, H, D], k and v [B, S, K, D] -> [B, T, H, D].
+def attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool,
+    cu_seqlens: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+) -> Tensor:
+    """Returns attention [B, T, H, D] with the scores written out.
 
-    The softmax is in float32 (float64 stays). A group's H/K query heads are rows of one product: no copy of k or v.
+    q [B, T, H, D], k and v [B, S, K, D]. The softmax is in float32 (float64 stays).
     """
     B, T, H, D = q.shape
-    S, K = k.shape[1], k.shape[2]
-    group = H // K
-    q = q.view(B, T, K, group, D).permute(0, 2, 3, 1, 4)
-    scores = q.reshape(B, K, group * T, D) @ k.permute(0, 2, 3, 1)                             # [B, K, group*T, S]
-    scores = scores.view(B, K, group, T, S).to(torch.promote_types(q.dtype, torch.float32))
-    scores = scores * (D**-0.5 if scale is None else scale)
-    mask = visible(T, S, causal=causal, key_lengths=key_lengths, cu_seqlens=cu_seqlens, device=q.device)
-    if mask is not None:
-        scores = scores.masked_fill(~mask[:, None, None], float("-inf"))
-    weights = scores.softmax(dim=-1)
-    if mask is not None and (key_lengths is not None or (causal and T > S)):  # only these can leave a query with no key
-        weights = weights.masked_fill(~mask.any(-1)[:, None, None, :, None], 0.0)
-    out = weights.to(v.dtype).view(B, K, group * T, S) @ v.transpose(1, 2)                       # [B, K, group*T, D]
-    return out.view(B, K, group, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
+    S, K = k.shape[1:3]
+    # The H / K query heads of a group are an axis of their own: no copy of their keys is made.
+    q = q.reshape(B, T, K, H // K, D)
+    scores = torch.einsum("btkgd,bskd->bkgts", q, k)
+    scores = scores.to(torch.promote_types(q.dtype, torch.float32)) * D**-0.5
+    mask = visible(
+        T, S, causal=causal, cu_seqlens=cu_seqlens, key_lengths=key_lengths, device=q.device
+    )
+    mask = mask[:, None, None]  # [B or 1, 1, 1, T, S]
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
+    # Where a query sees nothing, the softmax of -inf alone is NaN.
+    weights = weights.masked_fill(~mask.any(-1, keepdim=True), 0.0)
+    out = torch.einsum("bkgts,bskd->btkgd", weights.to(v.dtype), v)
+    return out.reshape(B, T, H, D)
 
 
-def visible(T: int, S: int, *, causal: bool, key_lengths: Tensor | None, cu_seqlens: Tensor | None,
-            device: torch.device) -> Tensor | None:
-    """Which keys each query sees: bool [B or 1, T, S], or None when it sees all of them."""
-    if not causal and key_lengths is None and cu_seqlens is None:
-        return None
-    t, s = torch.arange(T, device=device)[:, None], torch.arange(S, device=device)[None, :]
+def visible(
+    T: int,
+    S: int,
+    *,
+    causal: bool,
+    cu_seqlens: Tensor | None,
+    key_lengths: Tensor | None,
+    device: torch.device,
+) -> Tensor:
+    """Returns which keys each query sees: bool [B or 1, T, S]."""
+    query = torch.arange(T, device=device)[:, None]
+    key = torch.arange(S, device=device)
     mask = torch.ones(1, T, S, dtype=torch.bool, device=device)
-    if key_lengths is not None:
-        ends = key_lengths[:, None, None]
-        mask = (s < ends) & (s <= t + ends - T) if causal else (s < ends).expand(-1, T, -1)
-    elif causal:
-        mask = mask & (s <= t + S - T)
+    # The keys that a row has are those before `end`: [B, 1, 1], or one number for all rows.
+    end = S if key_lengths is None else key_lengths[:, None, None]
+    mask = mask & (key < end)
+    if causal:
+        mask = mask & (key <= query + end - T)
     if cu_seqlens is not None:
-        segment = torch.bucketize(torch.arange(S, device=device), cu_seqlens[1:].to(device), right=True)
-        mask = mask & (segment[:, None] == segment[None, :])
+        # A token's segment is the number of borders at or before it.
+        segment = torch.bucketize(key, cu_seqlens[1:].to(device), right=True)
+        mask = mask & (segment[:, None] == segment)
     return mask
 
 
-def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | None = None) -> Tensor:
-    """torch's fused attention, for the mask-free cases: full, and causal with as many queries as keys."""
+# --- The same, faster ---------------------------------------------------------------------------
+
+
+def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
+    """Returns attention over whole rows (T = S) by torch's fused kernels, which need no mask."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    grouped = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
     return out.transpose(1, 2)
 
 
-def attention_packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, causal: bool,
-                     scale: float | None) -> Tensor:
-    """Packed rows [1, T, H, D]: all segments of one length go through one batched call.
+def attention_packed(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, causal: bool
+) -> Tensor:
+    """Returns attention within each segment of a pack [1, T, H, D], with no [T, T] mask.
 
-    A ViT has many windows of few distinct lengths (full ones, and those cut by the image's border), so this is a
-    handful of calls and no [T, T] mask.
+    Neighbours of one length lie in memory like the rows of a batch and are computed as one: most
+    windows of a ViT have one length, so they are a handful of calls. Python needs the lengths: on
+    a GPU, where they are asked for in every layer, the Triton kernels do this job.
     """
-    starts, lengths = cu_seqlens[:-1], cu_seqlens.diff()
-    out = torch.empty_like(q)
-    for length in lengths.unique().tolist():
-        if length == 0:
-            continue
-        index = starts[lengths == length][:, None] + torch.arange(length, device=starts.device)           # [n, length]
-        index = index.to(q.device)
-        out[0, index] = attention(q[0, index], k[0, index], v[0, index], causal=causal, scale=scale)
-    return out
+    lengths = [length for length in cu_seqlens.diff().tolist() if length > 0]
+    runs = [(length, len(list(equal))) for length, equal in groupby(lengths)]
+    # One split for all runs: the backward pass puts their gradients together with one `cat`.
+    sizes = [length * count for length, count in runs]
+    parts = zip(q[0].split(sizes), k[0].split(sizes), v[0].split(sizes))
+    outs = []
+    for (length, count), part in zip(runs, parts):
+        rows = [x.unflatten(0, (count, length)) for x in part]
+        outs.append(attention(*rows, causal=causal).flatten(0, 1))
+    return torch.cat(outs)[None]
 
 
-def attention_decode(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor, *, scale: float | None) -> Tensor:
-    """One query per row (T = 1): two batched products over [B * K] matrices, the first of which adds the mask.
+def attention_decode(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor) -> Tensor:
+    """Returns attention for one query per row (T = 1), by two batched products over B * K matrices.
 
     Keys and values that lie [B, K, S, D] in memory, as in a KV cache, are read where they are.
     """
     B, _, H, D = q.shape
-    S, K = k.shape[1], k.shape[2]
-    keys, values = (x.transpose(1, 2).flatten(0, 1) for x in (k, v))                                     # [B*K, S, D]
-    bias = torch.zeros(B, 1, S, dtype=q.dtype, device=q.device)
-    bias.masked_fill_(torch.arange(S, device=q.device) >= key_lengths[:, None, None], float("-inf"))
-    bias = bias[:, None].expand(B, K, 1, S).reshape(B * K, 1, S)
-    scores = torch.baddbmm(bias, q.reshape(B * K, H // K, D), keys.transpose(1, 2),
-                           alpha=D**-0.5 if scale is None else scale)                              # [B*K, group, S]
-    weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(v.dtype)
-    return torch.bmm(weights, values).view(B, 1, H, D)
+    S, K = k.shape[1:3]
+    keys, values = (x.transpose(1, 2).flatten(0, 1) for x in (k, v))  # [B*K, S, D]
+    # -inf behind a row's last key. The first product adds it to the scores on its way.
+    bias = torch.zeros(B, S, dtype=q.dtype, device=q.device)
+    behind = torch.arange(S, device=q.device) >= key_lengths[:, None]
+    bias = bias.masked_fill(behind, float("-inf")).repeat_interleave(K, 0)[:, None]  # [B*K, 1, S]
+    # A group's queries are the rows of one matrix.
+    q = q.reshape(B * K, H // K, D)
+    scores = torch.baddbmm(bias, q, keys.transpose(1, 2), alpha=D**-0.5)  # [B*K, H/K, S]
+    weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))
+    return torch.bmm(weights.to(v.dtype), values).view(B, 1, H, D)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | None = None,
-              key_lengths: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
-    """Dispatcher. q [B, T, H, D], k and v [B, S, K, D] -> [B, T, H, D]; see the top of the file for the masks.
+# --- Who computes -------------------------------------------------------------------------------
 
-    On a CPU torch's own paths. On a GPU the Triton kernels where SDPA would need a mask, which its fast back ends
-    refuse; whether they are the faster ones without a mask too is for `bench.py attention` to say.
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool,
+    cu_seqlens: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+) -> Tensor:
+    """Returns softmax attention [B, T, H, D] of q [B, T, H, D] over k and v [B, S, K, D].
+
+    The masks are explained at the top of this file. cu_seqlens and key_lengths are integers on
+    q's device. On a GPU the Triton kernels compute where SDPA would need a mask, which its fast
+    back ends refuse; else, and on a CPU, torch does. KERNELS (triton_or_none.py) overrules this.
     """
     q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast RoPE leaves these two in float32
-    wanted, masks = wanted_kernels(), dict(key_lengths=key_lengths, cu_seqlens=cu_seqlens)
-    one_query = key_lengths is not None and q.shape[1] == 1
-    positive = scale is None or scale > 0  # else our peak is wrong, and SDPA's causal scores become 0 * -inf
-    no_mask = key_lengths is None and cu_seqlens is None and (not causal or q.shape[1] == k.shape[1] and positive)
-    if wanted == "reference":
-        return attention_reference(q, k, v, causal=causal, scale=scale, **masks)
-    possible = triton_runs_on(q) and positive and columns(q.shape[3]) is not None
-    if possible and (wanted == "triton" or wanted == "auto" and q.is_cuda and not no_mask):
-        if one_query and not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
-            return attention_decode_triton(q, k, v, key_lengths, scale=scale)
-        return attention_triton(q, k, v, causal=causal, scale=scale, **masks)
-    if cu_seqlens is not None:
-        return attention_packed(q, k, v, cu_seqlens, causal=causal, scale=scale)
-    if one_query:
-        return attention_decode(q, k, v, key_lengths, scale=scale)
-    if no_mask:
-        return attention_sdpa(q, k, v, causal=causal, scale=scale)
-    return attention_reference(q, k, v, causal=causal, scale=scale, key_lengths=key_lengths)
+    packed = cu_seqlens is not None
+    ragged = key_lengths is not None
+    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    decoding = ragged and not packed and q.shape[1] == 1 and not differentiable
+    whole_rows = not ragged and q.shape[1] == k.shape[1]
+
+    # What none of our models asks, nobody has made fast.
+    if wanted_kernels() == "reference" or not (decoding or whole_rows):
+        return attention_reference(
+            q, k, v, causal=causal, cu_seqlens=cu_seqlens, key_lengths=key_lengths
+        )
+    triton = q.shape[3] <= WIDEST and use_triton(q, instead_of_torch=packed or decoding)
+    if decoding and triton:
+        return attention_decode_triton(q, k, v, key_lengths)
+    if decoding:
+        return attention_decode(q, k, v, key_lengths)
+    if triton:
+        return attention_triton(q, k, v, causal=causal, cu_seqlens=cu_seqlens)
+    if packed:
+        return attention_packed(q, k, v, cu_seqlens, causal=causal)
+    return attention_sdpa(q, k, v, causal=causal)

@@ -1,4 +1,8 @@
-"""From logits to the distribution that is sampled from, and to one id drawn from it. B rows, V vocabulary rows."""
+"""From logits to the distribution that is sampled from, and from it to one id.
+
+B rows, V vocabulary rows.
+"""
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -8,14 +12,24 @@ BLOCK = 256  # ids
 
 
 def is_greedy(temperature: float) -> bool:
+    """Returns whether the temperature asks for the likeliest id instead of a random one."""
     return temperature <= GREEDY_BELOW
 
 
-def sampling_log_probs(logits: Tensor, *, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0,
-                       masked_ids: Tensor) -> Tensor:
-    """Log-probs [B, V], float32, of the distribution that is sampled from. `masked_ids` have probability 0, as in
-    `token_log_probs`; of what is left top_k keeps the k likeliest ids (0: all) and top_p the fewest that hold so much of
-    the probability. Greedy decoding reports the untempered distribution."""
+def sampling_log_probs(
+    logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    masked_ids: Tensor,
+) -> Tensor:
+    """Returns the log-probs [B, V], float32, of the distribution that is sampled from.
+
+    `masked_ids` have probability 0, as in `token_log_probs`. Of what is left, top_k keeps the k
+    likeliest ids (0: all of them), and top_p the fewest that together hold so much of the
+    probability. Greedy decoding reports the untempered distribution.
+    """
     logits = logits.float().index_fill(-1, masked_ids, float("-inf"))
     if not is_greedy(temperature):
         if temperature != 1.0:
@@ -25,25 +39,32 @@ def sampling_log_probs(logits: Tensor, *, temperature: float = 1.0, top_p: float
             logits = logits.masked_fill(logits < kth, float("-inf"))
         if top_p < 1.0:
             probs, order = logits.softmax(-1).sort(-1, descending=True)
-            outside = probs.cumsum(-1) - probs >= top_p  # the token that crosses top_p is still inside
-            outside[:, 0] = False  # also at top_p 0
+            # The id that crosses top_p is still inside: what counts is the sum before it.
+            outside = probs.cumsum(-1) - probs >= top_p
+            outside[:, 0] = False  # the likeliest id is always inside, also at top_p = 0
             logits = logits.masked_fill(outside.scatter(-1, order, outside), float("-inf"))
     return logits.log_softmax(-1)
 
 
 def draw(log_probs: Tensor, uniforms: Tensor) -> Tensor:
-    """Inverse-transform sampling: log_probs [B, V] and one uniform number per row -> ids [B]. Ids of probability 0 never
-    come.
+    """Returns one id per row [B], by inverse-transform sampling: the id at which the cumulative
+    sum of the probabilities exceeds the row's number.
 
-    Sums are in float64, and in two levels: first the block of BLOCK ids is found, then the id in it. So the long sum
-    over a real vocabulary has 600 terms, not 152,000.
+    log_probs [B, V], and uniforms [B] from 0 to 1. Ids of probability 0 never come. Sums are in
+    float64, and in two levels: first the block of BLOCK ids is found, then the id in it. So the
+    long sum over a real vocabulary has 600 terms, not 152,000.
     """
     probs = log_probs.exp()
-    blocks = F.pad(probs, (0, -probs.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))                # [B, V/BLOCK, BLOCK]
-    mass = blocks.sum(-1, dtype=torch.float64).cumsum(-1)                                                # [B, V/BLOCK]
+    # 1. The block: the first one at whose end the cumulative sum exceeds the target.
+    blocks = F.pad(probs, (0, -probs.shape[-1] % BLOCK))
+    blocks = blocks.unflatten(-1, (-1, BLOCK))  # [B, V/BLOCK, BLOCK]
+    mass = blocks.sum(-1, dtype=torch.float64).cumsum(-1)  # [B, V/BLOCK]
     target = uniforms.double()[:, None] * mass[:, -1:]
-    block = torch.searchsorted(mass, target, right=True)                                                       # [B, 1]
+    block = torch.searchsorted(mass, target, right=True)  # [B, 1]
+    # 2. The id in the block, in the same way, by what is left of the target.
     before = F.pad(mass, (1, 0)).gather(-1, block)
-    inside = blocks.gather(1, block[..., None].expand(-1, -1, BLOCK))[:, 0].double().cumsum(-1)            # [B, BLOCK]
-    target = torch.minimum(target - before, inside[:, -1:] * (1 - 1e-15))  # rounding must not lead past the block
+    inside = blocks.gather(1, block[..., None].expand(-1, -1, BLOCK))[:, 0]
+    inside = inside.double().cumsum(-1)  # [B, BLOCK]
+    # Rounding must not lead past the block's end: stay just below its sum.
+    target = torch.minimum(target - before, inside[:, -1:] * (1 - 1e-15))
     return (block * BLOCK + torch.searchsorted(inside, target, right=True))[:, 0]

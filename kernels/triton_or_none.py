@@ -1,5 +1,9 @@
-"""triton and triton.language where they are installed (there is no Triton for macOS), else stand-ins under which the kernel
-files still import. TRITON_INTERPRET=1, set before the first import, runs kernels on CPU tensors, in numpy."""
+"""Triton where it is installed, and who computes: our Triton kernels, torch, or the definitions.
+
+There is no Triton for macOS. There stand-ins take its place, under which the kernel files still
+import. TRITON_INTERPRET=1, set before the first import, runs kernels on CPU tensors, in numpy.
+"""
+
 import os
 from functools import lru_cache
 from types import SimpleNamespace
@@ -11,31 +15,57 @@ try:
     import triton
     import triton.language as tl
 except ImportError:
+
     def unchanged(function=None, **options):
         return function or unchanged
 
-    triton, tl = SimpleNamespace(jit=unchanged), SimpleNamespace(constexpr=None)
+    triton = SimpleNamespace(jit=unchanged)
+    tl = SimpleNamespace(constexpr=None)
     AVAILABLE = False
 else:
     AVAILABLE = True
 INTERPRETED = AVAILABLE and os.environ.get("TRITON_INTERPRET") == "1"
 
 
+class WrongKernels(OSError, ValueError):
+    """A bad value of the environment variable KERNELS.
+
+    It is an OSError, as what else is wrong with a user's environment: commands print one line.
+    """
+
+
 def wanted_kernels() -> str:
-    """The environment's KERNELS: auto (a GPU runs ours where they are the faster ones), or one of triton, sdpa (torch's
-    own) and reference for everything that it can compute."""
+    """Returns the environment variable KERNELS, which says who computes.
+
+    auto (the default): on a GPU our Triton kernels where torch has nothing as fast, else torch.
+    triton, sdpa (torch's own), reference (the definitions): that one, for all that it can compute.
+    Raises WrongKernels for any other word.
+    """
     wanted = os.environ.get("KERNELS", "auto")
     if wanted not in ("auto", "triton", "sdpa", "reference"):
-        raise ValueError(f"KERNELS must be auto, triton, sdpa or reference, not {wanted}")
+        raise WrongKernels(f"KERNELS must be auto, triton, sdpa or reference, not {wanted}")
     return wanted
 
 
 @lru_cache
-def is_known(device: torch.device) -> bool:
-    """NVIDIA's GPUs from Ampere on: those that the tile sizes fit (`benchmarks/kernel_resources.py --fits`)."""
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+def is_supported(gpu: torch.device) -> bool:
+    """Returns whether the tiles fit this GPU: NVIDIA's from Ampere (compute capability 8.0) on."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(gpu) >= (8, 0)
 
 
 def triton_runs_on(x: Tensor) -> bool:
-    """Whether our kernels run on this tensor: on a GPU's unless it is float64, in the interpreter on any."""
-    return AVAILABLE and (INTERPRETED or x.is_cuda and x.dtype != torch.float64 and is_known(x.device))
+    """Returns whether our kernels can compute with this tensor. They keep their sums in float32."""
+    if not AVAILABLE or x.dtype == torch.float64:
+        return False
+    return INTERPRETED or (x.is_cuda and is_supported(x.device))
+
+
+def use_triton(x: Tensor, *, instead_of_torch: bool) -> bool:
+    """Returns whether our kernels shall compute with this tensor.
+
+    `instead_of_torch`: whether "auto" prefers them to torch's own for what is to be computed.
+    """
+    if not triton_runs_on(x):
+        return False
+    wanted = wanted_kernels()
+    return wanted == "triton" or (wanted == "auto" and x.is_cuda and instead_of_torch)

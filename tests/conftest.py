@@ -1,4 +1,6 @@
-"""Before anything imports Triton: without a GPU its kernels run in its interpreter, on CPU tensors."""
+"""Before anything imports Triton: without a GPU its kernels run in its interpreter, on CPU
+tensors."""
+
 import os
 
 import torch
@@ -8,8 +10,9 @@ if not torch.cuda.is_available():
 
 
 def teach_the_interpreter_bfloat16() -> None:
-    """Triton's interpreter holds bfloat16 as 16-bit integers. Its dot multiplies those, and its conversion from float32
-    cuts off what does not fit. Here the first gets float32, and the second rounds to the nearest, as a GPU does."""
+    """Corrects two things that Triton's interpreter does with bfloat16, which it holds as 16-bit
+    integers: its dot multiplies those, and its conversion from float32 cuts off what does not fit.
+    Here the first gets float32, and the second rounds to the nearest, as a GPU does."""
     import numpy as np
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -28,7 +31,9 @@ def teach_the_interpreter_bfloat16() -> None:
         bits = np.where(np.isnan(x.data), 0x7FC00000, bits + 0x7FFF + (bits >> 16 & 1))
         return TensorHandle((bits >> 16).astype(np.uint16), tl.bfloat16)
 
-    InterpreterBuilder.create_dot = lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest)
+    InterpreterBuilder.create_dot = lambda self, a, b, *rest: dot(
+        self, widened(a), widened(b), *rest
+    )
     InterpreterBuilder.create_fp_trunc = rounded
 
 
