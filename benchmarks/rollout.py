@@ -165,9 +165,8 @@ def figures(seconds: list[float], lengths: list[list[int]]) -> dict:
 
 def print_line(mode: str, name: str, measured: dict) -> None:
     repeats = " ".join(f"{speed:,.0f}" for speed in measured["all"])
-    others = "  ".join(
-        f"{key}: {speed:,.0f}" for key, speed in measured.get("by_batch", {}).items()
-    )
+    by_batch = measured.get("by_batch", {})
+    others = "  ".join(f"{key}: {speed:,.0f}" for key, speed in by_batch.items())
     print(f"{mode:<10}{name:<14}{measured['tokens_per_second']:>12,.1f} tokens/s", end="   ")
     print(f"mean length {measured['mean_length']:.1f}   ({repeats})  {others}", flush=True)
 

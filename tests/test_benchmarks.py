@@ -29,10 +29,8 @@ def test_rollout_without_a_peer():
     done = bench("rollout", *SMALL, "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
-    assert (
-        result["full"]["ours"]["mean_length"] == 6
-        and result["full"]["ours"]["tokens_per_second"] > 0
-    )
+    ours = result["full"]["ours"]
+    assert ours["mean_length"] == 6 and ours["tokens_per_second"] > 0
     assert 1 <= result["natural"]["ours"]["mean_length"] <= 6 and "ratio" not in result["full"]
 
 
@@ -50,6 +48,5 @@ def test_rollout_without_a_peer():
 )
 def test_what_is_wrong_is_said_in_one_line(arguments, message):
     done = bench(*arguments)
-    assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1, (
-        done.stderr
-    )
+    assert done.returncode == 2 and message in done.stderr, done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr

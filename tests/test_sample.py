@@ -83,9 +83,11 @@ class Biased(nn.Module):
 
 
 class Scripted(nn.Module):
-    """A model that says script[p] behind position p, with probability 1 / (1 + (rows - 1) / e^5); elsewhere `filler`.
+    """A model that says script[p] behind position p, with probability 1 / (1 + (rows - 1) / e^5);
+    elsewhere `filler`.
 
-    Prompts of different lengths use different stretches of positions, so every row of a batch can have its own lines.
+    Prompts of different lengths use different stretches of positions, so every row of a batch can
+    have its own lines.
     """
 
     def __init__(self, script: dict[int, int], filler: int):
@@ -136,7 +138,7 @@ def prompts() -> list[Prompt]:
 
 
 def full_log_probs(model, prompt: Prompt, ids: list[int], params: SamplingParams) -> Tensor:
-    """The log-probs of ids behind the prompt [len(ids)] from one forward over everything, without a cache."""
+    """The log-probs [len(ids)] of ids behind the prompt from one forward without a cache."""
     with torch.no_grad():
         hidden = model(
             torch.tensor([prompt.ids + ids]),
@@ -169,10 +171,10 @@ def generate_plainly(
 ) -> list[list[Completion]]:
     """What `Sampler.generate` must give: one sequence after the other, by definition."""
     groups = []
-    for prompt, stream in zip(prompts, random_streams(prompts)):
+    for prompt, number in zip(prompts, random_streams(prompts)):
         groups.append([])
         for i in range(params.n):
-            rng = random_numbers(params.seed, stream, i)
+            rng = random_numbers(params.seed, number, i)
             groups[-1].append(sample_plainly(model, tokenizer, prompt, params, rng))
     return groups
 
@@ -180,7 +182,7 @@ def generate_plainly(
 def scripted(
     tokenizer: Tokenizer, *lines: str | list[int], start: int = 10
 ) -> tuple[Sampler, list[Prompt]]:
-    """A sampler that says the lines, and the prompt for each; behind its line it says "." for ever."""
+    """A sampler that says the lines, and behind them "." for ever; and the prompt for each."""
     script, texts = {}, []
     for i, line in enumerate(lines):
         length = start + 100 * i
@@ -277,7 +279,7 @@ def test_any_schedule_gives_what_the_plain_loop_gives(sampler, seed, monkeypatch
 
 
 def test_a_slot_is_refilled_as_soon_as_it_is_free(tokenizer, monkeypatch):
-    """Two slots, one long response and many short ones: the short ones follow one another beside the long one."""
+    """In two slots, short responses follow one another beside a long one."""
     engine, batch = scripted(
         tokenizer, "x" * 30, *([*tokenizer.encode("ab"), IDS["im_end"]] for _ in range(3))
     )
@@ -485,7 +487,7 @@ def pretended_gpu(monkeypatch) -> list:
 
 @pytest.mark.parametrize("max_batch", [1, 3, 6, 64])
 def test_rounded_sizes_give_what_the_plain_loop_gives(sampler, max_batch, pretended_gpu):
-    """What runs on a GPU, without the GPU: more slots than are in use, and more keys than any has."""
+    """As on a GPU: more slots are run than are in use, on more keys than any has."""
     engine = Sampler(
         Biased(sampler.model, {IDS["im_end"]: 2.5}), sampler.tokenizer, max_batch=max_batch
     )
@@ -577,8 +579,8 @@ NONE = torch.tensor([], dtype=torch.long)
 def oracle(
     logits: list[float], temperature: float, top_k: int, top_p: float, masked: list[int]
 ) -> list[float]:
-    """Probabilities by the definitions, in plain Python: the k largest; of these the fewest, from the largest on, that
-    hold at least top_p together; renormalised."""
+    """Probabilities by the definitions, in plain Python: the k largest; of these the fewest, from
+    the largest on, that hold at least top_p together; renormalised."""
     weight = {i: math.exp(x / temperature) for i, x in enumerate(logits) if i not in masked}
     kept = sorted(weight, key=weight.get, reverse=True)[: top_k or None]
     total, held, nucleus = sum(weight[i] for i in kept), 0.0, []
