@@ -6,17 +6,15 @@ the function that chooses; linear.py's definition is torch's own F.linear.
 """
 
 from kernels.attention import attention
-from kernels.linear import PackedLinear, can_pack, packed_twin
+from kernels.linear import fast_linears
 from kernels.logprob import token_log_probs
 from kernels.sampling import draw, is_greedy, sampling_log_probs
 
 __all__ = [
-    "PackedLinear",
     "attention",
-    "can_pack",
     "draw",
+    "fast_linears",
     "is_greedy",
-    "packed_twin",
     "sampling_log_probs",
     "token_log_probs",
 ]

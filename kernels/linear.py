@@ -1,55 +1,63 @@
-"""Linear maps on a CPU with the weight kept in oneDNN's own blocked layout.
+"""Linear maps for sampling on a CPU: F.linear is the definition; here is the same, faster.
 
-Decoding is many thin products: as many rows as there are sequences. torch sends float32 ones to MKL and hands bfloat16
-ones to oneDNN with the weight as it lies; a weight that was blocked once is read as fast as memory allows. Measured on
-2 cores of an AMD EPYC (Zen 4), [B, 896] x [896, 4864], GB/s of weights at B = 1 / 16 / 128: float32 18 / 12 / 3.0 before
-and 47 / 35 / 7.4 blocked; bfloat16 27 / 20 / 6.0 before and 48 / 33 / 7.2 blocked (a copy moves 46).
+To decode is to multiply a few rows, one per sequence, by every weight. oneDNN reads a weight faster
+that was rearranged into blocks once: twice the tokens per second at 0.5B (docs/log.md).
 """
+
 import copy
 
 import torch
 from torch import Tensor, nn
 
-ROWS = 16  # that the layout is chosen for; it serves any number
-SMALLEST = 2**17  # elements; a call takes 12 us where F.linear takes 3, which small weights do not earn back
+ROWS = 16  # for which the blocks are chosen; they serve any number
+SMALLEST = 2**17  # elements: a call takes 12 us instead of 3, which small weights do not earn back
 
 
-def can_pack(weight: Tensor) -> bool:
-    """Whether it is worth while, and this torch and this processor have the blocked product."""
-    return (weight.numel() >= SMALLEST and weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
-            and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-            and (weight.dtype == torch.float32
-                 or weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+def gains_by_blocks(weight: Tensor) -> bool:
+    """Returns whether a weight is large enough, and whether torch and the processor can do it."""
+    if weight.numel() < SMALLEST or weight.device.type != "cpu":
+        return False
+    if weight.dtype == torch.bfloat16:  # it takes more than AVX2
+        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.backends.mkldnn.is_available() and weight.dtype == torch.float32
 
 
-class PackedLinear(nn.Module):
-    """x -> x weight^T + bias with the weight and bias of `owner`, without gradients.
+class BlockedLinear(nn.Module):
+    """x -> x weight^T + bias, without gradients, for the weight and the bias of `owner`."""
 
-    Follows a weight that is being trained: it is packed again once it has changed. `release` gives up the owner's
-    weight, for models that are only sampled from.
-    """
-
-    def __init__(self, owner: nn.Module, *, release: bool):
+    def __init__(self, owner: nn.Module):
         super().__init__()
         self.owner, self.stamp = owner, None
-        self.pack()
-        if release and isinstance(owner, nn.Linear):  # an embedding is still needed
-            owner.weight = None
+        self.rearrange()
 
-    def pack(self) -> None:
+    def rearrange(self) -> None:
+        """Follows the weight: an optimiser writes in place, which raises its _version, and
+        load_state_dict may put another tensor there, at another address."""
         weight = self.owner.weight
-        if weight is not None and self.stamp != (stamp := (weight.data_ptr(), weight._version)):
-            self.stamp, self.packed = stamp, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
+        if weight is not None and self.stamp != (weight.data_ptr(), weight._version):
+            self.stamp = (weight.data_ptr(), weight._version)
+            self.blocks = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
 
     def forward(self, x: Tensor) -> Tensor:
-        self.pack()
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, getattr(self.owner, "bias", None), "none", [], "")
+        self.rearrange()
+        bias = getattr(self.owner, "bias", None)  # an embedding has none
+        return torch.ops.mkldnn._linear_pointwise(x, self.blocks, bias, "none", [], "")
 
 
-def packed_twin(module: nn.Module, *, release: bool) -> nn.Module:
-    """The module with its linear maps packed where that helps; everything else is shared with it."""
+def fast_linears(module: nn.Module, *, release: bool = False) -> nn.Module:
+    """Returns a twin that shares all with the module, but whose large linear maps are blocked.
+    `release` takes their weights away from the module, so that memory holds them once."""
     twin = copy.copy(module)
-    twin._modules = {name: packed_twin(child, release=release) if not isinstance(child, nn.Linear) else
-                     PackedLinear(child, release=release) if can_pack(child.weight) else child
-                     for name, child in module._modules.items() if child is not None}
+    twin._modules = dict(module._modules)
+    for name, child in module.named_children():
+        if not isinstance(child, nn.Linear):
+            twin._modules[name] = fast_linears(child, release=release)
+        elif gains_by_blocks(child.weight):
+            twin._modules[name] = BlockedLinear(child)
+            if release:
+                child.weight = None
+    # A tied head is no linear map in the tree, but the embedding, which stays.
+    tied = hasattr(module, "head_weight") and not hasattr(module, "lm_head")
+    if tied and gains_by_blocks(module.head_weight):
+        twin.lm_head = BlockedLinear(module.model.embed_tokens)
     return twin

@@ -1,4 +1,5 @@
 """The benches run, and say what is wrong; what they measure is for its own output."""
+
 import json
 import subprocess
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = ["--prompts", "2", "--samples", "2", "--new-tokens", "6", "--natural-tokens", "6", "--repeats", "1", "--threads", "1"]
+SMALL = "--prompts 2 --samples 2 --new-tokens 6 --natural-tokens 6 --repeats 1 --threads 1".split()
 
 
 def bench(name: str, *arguments: str) -> subprocess.CompletedProcess:
@@ -28,17 +29,24 @@ def test_rollout_without_a_peer():
     done = bench("rollout", *SMALL, "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
-    assert result["full"]["ours"]["mean_length"] == 6 and result["full"]["ours"]["tokens_per_second"] > 0
+    ours = result["full"]["ours"]
+    assert ours["mean_length"] == 6 and ours["tokens_per_second"] > 0
     assert 1 <= result["natural"]["ours"]["mean_length"] <= 6 and "ratio" not in result["full"]
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["rollout", "--wrong"], "--wrong"),
-    (["rollout", "--shape", "9b"], "0.5b"), (["rollout", "--prompts", "100000"], "questions only"),
-    (["rollout", *SMALL, "--peer", "/no/such/python"], "--peer /no/such/python"),
-    (["logprob", "--device", "cpu", "--tokens", "9", "--peer", "false"], "--peer false"),
-    (["rollout", *SMALL, "--peer", "false"], "--peer false"),
-    (["rollout", *SMALL, "--peer-batches", "many"], "--peer-batches")])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["rollout", "--wrong"], "--wrong"),
+        (["rollout", "--shape", "9b"], "0.5b"),
+        (["rollout", "--prompts", "100000"], "questions only"),
+        (["rollout", *SMALL, "--peer", "/no/such/python"], "--peer /no/such/python"),
+        (["logprob", "--device", "cpu", "--tokens", "9", "--peer", "false"], "--peer false"),
+        (["rollout", *SMALL, "--peer", "false"], "--peer false"),
+        (["rollout", *SMALL, "--peer-batches", "many"], "--peer-batches"),
+    ],
+)
 def test_what_is_wrong_is_said_in_one_line(arguments, message):
     done = bench(*arguments)
-    assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.returncode == 2 and message in done.stderr, done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
