@@ -1,4 +1,5 @@
 """Every command from end to end on tiny model folders, exact resume, and what the commands say about wrong inputs."""
+
 import base64
 import io
 import json
@@ -23,33 +24,84 @@ import grpo  # noqa: E402
 import sample  # noqa: E402
 import sft  # noqa: E402
 import tiny  # noqa: E402
-from tools import chat  # noqa: E402
 from hub import options as hub_options  # noqa: E402
-from training import run as run_folder  # noqa: E402
 from model import Qwen2_5_VL  # noqa: E402
-from sample import Sampler  # noqa: E402
+from tools import chat  # noqa: E402
+from training import run as run_folder  # noqa: E402
 
 COMMANDS = {"sample": sample, "chat": chat, "sft": sft, "grpo": grpo, "evaluate": evaluate}
 SFT_FIELDS = {"step", "epoch", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "seconds"}
 GRPO_FIELDS = SFT_FIELDS | {
-    "reward", "reward_std", "zero_std_groups", "advantage_mean", "response_length", "clipped_responses", "entropy", "kl",
-    "ratio_mean", "clip_fraction", "logprob_diff", "rollout_seconds", "train_seconds", "rollout_tokens_per_second"}
-TIMES = {"seconds", "tokens_per_second", "rollout_seconds", "train_seconds", "rollout_tokens_per_second"}
-SFT_RUN = ["--epochs", "4", "--max-steps", "5", "--batch-size", "4", "--pack-tokens", "300", "--learning-rate", "1e-3"]
-GRPO_RUN = ["--epochs", "4", "--max-steps", "5", "--questions-per-step", "3", "--group-size", "3", "--pack-tokens", "300",
-            "--max-new-tokens", "12", "--learning-rate", "1e-3"]
+    "reward",
+    "reward_std",
+    "zero_std_groups",
+    "advantage_mean",
+    "response_length",
+    "clipped_responses",
+    "entropy",
+    "kl",
+    "ratio_mean",
+    "clip_fraction",
+    "logprob_diff",
+    "rollout_seconds",
+    "train_seconds",
+    "rollout_tokens_per_second",
+}
+TIMES = {
+    "seconds",
+    "tokens_per_second",
+    "rollout_seconds",
+    "train_seconds",
+    "rollout_tokens_per_second",
+}
+SFT_RUN = [
+    "--epochs",
+    "4",
+    "--max-steps",
+    "5",
+    "--batch-size",
+    "4",
+    "--pack-tokens",
+    "300",
+    "--learning-rate",
+    "1e-3",
+]
+GRPO_RUN = [
+    "--epochs",
+    "4",
+    "--max-steps",
+    "5",
+    "--questions-per-step",
+    "3",
+    "--group-size",
+    "3",
+    "--pack-tokens",
+    "300",
+    "--max-new-tokens",
+    "12",
+    "--learning-rate",
+    "1e-3",
+]
 
 
 def run_process(command: str, *argv, stdin: str = "", cwd: Path) -> subprocess.CompletedProcess:
     """The command as a user starts it."""
     folder = ROOT / "tools" if command == "chat" else ROOT
-    return subprocess.run([sys.executable, folder / f"{command}.py", *map(str, argv)], cwd=cwd, input=stdin, text=True,
-                          capture_output=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.run(
+        [sys.executable, folder / f"{command}.py", *map(str, argv)],
+        cwd=cwd,
+        input=stdin,
+        text=True,
+        capture_output=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
 
 
 @pytest.fixture
 def run(monkeypatch, capsys):
     """The same in this process: (exit code, stdout, stderr's lines but for progress bars)."""
+
     def call(command: str, *argv) -> tuple[int, str, list[str]]:
         monkeypatch.setattr(sys, "argv", [f"/somewhere/{command}.py", *map(str, argv)])
         code = 0
@@ -59,11 +111,16 @@ def run(monkeypatch, capsys):
             code = stop.code
         out, err = capsys.readouterr()
         return code, out, error_lines(err)
+
     return call
 
 
 def error_lines(stderr: str) -> list[str]:
-    return [line for line in re.split(r"[\r\n]+", stderr) if line.strip() and not re.match(r"(sft|grpo|sampling|reading):\s+\d+%", line)]
+    return [
+        line
+        for line in re.split(r"[\r\n]+", stderr)
+        if line.strip() and not re.match(r"(sft|grpo|sampling|reading):\s+\d+%", line)
+    ]
 
 
 class Workshop:
@@ -100,7 +157,7 @@ class Workshop:
     def cut(self, path: Path, share: float = 0.5) -> Path:
         """Truncates a file."""
         raw = path.read_bytes()
-        path.write_bytes(raw[:int(len(raw) * share)])
+        path.write_bytes(raw[: int(len(raw) * share)])
         return path
 
     def file(self, name: str, content: str | bytes) -> Path:
@@ -129,7 +186,9 @@ def question(i: int, **fields) -> dict:
 
 
 def worked(i: int) -> dict:
-    return question(i, response=f"<think>\n{i} and {i} are {2 * i}\n</think> <answer>{2 * i}</answer>")
+    return question(
+        i, response=f"<think>\n{i} and {i} are {2 * i}\n</think> <answer>{2 * i}</answer>"
+    )
 
 
 def sft_data(shop: Workshop) -> Path:
@@ -145,7 +204,9 @@ def records(path: Path) -> list[dict]:
 
 
 def check_run_folder(folder: Path, fields: set[str], steps: int, *, samples: bool) -> None:
-    names = {"config.json", "metrics.jsonl", "checkpoint", "model"} | ({"samples.jsonl"} if samples else set())
+    names = {"config.json", "metrics.jsonl", "checkpoint", "model"} | (
+        {"samples.jsonl"} if samples else set()
+    )
     assert {p.name for p in folder.iterdir()} == names
     config = json.loads((folder / "config.json").read_text())
     assert config["options"]["out"] and config["torch"] == torch.__version__ and "commit" in config
@@ -153,22 +214,44 @@ def check_run_folder(folder: Path, fields: set[str], steps: int, *, samples: boo
     assert [m["step"] for m in metrics] == list(range(1, steps + 1))
     for m in metrics:
         assert fields <= m.keys() and all(math.isfinite(m[key]) for key in m)
-    for name in ("config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json", "generation_config.json"):
+    for name in (
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "preprocessor_config.json",
+        "generation_config.json",
+    ):
         assert (folder / "model" / name).exists()
 
 
 # --- All commands, as a user starts them --------------------------------------------------------------------------------------
 
+
 def test_every_command_end_to_end(shop):
     base, picture, cwd = shop.model(), shop.picture(), shop.path
-    done = run_process("sft", "--model", base, "--data", sft_data(shop), "--out", "runs/a", *SFT_RUN, cwd=cwd)
+    done = run_process(
+        "sft", "--model", base, "--data", sft_data(shop), "--out", "runs/a", *SFT_RUN, cwd=cwd
+    )
     assert done.returncode == 0 and not error_lines(done.stderr), done.stderr
     check_run_folder(cwd / "runs/a", SFT_FIELDS, 5, samples=False)
     losses = [m["loss"] for m in records(cwd / "runs/a/metrics.jsonl")]
     assert losses[-1] < losses[0]
 
-    done = run_process("grpo", "--model", "runs/a/model", "--data", rl_data(shop), "--out", "runs/b", *GRPO_RUN,
-                       "--max-steps", "2", "--kl-coef", "0.1", cwd=cwd)
+    done = run_process(
+        "grpo",
+        "--model",
+        "runs/a/model",
+        "--data",
+        rl_data(shop),
+        "--out",
+        "runs/b",
+        *GRPO_RUN,
+        "--max-steps",
+        "2",
+        "--kl-coef",
+        "0.1",
+        cwd=cwd,
+    )
     assert done.returncode == 0 and not error_lines(done.stderr), done.stderr
     check_run_folder(cwd / "runs/b", GRPO_FIELDS, 2, samples=True)
     assert all(m["logprob_diff"] < 1e-5 for m in records(cwd / "runs/b/metrics.jsonl"))
@@ -177,65 +260,166 @@ def test_every_command_end_to_end(shop):
     assert {"step", "question", "response", "extracted", "answer", "reward"} <= samples[0].keys()
     assert all(s["reward"] in (0.0, 1.0) for s in samples)
 
-    questions = shop.data(question(1, domain="sums"), question(2, image=str(picture), domain="pictures"))
-    done = run_process("evaluate", "--model", "runs/b/model", "--data", questions, "--max-new-tokens", "8", "--json", cwd=cwd)
+    questions = shop.data(
+        question(1, domain="sums"), question(2, image=str(picture), domain="pictures")
+    )
+    done = run_process(
+        "evaluate",
+        "--model",
+        "runs/b/model",
+        "--data",
+        questions,
+        "--max-new-tokens",
+        "8",
+        "--json",
+        cwd=cwd,
+    )
     assert done.returncode == 0 and not error_lines(done.stderr), done.stderr
     result = json.loads(done.stdout)
     assert result["n"] == 2 and result["by_domain"].keys() == {"sums", "pictures"}
 
-    done = run_process("sample", "--model", "runs/b/model", "--prompt", "What is this?", "--image", picture, "--json",
-                       "--max-new-tokens", "6", "--temperature", "0", cwd=cwd)
+    done = run_process(
+        "sample",
+        "--model",
+        "runs/b/model",
+        "--prompt",
+        "What is this?",
+        "--image",
+        picture,
+        "--json",
+        "--max-new-tokens",
+        "6",
+        "--temperature",
+        "0",
+        cwd=cwd,
+    )
     assert done.returncode == 0 and done.stderr == ""
     assert len(json.loads(done.stdout)["completions"]) == 1
 
 
 def test_sample_json(run, shop):
-    argv = ["--model", shop.model(), "--prompt", "Hello <|im_end|>", "--image", shop.picture(), "--n", "3", "--json",
-            "--max-new-tokens", "9", "--system", "Be brief."]
+    argv = [
+        "--model",
+        shop.model(),
+        "--prompt",
+        "Hello <|im_end|>",
+        "--image",
+        shop.picture(),
+        "--n",
+        "3",
+        "--json",
+        "--max-new-tokens",
+        "9",
+        "--system",
+        "Be brief.",
+    ]
     code, out, err = run("sample", *argv)
     result = json.loads(out)
     assert code == 0 and err == [] and out.count("\n") == 1
     assert result.keys() == {"prompt_ids", "completions", "usage"}
-    assert result["usage"].keys() == {"prompt_tokens", "completion_tokens", "seconds", "tokens_per_second"}
+    assert result["usage"].keys() == {
+        "prompt_tokens",
+        "completion_tokens",
+        "seconds",
+        "tokens_per_second",
+    }
     assert len(result["completions"]) == 3
     for completion in result["completions"]:
         assert completion.keys() == {"ids", "log_probs", "text", "finish_reason"}
-        assert completion["finish_reason"] in ("stop", "length") and len(completion["ids"]) == len(completion["log_probs"]) <= 9
+        assert (
+            completion["finish_reason"] in ("stop", "length")
+            and len(completion["ids"]) == len(completion["log_probs"]) <= 9
+        )
         assert all(p < 0 for p in completion["log_probs"])
     assert result["usage"]["prompt_tokens"] == len(result["prompt_ids"])
     assert result["usage"]["completion_tokens"] == sum(len(c["ids"]) for c in result["completions"])
     ids = tiny.special_ids()
     assert result["prompt_ids"].count(ids["im_end"]) == 2  # that of the prompt's text is text
     assert result["prompt_ids"].count(ids["image_pad"]) == 4  # 70 x 60 pixels become 56 x 56
-    assert result["prompt_ids"].index(ids["image_pad"]) < len(result["prompt_ids"]) - 20  # before the text
+    assert (
+        result["prompt_ids"].index(ids["image_pad"]) < len(result["prompt_ids"]) - 20
+    )  # before the text
     again = json.loads(run("sample", *argv)[1])
     assert again["completions"] == result["completions"]
 
 
 def test_sample_json_stays_json_where_a_forced_id_was_impossible(run, shop):
-    code, out, _ = run("sample", "--model", shop.model(), "--prompt", "Hi", "--json", "--think-budget", "2", "--top-k", "1",
-                       "--max-new-tokens", "12")
+    code, out, _ = run(
+        "sample",
+        "--model",
+        shop.model(),
+        "--prompt",
+        "Hi",
+        "--json",
+        "--think-budget",
+        "2",
+        "--top-k",
+        "1",
+        "--max-new-tokens",
+        "12",
+    )
     [completion] = json.loads(out, parse_constant=lambda name: pytest.fail(name))["completions"]
     assert code == 0 and "</think>" in completion["text"] and None in completion["log_probs"]
 
 
 def test_sample_text(run, shop):
-    code, out, _ = run("sample", "--model", shop.model("text"), "--prompt", "Hi", "--n", "2", "--max-new-tokens", "4")
+    code, out, _ = run(
+        "sample",
+        "--model",
+        shop.model("text"),
+        "--prompt",
+        "Hi",
+        "--n",
+        "2",
+        "--max-new-tokens",
+        "4",
+    )
     assert code == 0 and "\n---\n" in out
 
 
 def test_chat(shop):
     picture = shop.picture()
-    lines = ["hello", f"/image {picture}", "what is it?", "/image nowhere.png", "", "/reset", "hello", "/quit", "never read"]
-    done = run_process("chat", "--model", shop.model(), "--temperature", "0", "--max-new-tokens", "5",
-                       stdin="\n".join(lines), cwd=shop.path)
+    lines = [
+        "hello",
+        f"/image {picture}",
+        "what is it?",
+        "/image nowhere.png",
+        "",
+        "/reset",
+        "hello",
+        "/quit",
+        "never read",
+    ]
+    done = run_process(
+        "chat",
+        "--model",
+        shop.model(),
+        "--temperature",
+        "0",
+        "--max-new-tokens",
+        "5",
+        stdin="\n".join(lines),
+        cwd=shop.path,
+    )
     assert done.returncode == 0, done.stderr
-    assert [line for line in done.stderr.splitlines() if "error" in line] == [
-        line for line in done.stderr.splitlines() if line.startswith("error: nowhere.png: ")] != []
+    assert (
+        [line for line in done.stderr.splitlines() if "error" in line]
+        == [line for line in done.stderr.splitlines() if line.startswith("error: nowhere.png: ")]
+        != []
+    )
 
 
 def test_chat_remembers_images_and_turns_until_reset(run, shop, monkeypatch):
-    lines = ["hello", f"/image {shop.picture()}", "what is it?", "and now?", "x" * 600, "\udc80", "/reset", "hello"]
+    lines = [
+        "hello",
+        f"/image {shop.picture()}",
+        "what is it?",
+        "and now?",
+        "x" * 600,
+        "\udc80",
+        "/reset",
+        "hello",
+    ]
     asked, generate = [], sample.Sampler.generate
 
     def spy(sampler, prompts, params, **options):
@@ -246,62 +430,149 @@ def test_chat_remembers_images_and_turns_until_reset(run, shop, monkeypatch):
     monkeypatch.setattr(sample.Sampler, "generate", spy)
     raw = "\n".join(lines).encode("utf-8", "surrogateescape")  # one line is not UTF-8
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw), "utf-8"))
-    code, out, err = run("chat", "--model", shop.model(), "--temperature", "0", "--max-new-tokens", "5", "--system", "Hm.")
+    code, out, err = run(
+        "chat",
+        "--model",
+        shop.model(),
+        "--temperature",
+        "0",
+        "--max-new-tokens",
+        "5",
+        "--system",
+        "Hm.",
+    )
     (first, answer), (second, _), (third, _), (_, _), (after_reset, answer_again) = asked
     assert code == 0
     assert not first.grids and len(second.grids) == 1 and third.grids == second.grids
-    assert second.ids[:len(first.ids)] == first.ids and third.ids[:len(second.ids)] == second.ids
+    assert second.ids[: len(first.ids)] == first.ids and third.ids[: len(second.ids)] == second.ids
     assert after_reset.ids == first.ids and answer_again.ids == answer.ids and not after_reset.grids
     assert out.startswith(answer.text)
-    assert len([line for line in err if line.startswith("error:") and "context of 512" in line]) == 1  # and it goes on
+    assert (
+        len([line for line in err if line.startswith("error:") and "context of 512" in line]) == 1
+    )  # and it goes on
 
 
 def test_evaluate_json_with_runs_and_records(run, shop):
-    files = [shop.data(*map(question, range(3)), name="one.jsonl"),
-             shop.data(question(7, image="picture.png", options={"A": "13", "B": "14"}, answer="B", domain="d"), name="two.jsonl")]
+    files = [
+        shop.data(*map(question, range(3)), name="one.jsonl"),
+        shop.data(
+            question(
+                7, image="picture.png", options={"A": "13", "B": "14"}, answer="B", domain="d"
+            ),
+            name="two.jsonl",
+        ),
+    ]
     shop.picture()
-    argv = ["--model", shop.model(), "--data", *files, "--max-new-tokens", "12", "--max-batch", "4", "--think-budget", "3"]
-    code, out, err = run("evaluate", *argv, "--runs", "2", "--temperature", "0.5", "--json", "--out", shop.path / "out.jsonl")
+    argv = [
+        "--model",
+        shop.model(),
+        "--data",
+        *files,
+        "--max-new-tokens",
+        "12",
+        "--max-batch",
+        "4",
+        "--think-budget",
+        "3",
+    ]
+    code, out, err = run(
+        "evaluate",
+        *argv,
+        "--runs",
+        "2",
+        "--temperature",
+        "0.5",
+        "--json",
+        "--out",
+        shop.path / "out.jsonl",
+    )
     assert code == 0 and err == []
     one, two = map(json.loads, out.splitlines())
     for result, n in ((one, 3), (two, 1)):
-        assert {"n", "accuracy", "stderr", "avg@2", "maj@2", "pass@2", "unparsed", "mean_words", "forced",
-                "by_domain"} <= result.keys()
-        assert result["n"] == n and result["forced"] == 1.0 and 0 <= result["accuracy"] <= result["pass@2"] <= 1
+        assert {
+            "n",
+            "accuracy",
+            "stderr",
+            "avg@2",
+            "maj@2",
+            "pass@2",
+            "unparsed",
+            "mean_words",
+            "forced",
+            "by_domain",
+        } <= result.keys()
+        assert (
+            result["n"] == n
+            and result["forced"] == 1.0
+            and 0 <= result["accuracy"] <= result["pass@2"] <= 1
+        )
         assert all(v["n"] <= n for v in result["by_domain"].values())
     assert len(records(shop.path / "out.jsonl")) == 8
-    assert {"id", "run", "prompt", "response", "extracted", "correct"} <= records(shop.path / "out.jsonl")[0].keys()
+    assert {"id", "run", "prompt", "response", "extracted", "correct"} <= records(
+        shop.path / "out.jsonl"
+    )[0].keys()
     code, out, _ = run("evaluate", *argv, "--limit", "1", "--mask-images")
     table = out.splitlines()
-    assert code == 0 and [line.split()[:2] for line in table] == [["file", "n"], ["one", "1"], ["two", "1"]]
+    assert code == 0 and [line.split()[:2] for line in table] == [
+        ["file", "n"],
+        ["one", "1"],
+        ["two", "1"],
+    ]
     code, out, _ = run("evaluate", *argv, "--limit", "1", "--json")
     assert not [key for key in json.loads(out.splitlines()[0]) if "@" in key]
 
 
 def test_answer_only_and_dropped_examples(run, shop):
     data = shop.data(worked(1), question(2, question="why? " * 90, response="so"), worked(3))
-    argv = ["--model", shop.model("text"), "--data", data, "--max-steps", "1", "--max-length", "200", "--batch-size", "9"]
+    argv = [
+        "--model",
+        shop.model("text"),
+        "--data",
+        data,
+        "--max-steps",
+        "1",
+        "--max-length",
+        "200",
+        "--batch-size",
+        "9",
+    ]
     code, _, err = run("sft", *argv, "--out", shop.path / "cot")
     assert code == 0 and "1 of 3 examples dropped" in err[0]
     assert run("sft", *argv, "--out", shop.path / "answers", "--answer-only")[0] == 0
-    tokens = [records(shop.path / name / "metrics.jsonl")[0]["tokens"] for name in ("cot", "answers")]
+    tokens = [
+        records(shop.path / name / "metrics.jsonl")[0]["tokens"] for name in ("cot", "answers")
+    ]
     assert tokens[1] < tokens[0]
 
 
-@pytest.mark.parametrize("command, make, extra", [("sft", worked, SFT_RUN), ("grpo", question, GRPO_RUN)])
+@pytest.mark.parametrize(
+    "command, make, extra", [("sft", worked, SFT_RUN), ("grpo", question, GRPO_RUN)]
+)
 def test_bad_lines_are_skipped_if_asked(run, shop, command, make, extra):
     """Training is then the same as on the good lines alone."""
     model, good = shop.model(), [json.dumps(make(i)) for i in range(1, 9)]
-    bad = shop.file("bad.jsonl", "\n".join(["{", *good[:5], '{"question": 3}', *good[5:], '{"a": 1}', "[", "x"]))
+    bad = shop.file(
+        "bad.jsonl", "\n".join(["{", *good[:5], '{"question": 3}', *good[5:], '{"a": 1}', "[", "x"])
+    )
     argv = [command, "--model", model, *extra, "--max-steps", "2", "--data"]
     code, _, [line] = run(*argv, bad, "--out", shop.path / "run")
-    assert code == 2 and "bad.jsonl: line 1: malformed JSON" in line and not (shop.path / "run").exists()
+    assert (
+        code == 2
+        and "bad.jsonl: line 1: malformed JSON" in line
+        and not (shop.path / "run").exists()
+    )
     code, _, [first, *shown, rest] = run(*argv, bad, "--out", shop.path / "run", "--skip-bad-lines")
     assert code == 0 and first == f"{bad}: 5 bad records left out" and rest.strip() == "..."
-    assert [line.strip().removeprefix(f"{bad}: ")[:7] for line in shown] == ["line 1:", "line 7:", "line 11"]
+    assert [line.strip().removeprefix(f"{bad}: ")[:7] for line in shown] == [
+        "line 1:",
+        "line 7:",
+        "line 11",
+    ]
     assert run(*argv, shop.file("good.jsonl", "\n".join(good)), "--out", shop.path / "good")[0] == 0
     names = ("model/model.safetensors", "checkpoint/weights.safetensors")
-    assert all((shop.path / "run" / n).read_bytes() == (shop.path / "good" / n).read_bytes() for n in names)
+    assert all(
+        (shop.path / "run" / n).read_bytes() == (shop.path / "good" / n).read_bytes() for n in names
+    )
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -312,6 +583,7 @@ def test_help_names_every_option(run, command):
 
 
 # --- Resume -------------------------------------------------------------------------------------------------------------------
+
 
 class Killed(Exception):
     pass
@@ -332,14 +604,23 @@ def kill_at(monkeypatch, step: int) -> None:
 def assert_same_run(one: Path, other: Path) -> None:
     for name in ("model/model.safetensors", "checkpoint/weights.safetensors"):
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
-    states = [torch.load(folder / "checkpoint" / "optimizer.pt")["state"] for folder in (one, other)]
+    states = [
+        torch.load(folder / "checkpoint" / "optimizer.pt")["state"] for folder in (one, other)
+    ]
     for i, state in states[0].items():
         assert all(torch.equal(state[key], states[1][i][key]) for key in state)
-    metrics = [[{k: v for k, v in m.items() if k not in TIMES} for m in records(folder / "metrics.jsonl")]
-               for folder in (one, other)]
+    metrics = [
+        [{k: v for k, v in m.items() if k not in TIMES} for m in records(folder / "metrics.jsonl")]
+        for folder in (one, other)
+    ]
     assert metrics[0] == metrics[1] and len({m["loss"] for m in metrics[0]}) > 1
     for folder in (one, other):
-        assert {p.name for p in folder.iterdir()} - {"samples.jsonl"} == {"config.json", "metrics.jsonl", "checkpoint", "model"}
+        assert {p.name for p in folder.iterdir()} - {"samples.jsonl"} == {
+            "config.json",
+            "metrics.jsonl",
+            "checkpoint",
+            "model",
+        }
     if (one / "samples.jsonl").exists():
         assert (one / "samples.jsonl").read_text() == (other / "samples.jsonl").read_text()
 
@@ -347,8 +628,14 @@ def assert_same_run(one: Path, other: Path) -> None:
 @pytest.mark.parametrize("command", ["sft", "grpo"])
 def test_resume_equals_an_uninterrupted_run_bit_for_bit(run, shop, monkeypatch, command):
     # Rewards that differ within a group, so that an untrained model has something to learn.
-    monkeypatch.setattr(grpo, "accuracy_reward", lambda response, *_, **__: float(len(response) % 2))
-    data, extra = (sft_data(shop), SFT_RUN) if command == "sft" else (rl_data(shop), [*GRPO_RUN, "--updates-per-rollout", "2"])
+    monkeypatch.setattr(
+        grpo, "accuracy_reward", lambda response, *_, **__: float(len(response) % 2)
+    )
+    data, extra = (
+        (sft_data(shop), SFT_RUN)
+        if command == "sft"
+        else (rl_data(shop), [*GRPO_RUN, "--updates-per-rollout", "2"])
+    )
     argv = [command, "--model", shop.model(), "--data", data, *extra, "--save-every", "2", "--out"]
     whole, cut = shop.path / "whole", shop.path / "cut"
     assert run(*argv, whole)[0] == 0
@@ -380,11 +667,26 @@ def test_resume_equals_an_uninterrupted_run_bit_for_bit(run, shop, monkeypatch, 
 
 
 def test_a_run_is_not_replaced_unless_told_to(run, shop):
-    argv = ["sft", "--model", shop.model(), "--data", sft_data(shop), "--max-steps", "1", "--out", shop.path / "run"]
+    argv = [
+        "sft",
+        "--model",
+        shop.model(),
+        "--data",
+        sft_data(shop),
+        "--max-steps",
+        "1",
+        "--out",
+        shop.path / "run",
+    ]
     assert run(*argv)[0] == 0
     metrics = (shop.path / "run" / "metrics.jsonl").read_text()
     code, _, [line] = run(*argv)
-    assert code == 2 and line.startswith("sft.py: error: ") and str(shop.path / "run") in line and "--overwrite" in line
+    assert (
+        code == 2
+        and line.startswith("sft.py: error: ")
+        and str(shop.path / "run") in line
+        and "--overwrite" in line
+    )
     assert (shop.path / "run" / "metrics.jsonl").read_text() == metrics
     assert run(*argv, "--overwrite", "--seed", "1")[0] == 0
     assert len(records(shop.path / "run" / "metrics.jsonl")) == 1
@@ -393,12 +695,22 @@ def test_a_run_is_not_replaced_unless_told_to(run, shop):
 
 # --- Wrong inputs -------------------------------------------------------------------------------------------------------------
 
+
 def png_header(width: int, height: int) -> bytes:
     """A PNG that says how large it is and holds next to nothing."""
+
     def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
+
     size = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", size)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 64))
+        + chunk(b"IEND", b"")
+    )
 
 
 def ask(model: Path, *argv) -> list:
@@ -415,13 +727,35 @@ def examine(s: Workshop, data: Path, *argv) -> list:
 
 
 def tune(s: Workshop, data: Path | None = None, *argv, model: Path | None = None) -> list:
-    return ["sft", "--model", model or s.model(), "--data", data or sft_data(s), "--out", s.path / "run",
-            "--max-steps", "2", *argv]
+    return [
+        "sft",
+        "--model",
+        model or s.model(),
+        "--data",
+        data or sft_data(s),
+        "--out",
+        s.path / "run",
+        "--max-steps",
+        "2",
+        *argv,
+    ]
 
 
 def reinforce(s: Workshop, data: Path | None = None, *argv, model: Path | None = None) -> list:
-    return ["grpo", "--model", model or s.model(), "--data", data or rl_data(s), "--out", s.path / "run", "--max-steps", "2",
-            "--max-new-tokens", "4", *argv]
+    return [
+        "grpo",
+        "--model",
+        model or s.model(),
+        "--data",
+        data or rl_data(s),
+        "--out",
+        s.path / "run",
+        "--max-steps",
+        "2",
+        "--max-new-tokens",
+        "4",
+        *argv,
+    ]
 
 
 def resumed(s: Workshop, change) -> list:
@@ -446,72 +780,237 @@ WRONG = {
     # model folders
     "no folder": (lambda s: ask(s.path / "nowhere"), "nowhere"),
     "no config": (lambda s: ask(s.model_without("config.json")), "config.json"),
-    "malformed config": (lambda s: ask(s.model_with("config.json", '{"model_type": "qwen2",')), "config.json"),
+    "malformed config": (
+        lambda s: ask(s.model_with("config.json", '{"model_type": "qwen2",')),
+        "config.json",
+    ),
     "config is a list": (lambda s: ask(s.model_with("config.json", "[1]")), "config.json"),
-    "other architecture": (lambda s: ask(s.model_config(model_type="llama")), "config.json", "model_type", "llama"),
-    "config field missing": (lambda s: ask(s.model_config(hidden_size=None)), "config.json", "hidden_size"),
-    "bad rope type": (lambda s: ask(s.model_config(rope_scaling={"type": "yarn"})), "config.json", "yarn"),
+    "other architecture": (
+        lambda s: ask(s.model_config(model_type="llama")),
+        "config.json",
+        "model_type",
+        "llama",
+    ),
+    "config field missing": (
+        lambda s: ask(s.model_config(hidden_size=None)),
+        "config.json",
+        "hidden_size",
+    ),
+    "bad rope type": (
+        lambda s: ask(s.model_config(rope_scaling={"type": "yarn"})),
+        "config.json",
+        "yarn",
+    ),
     "no weights": (lambda s: ask(s.model_without("model.safetensors")), "model.safetensors"),
-    "missing shard": (lambda s: shard(s, 2).unlink() or ask(s.path / "model"), "model-00002-of-00003.safetensors"),
-    "truncated shard": (lambda s: s.cut(shard(s, 3)) and ask(s.path / "model"), "model-00003-of-00003.safetensors"),
+    "missing shard": (
+        lambda s: shard(s, 2).unlink() or ask(s.path / "model"),
+        "model-00002-of-00003.safetensors",
+    ),
+    "truncated shard": (
+        lambda s: s.cut(shard(s, 3)) and ask(s.path / "model"),
+        "model-00003-of-00003.safetensors",
+    ),
     "empty weights": (lambda s: ask(s.model_with("model.safetensors", "")), "model.safetensors"),
-    "malformed index": (lambda s: shard(s, 1) and s.file("model/model.safetensors.index.json", "{}") and ask(s.path / "model"),
-                        "model.safetensors.index.json", "weight_map"),
-    "missing key": (lambda s: ask(s.model_weights(lambda w: w.pop(OTHER_HEAD))), "missing", OTHER_HEAD),
-    "unexpected key": (lambda s: ask(s.model_weights(lambda w: w.update(extra=torch.ones(2)))), "unexpected", "extra"),
-    "wrong shape": (lambda s: ask(s.model_weights(lambda w: w.update({OTHER_HEAD: torch.ones(5)}))), OTHER_HEAD, "[5]", "[64]"),
-    "NaN weights": (lambda s: ask(s.model_weights(lambda w: w[OTHER_HEAD].fill_(NAN))), OTHER_HEAD, "NaN"),
+    "malformed index": (
+        lambda s: (
+            shard(s, 1)
+            and s.file("model/model.safetensors.index.json", "{}")
+            and ask(s.path / "model")
+        ),
+        "model.safetensors.index.json",
+        "weight_map",
+    ),
+    "missing key": (
+        lambda s: ask(s.model_weights(lambda w: w.pop(OTHER_HEAD))),
+        "missing",
+        OTHER_HEAD,
+    ),
+    "unexpected key": (
+        lambda s: ask(s.model_weights(lambda w: w.update(extra=torch.ones(2)))),
+        "unexpected",
+        "extra",
+    ),
+    "wrong shape": (
+        lambda s: ask(s.model_weights(lambda w: w.update({OTHER_HEAD: torch.ones(5)}))),
+        OTHER_HEAD,
+        "[5]",
+        "[64]",
+    ),
+    "NaN weights": (
+        lambda s: ask(s.model_weights(lambda w: w[OTHER_HEAD].fill_(NAN))),
+        OTHER_HEAD,
+        "NaN",
+    ),
     "no tokenizer": (lambda s: ask(s.model_without("tokenizer.json")), "tokenizer.json"),
-    "malformed tokenizer": (lambda s: ask(s.model_with("tokenizer.json", '{"model": 3}')), "tokenizer.json"),
-    "tokenizer of another model": (lambda s: ask(s.model_with("tokenizer.json", json.dumps(
-        {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}))),
-        "tokenizer.json", "<|"),
-    "no preprocessor": (lambda s: ask(s.model_without("preprocessor_config.json")), "preprocessor_config.json"),
-    "bad preprocessor": (lambda s: ask(s.model_with("preprocessor_config.json", '{"min_pixels": -1}')),
-                         "preprocessor_config.json", "min_pixels"),
-    "more ids than rows, sample": (lambda s: ask(s.model("text", vocab_rows=271)), "271", "tokenizer"),
-    "more ids than rows, sft": (lambda s: tune(s, model=s.model("text", vocab_rows=271)), "271", "tokenizer"),
-    "more ids than rows, grpo": (lambda s: reinforce(s, model=s.model("text", vocab_rows=271)), "271", "tokenizer"),
+    "malformed tokenizer": (
+        lambda s: ask(s.model_with("tokenizer.json", '{"model": 3}')),
+        "tokenizer.json",
+    ),
+    "tokenizer of another model": (
+        lambda s: ask(
+            s.model_with(
+                "tokenizer.json",
+                json.dumps(
+                    {
+                        "version": "1.0",
+                        "added_tokens": [],
+                        "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []},
+                    }
+                ),
+            )
+        ),
+        "tokenizer.json",
+        "<|",
+    ),
+    "no preprocessor": (
+        lambda s: ask(s.model_without("preprocessor_config.json")),
+        "preprocessor_config.json",
+    ),
+    "bad preprocessor": (
+        lambda s: ask(s.model_with("preprocessor_config.json", '{"min_pixels": -1}')),
+        "preprocessor_config.json",
+        "min_pixels",
+    ),
+    "more ids than rows, sample": (
+        lambda s: ask(s.model("text", vocab_rows=271)),
+        "271",
+        "tokenizer",
+    ),
+    "more ids than rows, sft": (
+        lambda s: tune(s, model=s.model("text", vocab_rows=271)),
+        "271",
+        "tokenizer",
+    ),
+    "more ids than rows, grpo": (
+        lambda s: reinforce(s, model=s.model("text", vocab_rows=271)),
+        "271",
+        "tokenizer",
+    ),
     # data
     "no data file": (lambda s: tune(s, s.path / "nowhere.jsonl"), "nowhere.jsonl"),
     "data is a folder": (lambda s: examine(s, s.path), "cannot be read"),
     "empty data file": (lambda s: examine(s, s.file("empty.jsonl", "\n")), "empty.jsonl"),
-    "malformed line": (lambda s: reinforce(s, s.file("x.jsonl", json.dumps(question(1)) + '\n{"question": "?", "ans')),
-                       "x.jsonl", "line 2"),
+    "malformed line": (
+        lambda s: reinforce(
+            s, s.file("x.jsonl", json.dumps(question(1)) + '\n{"question": "?", "ans')
+        ),
+        "x.jsonl",
+        "line 2",
+    ),
     "record is a number": (lambda s: tune(s, s.file("x.jsonl", "3\n")), "x.jsonl", "line 1"),
-    "unknown schema": (lambda s: examine(s, s.data({"prompt": "?"})), "questions.jsonl", "line 1", "prompt"),
-    "field of another type": (lambda s: examine(s, s.data(question(1, question=["?"]))), "questions.jsonl", "line 1", "'question'"),
+    "unknown schema": (
+        lambda s: examine(s, s.data({"prompt": "?"})),
+        "questions.jsonl",
+        "line 1",
+        "prompt",
+    ),
+    "field of another type": (
+        lambda s: examine(s, s.data(question(1, question=["?"]))),
+        "questions.jsonl",
+        "line 1",
+        "'question'",
+    ),
     "no response": (lambda s: tune(s, rl_data(s)), "rl.jsonl", "q0", "response"),
-    "no answer": (lambda s: reinforce(s, s.data(question(1), {"question": "?"})), "questions.jsonl", "line 2", "answer"),
-    "answer is none of the options": (lambda s: examine(s, s.data(question(1, options={"A": "x"}))), "line 1", "answer", "options"),
-    "mcq without options": (lambda s: examine(s, s.data(question(1)), "--prompt-style", "mcq"), "questions.jsonl", "q1", "options"),
+    "no answer": (
+        lambda s: reinforce(s, s.data(question(1), {"question": "?"})),
+        "questions.jsonl",
+        "line 2",
+        "answer",
+    ),
+    "answer is none of the options": (
+        lambda s: examine(s, s.data(question(1, options={"A": "x"}))),
+        "line 1",
+        "answer",
+        "options",
+    ),
+    "mcq without options": (
+        lambda s: examine(s, s.data(question(1)), "--prompt-style", "mcq"),
+        "questions.jsonl",
+        "q1",
+        "options",
+    ),
     "ids twice": (lambda s: examine(s, s.data(question(1), question(1))), "questions.jsonl", "id"),
-    "image in sft": (lambda s: tune(s, s.data(worked(1) | {"image": str(s.picture())})), "questions.jsonl", "q1", "image"),
-    "image in grpo": (lambda s: reinforce(s, s.data(question(1, image=str(s.picture())))), "questions.jsonl", "q1", "image"),
-    "nothing fits max-length": (lambda s: tune(s, None, "--max-length", "20"), "sft.jsonl", "--max-length"),
+    "image in sft": (
+        lambda s: tune(s, s.data(worked(1) | {"image": str(s.picture())})),
+        "questions.jsonl",
+        "q1",
+        "image",
+    ),
+    "image in grpo": (
+        lambda s: reinforce(s, s.data(question(1, image=str(s.picture())))),
+        "questions.jsonl",
+        "q1",
+        "image",
+    ),
+    "nothing fits max-length": (
+        lambda s: tune(s, None, "--max-length", "20"),
+        "sft.jsonl",
+        "--max-length",
+    ),
     # images
     "missing image": (lambda s: look(s), "bad.png", "No such file"),
     "not an image": (lambda s: look(s, b"plain text"), "bad.png", "not an image"),
     "empty image": (lambda s: look(s, b""), "bad.png"),
-    "truncated image": (lambda s: ask(s.model(), "--image", s.cut(s.picture(), 0.7)), "picture.png", "truncated"),
+    "truncated image": (
+        lambda s: ask(s.model(), "--image", s.cut(s.picture(), 0.7)),
+        "picture.png",
+        "truncated",
+    ),
     "zero-sized image": (lambda s: look(s, png_header(0, 4)), "bad.png"),
-    "image over aspect ratio 200": (lambda s: ask(s.model(), "--image", s.picture(603, 3)), "picture.png", "aspect ratio", "603 x 3"),
+    "image over aspect ratio 200": (
+        lambda s: ask(s.model(), "--image", s.picture(603, 3)),
+        "picture.png",
+        "aspect ratio",
+        "603 x 3",
+    ),
     "image is a folder": (lambda s: ask(s.model(), "--image", s.path), "cannot be read"),
-    "missing image of a question": (lambda s: examine(s, s.data(question(1), question(2, image="gone.png"))),
-                                    "questions.jsonl", "q2", "gone.png"),
-    "bad data URI": (lambda s: examine(s, s.data(question(1, image=data_uri(b"no")))), "questions.jsonl", "q1", "not an image"),
-    "text-only model and an image": (lambda s: ask(s.model("text"), "--image", s.picture()), "takes no images"),
+    "missing image of a question": (
+        lambda s: examine(s, s.data(question(1), question(2, image="gone.png"))),
+        "questions.jsonl",
+        "q2",
+        "gone.png",
+    ),
+    "bad data URI": (
+        lambda s: examine(s, s.data(question(1, image=data_uri(b"no")))),
+        "questions.jsonl",
+        "q1",
+        "not an image",
+    ),
+    "text-only model and an image": (
+        lambda s: ask(s.model("text"), "--image", s.picture()),
+        "takes no images",
+    ),
     "text-only model and image questions": (
-        lambda s: ["evaluate", "--model", s.model("text"), "--data", s.data(question(1), question(2, image=str(s.picture())))],
-        "questions.jsonl", "q2", "takes no images"),
+        lambda s: [
+            "evaluate",
+            "--model",
+            s.model("text"),
+            "--data",
+            s.data(question(1), question(2, image=str(s.picture()))),
+        ],
+        "questions.jsonl",
+        "q2",
+        "takes no images",
+    ),
     # context
     "prompt over the context": (lambda s: ask(s.model(), "--system", "a" * 600), "prompt", "512"),
-    "questions over the context, grpo": (lambda s: reinforce(s, s.data(question(2, question="?" * 600))),
-                                         "questions.jsonl", "the prompt is over 511 tokens"),
+    "questions over the context, grpo": (
+        lambda s: reinforce(s, s.data(question(2, question="?" * 600))),
+        "questions.jsonl",
+        "the prompt is over 511 tokens",
+    ),
     "questions over the context, evaluate": (
-        lambda s: ["evaluate", "--model", s.model(), "--data", rl_data(s),
-                   s.data(question(2, question="?" * 600), name="second.jsonl")],
-        "second.jsonl", "no example is left: their prompts do not fit the context of 512 tokens"),
+        lambda s: [
+            "evaluate",
+            "--model",
+            s.model(),
+            "--data",
+            rl_data(s),
+            s.data(question(2, question="?" * 600), name="second.jsonl"),
+        ],
+        "second.jsonl",
+        "no example is left: their prompts do not fit the context of 512 tokens",
+    ),
     # options
     "unknown option": (lambda s: ["sample", "--promt", "Hi"], "--promt"),
     "abbreviated option": (lambda s: ["sft", "--learn", "3"], "--learn"),
@@ -534,9 +1033,18 @@ WRONG = {
     "text not in Unicode": (lambda s: ask(s.model(), "--system", "\udc80"), "Unicode"),
     # run folders
     "sft out under a file": (lambda s: tune(s, None, "--out", s.under_a_file("run")), "occupied"),
-    "grpo out under a file": (lambda s: reinforce(s, None, "--out", s.under_a_file("run")), "occupied"),
-    "evaluate out under a file": (lambda s: examine(s, rl_data(s), "--out", s.under_a_file("x.jsonl")), "occupied"),
-    "evaluate out in no folder": (lambda s: examine(s, rl_data(s), "--out", s.path / "gone" / "x.jsonl"), "gone"),
+    "grpo out under a file": (
+        lambda s: reinforce(s, None, "--out", s.under_a_file("run")),
+        "occupied",
+    ),
+    "evaluate out under a file": (
+        lambda s: examine(s, rl_data(s), "--out", s.under_a_file("x.jsonl")),
+        "occupied",
+    ),
+    "evaluate out in no folder": (
+        lambda s: examine(s, rl_data(s), "--out", s.path / "gone" / "x.jsonl"),
+        "gone",
+    ),
     "out is a run": (lambda s: resumed(s, lambda run: None)[:-1], "run", "--overwrite"),
     "evaluate out is the data": (lambda s: examine(s, rl_data(s), "--out", rl_data(s)), "--out"),
     "evaluate a file twice": (lambda s: ["evaluate", "--data", "x.jsonl", "x.jsonl"], "--data"),
@@ -544,11 +1052,27 @@ WRONG = {
     "image without a prompt": (lambda s: ["sample", "--image", "x.png"], "--prompt"),
     "momentum of one": (lambda s: ["sft", "--beta1", "1.0"], "--beta1"),
     "resume without a run": (lambda s: tune(s, None, "--resume"), "run"),
-    "resume without a checkpoint": (lambda s: resumed(s, lambda run: (run / "checkpoint").rename(run / "gone")), "checkpoint"),
-    "resume with other options": (lambda s: [*resumed(s, lambda run: None), "--learning-rate", "0.5"], "--learning-rate", "0.0002"),
-    "resume from damaged weights": (lambda s: resumed(s, lambda run: s.cut(run / "checkpoint/weights.safetensors")), "checkpoint"),
-    "resume from a damaged optimiser": (lambda s: resumed(s, lambda run: s.cut(run / "checkpoint/optimizer.pt")), "checkpoint"),
-    "resume from a damaged state": (lambda s: resumed(s, lambda run: s.file("run/checkpoint/state.json", "{}")), "state.json"),
+    "resume without a checkpoint": (
+        lambda s: resumed(s, lambda run: (run / "checkpoint").rename(run / "gone")),
+        "checkpoint",
+    ),
+    "resume with other options": (
+        lambda s: [*resumed(s, lambda run: None), "--learning-rate", "0.5"],
+        "--learning-rate",
+        "0.0002",
+    ),
+    "resume from damaged weights": (
+        lambda s: resumed(s, lambda run: s.cut(run / "checkpoint/weights.safetensors")),
+        "checkpoint",
+    ),
+    "resume from a damaged optimiser": (
+        lambda s: resumed(s, lambda run: s.cut(run / "checkpoint/optimizer.pt")),
+        "checkpoint",
+    ),
+    "resume from a damaged state": (
+        lambda s: resumed(s, lambda run: s.file("run/checkpoint/state.json", "{}")),
+        "state.json",
+    ),
 }
 
 
@@ -558,7 +1082,7 @@ def test_wrong_inputs_give_one_line_and_exit_code_2(run, shop, monkeypatch, caps
     argv = make(shop)
     capsys.readouterr()
     # Nothing is sampled or trained before the complaint.
-    monkeypatch.setattr(sample.Sampler, "prefill", lambda *_: pytest.fail("sampled first"))
+    monkeypatch.setattr(sample.Rollout, "prefill", lambda *_: pytest.fail("sampled first"))
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_: pytest.fail("trained first"))
     code, out, err = run(*argv)
     assert (code, out, len(err)) == (2, "", 1), err
@@ -567,13 +1091,19 @@ def test_wrong_inputs_give_one_line_and_exit_code_2(run, shop, monkeypatch, caps
         assert fragment in err[0]
 
 
-@pytest.mark.parametrize("name", ["truncated shard", "malformed line", "evaluate out under a file", "bad recipe"])
+@pytest.mark.parametrize(
+    "name", ["truncated shard", "malformed line", "evaluate out under a file", "bad recipe"]
+)
 def test_wrong_inputs_through_a_process(shop, name):
     make, *fragments = WRONG[name]
     command, *argv = make(shop)
     done = run_process(command, *argv, cwd=shop.path)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith(f"{command}.py: error: ") and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+    assert (
+        done.stderr.startswith(f"{command}.py: error: ")
+        and done.stderr.count("\n") == 1
+        and "Traceback" not in done.stderr
+    )
     for fragment in fragments:
         assert fragment in done.stderr
 
@@ -581,37 +1111,41 @@ def test_wrong_inputs_through_a_process(shop, name):
 def test_an_interrupt_is_not_an_error(run, shop, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
+
     monkeypatch.setattr(Qwen2_5_VL, "forward", interrupt)
     assert run(*ask(shop.model())) == (130, "", [])
 
 
 def interrupt_at(monkeypatch, step: int) -> None:
     """Ctrl-C in a decoding step."""
-    forward, steps = Sampler.forward, []
+    forward, steps = sample.Rollout.forward, []
 
-    def interrupted(sampler, B):
+    def interrupted(rollout, B):
         steps.append(B)
         if len(steps) == step:
             raise KeyboardInterrupt
-        forward(sampler, B)
-    monkeypatch.setattr(Sampler, "forward", interrupted)
+        forward(rollout, B)
 
-
-def test_ctrl_c_while_sampling_prints_what_is_finished(run, shop, monkeypatch):
-    command = [*ask(shop.model()), "--n", "3", "--max-new-tokens", "5"]
-    monkeypatch.setattr(Sampler, "max_batch", property(lambda self: 1, lambda self, value: None),
-                        raising=False)  # one after the other
-    interrupt_at(monkeypatch, 6)
-    code, out, err = run(*command, "--json")
-    assert (code, err) == (130, [])
-    assert 1 <= len(json.loads(out)["completions"]) < 3
+    monkeypatch.setattr(sample.Rollout, "forward", interrupted)
 
 
 def test_ctrl_c_while_evaluating_counts_what_is_answered(run, shop, monkeypatch):
     data, out_file = shop.data(*map(question, range(4))), shop.path / "out.jsonl"
     interrupt_at(monkeypatch, 10)
-    code, out, err = run("evaluate", "--model", shop.model(), "--data", data, "--max-batch", 1, "--max-new-tokens", 5,
-                         "--out", out_file, "--json")
+    code, out, err = run(
+        "evaluate",
+        "--model",
+        shop.model(),
+        "--data",
+        data,
+        "--max-batch",
+        1,
+        "--max-new-tokens",
+        5,
+        "--out",
+        out_file,
+        "--json",
+    )
     assert (code, err) == (130, [])
     answered = len(out_file.read_text().splitlines())
     assert 1 <= answered < 4 and json.loads(out)["n"] == answered
