@@ -33,7 +33,7 @@ from hub.options import MICRO_BASE, MICRO_DATA, option, parse_options, run_comma
 from hub.weights import weight_files
 from rewards import accuracy_reward, extract_answer, is_equivalent
 from sample import Completion, Sampler, SamplingParams, load_sampler
-from training.journal import RecordFile, when_all_are_there
+from training.record_file import RecordFile, when_all_are_there
 
 MICRO_TESTS = ("test_text", "test_image", "test_text_other", "test_image_other")
 MICRO_FILES = [str(MICRO_DATA / f"{name}.jsonl") for name in MICRO_TESTS]

@@ -393,7 +393,7 @@ def test_a_text_only_teacher_and_a_student_that_reads_it(teacher, solvable, tmp_
 KILLED = """
 import os, signal, sys
 from tools import distill
-from training.journal import RecordFile
+from training.record_file import RecordFile
 
 append, answered = RecordFile.append, []
 

@@ -552,7 +552,7 @@ LONG = "--runs 2 --temperature 1 --max-new-tokens 40 --max-batch 2 --device cpu"
 KILLED = """
 import os, signal, sys
 import evaluate
-from training.journal import RecordFile
+from training.record_file import RecordFile
 
 append, answered = RecordFile.append, []
 

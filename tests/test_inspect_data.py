@@ -12,7 +12,6 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import tiny  # noqa: E402
-
 from data import (  # noqa: E402
     ImageConfig,
     InputError,

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from hub.errors import InputError
-from training.journal import RecordFile, check_unused, checksum, read_records, when_all_are_there
+from training.journal import checksum, read_records
+from training.record_file import RecordFile, check_unused, when_all_are_there
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = {"resume": False, "overwrite": False, "out": "o", "max_batch": 8, "seed": 0, "model": "m"}
@@ -78,7 +79,7 @@ def test_what_is_not_whole_is_dropped(begin, lost):
 
 WRITER = """
 import sys
-from training.journal import RecordFile
+from training.record_file import RecordFile
 options = {"resume": False, "overwrite": False}
 file = RecordFile(sys.argv[1], options, [], keys=("id",), size=2)
 for i in range(10**9):

@@ -82,7 +82,6 @@ def test_small_weights_are_left_alone():
 def test_the_twin_of_a_model(block_all, tmp_path, variant):
     """The head is blocked too, tied or not; the model keeps its tree, and its embedding."""
     import tiny
-
     from model import Qwen2_5_VL
 
     model = Qwen2_5_VL.from_pretrained(tiny.make_folder(tmp_path, variant))

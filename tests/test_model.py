@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import tiny
 from data import InputError, make_pack, make_row
 from hub.config import Config
 from hub.weights import copy_side_files

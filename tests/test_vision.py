@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import torch
 
+import tiny
 from hub.config import VisionConfig
 from model import Qwen2_5_VL
 from vision import VisionTower, merged_positions, rope_2d, window_layout

@@ -32,7 +32,8 @@ from hub.options import MICRO_BASE, option, parse_options, run_command
 from hub.weights import weight_files
 from rewards import accuracy_reward, extract_answer
 from sample import Completion, Sampler, SamplingParams, load_sampler
-from training.journal import RecordFile, check_unused, json_lines, when_all_are_there, write_whole
+from training.journal import json_lines, write_whole
+from training.record_file import RecordFile, check_unused, when_all_are_there
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 OURS = re.compile(r"<think>(.+)</think>\s*<answer>.+</answer>", re.DOTALL)
