@@ -20,6 +20,7 @@ READING_PATH = (
     "data/images.py",
     "data/prompts.py",
     "data/sequences.py",
+    "data/completions.py",
     "sample.py",
     "sft.py",
     "rewards.py",
