@@ -27,6 +27,8 @@ from hub.errors import InputError
 ROOT = Path(__file__).resolve().parent.parent
 MICRO_BASE = ROOT / "micro" / "base"
 MICRO_DATA = ROOT / "micro" / "data"
+DTYPES = ("auto", "float32", "bfloat16")
+DTYPE_HELP = "of the weights; auto is the folder's, but float32 on a CPU without bfloat16"
 
 
 def option(default, text: str, *, low=None, high=None, choices=None, positional=False):
