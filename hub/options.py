@@ -84,7 +84,8 @@ def add_argument(parser: argparse.ArgumentParser, field: dataclasses.Field) -> N
     """Adds a field to the parser; its type decides what may be typed."""
     text, choices = field.metadata["text"], field.metadata["choices"]
     if field.metadata["positional"]:
-        parser.add_argument(field.name, metavar=field.name.upper(), help=text)
+        nargs = "+" if field.type == list[str] else None
+        parser.add_argument(field.name, nargs=nargs, metavar=field.name.upper(), help=text)
         return
     name = "--" + field.name.replace("_", "-")
     kind = field.type
