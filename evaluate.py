@@ -25,28 +25,20 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import NamedTuple
 
 from data import (
     STYLES,
     Example,
     ImageConfig,
     Loaded,
-    Prompt,
+    Question,
     format_prompt,
     load_examples,
     make_prompt,
 )
+from hub.device import DTYPE_HELP, DTYPES
 from hub.errors import InputError
-from hub.options import (
-    DTYPE_HELP,
-    DTYPES,
-    MICRO_BASE,
-    MICRO_DATA,
-    option,
-    parse_options,
-    run_command,
-)
+from hub.options import MICRO_BASE, MICRO_DATA, option, parse_options, run_command
 from hub.weights import weight_files
 from rewards import accuracy_reward, extract_answer, is_equivalent
 from sample import Completion, Sampler, SamplingParams, load_sampler
@@ -81,13 +73,6 @@ class EvaluateOptions:
 
 
 # --- Ask ---
-
-
-class Question(NamedTuple):
-    """A question and what the model gets of it."""
-
-    example: Example
-    prompt: Prompt
 
 
 def load_questions(
@@ -302,6 +287,11 @@ def check_options(options: EvaluateOptions) -> None:
         raise InputError("--runs above 1 needs a --temperature above 0: greedy runs are the same")
     if len(set(options.data)) < len(options.data):
         raise InputError("--data names a file twice")
+    for path in options.data:  # said before a model is loaded
+        if not Path(path).exists():
+            raise InputError(f"{path}: no such file")
+        if options.out and Path(options.out).resolve() == Path(path).resolve():
+            raise InputError(f"--out {options.out} is one of the question files")
     if options.resume and not options.out:
         raise InputError("--resume needs the --out to go on with")
 

@@ -12,10 +12,8 @@ Shapes: B questions, G responses per question (a group), N tokens that are score
 """
 
 import time
-from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import chain
-from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -23,8 +21,8 @@ from tqdm import tqdm
 
 from data.datasets import Example, load_examples
 from data.images import ImageConfig
-from data.prompts import Prompt, format_prompt, make_prompt
-from data.sequences import Pack, Row, batches, deal, make_pack, make_row, num_steps
+from data.prompts import Prompt, Question, format_prompt, make_prompt
+from data.sequences import Pack, Row, batches, make_pack, make_row, num_steps, plan_packs
 from data.tokenizer import Tokenizer
 from hub.config import Config
 from hub.errors import InputError
@@ -32,7 +30,7 @@ from hub.options import MICRO_DATA, option, parse_options, run_command
 from model import Qwen2_5_VL, score
 from rewards import accuracy_reward
 from sample import Completion, Sampler, SamplingParams
-from training.metrics import rollout_metrics, sample_records
+from training.metrics import mean_metrics, rollout_metrics, sample_records, update_metrics
 from training.optimizer import autocast, load_for_training, make_optimizer, optimizer_step
 from training.run import Run, TrainOptions
 
@@ -71,7 +69,9 @@ class GRPOOptions(TrainOptions):
     # The rollout.
     questions_per_step: int = option(16, "questions per rollout (B)", low=1)
     group_size: int = option(8, "responses per question (G)", low=2)
-    max_prompt_tokens: int | None = option(None, "longer questions are dropped", low=1)
+    max_prompt_tokens: int | None = option(
+        None, "longer questions are dropped; None: those that fill the context", low=1
+    )
     max_new_tokens: int = option(160, "response length limit", low=1)
     temperature: float = option(1.0, "of the policy: in sampling and in the loss alike", low=1e-3)
     rollout_batch: int = option(256, "responses sampled at a time; changes memory only", low=1)
@@ -170,7 +170,8 @@ def grpo_loss(
 
     # The ratio of policies, and where it is clipped. What is ignored must not overflow in exp.
     log_probs = log_probs.masked_fill(ignored, 0.0)
-    ratio = (log_probs - old_log_probs.masked_fill(ignored, 0.0)).exp()
+    old_log_probs = old_log_probs.masked_fill(ignored, 0.0)
+    ratio = (log_probs - old_log_probs).exp()
     clipped_ratio = ratio.clamp(1.0 - clip_eps_low, 1.0 + clip_eps_high)
 
     # The lower of the two gains: clipping never makes an update look better than it is.
@@ -184,6 +185,7 @@ def grpo_loss(
         "clip_fraction": token_mean(was_clipped).item(),
     }
     if ref_log_probs is not None:
+        ref_log_probs = ref_log_probs.masked_fill(ignored, 0.0)
         kl = token_mean(kl_penalty(log_probs, ref_log_probs, kl_type))
         loss = loss + kl_coef * kl
         metrics["kl"] = kl.item()
@@ -191,14 +193,6 @@ def grpo_loss(
 
 
 # --- Questions and responses ----------------------------------------------------------------------
-
-
-@dataclass
-class Question:
-    """A question, and its prompt as tokens."""
-
-    example: Example
-    prompt: Prompt
 
 
 @dataclass
@@ -240,7 +234,7 @@ def make_response_packs(
 ) -> list[ResponsePack]:
     """Returns the responses as packs of at most pack_tokens tokens."""
     packs = []
-    for chosen in deal([len(response.row.ids) for response in responses], pack_tokens):
+    for chosen in plan_packs([len(response.row.ids) for response in responses], pack_tokens):
         members = [responses[i] for i in chosen]
         advantages = [torch.full_like(r.sampler_log_probs, r.advantage) for r in members]
         packs.append(
@@ -251,6 +245,13 @@ def make_response_packs(
             )
         )
     return packs
+
+
+def split_evenly(responses: list[Response], count: int) -> list[list[Response]]:
+    """Returns the responses in `count` shares of equal length, give or take one."""
+    count = min(count, len(responses))
+    bounds = [len(responses) * i // count for i in range(count + 1)]
+    return [responses[start:end] for start, end in zip(bounds, bounds[1:])]
 
 
 def load_questions(options: GRPOOptions, tokenizer: Tokenizer) -> list[Question]:
@@ -275,8 +276,6 @@ def load_questions(options: GRPOOptions, tokenizer: Tokenizer) -> list[Question]
 
 
 # --- A step ---------------------------------------------------------------------------------------
-
-MEASURED = ("loss", "kl", "ratio_mean", "clip_fraction", "entropy", "logprob_diff", "grad_norm")
 
 
 class Trainer:
@@ -303,7 +302,7 @@ class Trainer:
             max_new_tokens=options.max_new_tokens,
             temperature=options.temperature,
             n=options.group_size,
-            seed=options.seed * 1_000_003 + number,
+            seed=options.seed * 1_000_003 + number,  # no two steps of any two runs meet
         )
         with autocast(self.model, options):
             groups = self.sampler.generate([question.prompt for question in questions], params)
@@ -336,8 +335,7 @@ class Trainer:
         Adam's moments, and what a forward pass would measure is None.
         """
         options = self.options
-        size = -(-len(responses) // options.updates_per_rollout)
-        shares = [responses[i : i + size] for i in range(0, len(responses), size)]
+        shares = split_evenly(responses, options.updates_per_rollout)
 
         # 1. Packs. A response without an advantage has no gradient: it need not be run.
         packs_of = []
@@ -355,32 +353,27 @@ class Trainer:
                 if self.reference is not None:
                     part.ref_log_probs, _ = self.score(self.reference, part.pack)
 
-        # 3. Loss and optimiser step of each share. The loss is a mean over all tokens of the
-        #    share, the other metrics over those that were run.
-        metrics = {name: [] for name in MEASURED}
+        # 3. Loss and optimiser step of each share. The loss is a mean over all tokens of the share,
+        #    whether they are run or not.
+        steps = []
         for share, packs in zip(shares, packs_of):
             num_tokens = max(1, sum(len(response.sampler_log_probs) for response in share))
-            num_run = max(1, sum(len(part.advantages) for part in packs))
-            sums = Counter(loss=0.0)
-            for part in packs:
-                sums.update(self.accumulate(part, num_tokens))
-            for name, value in sums.items():
-                metrics[name].append(value / (num_tokens if name == "loss" else num_run))
+            sums = [self.accumulate(part, num_tokens) for part in packs]
             grad_norm = optimizer_step(
                 self.model, self.optimizer, learning_rate, options.max_grad_norm
             )
-            metrics["grad_norm"].append(grad_norm)
-        return {name: fmean(values) if values else None for name, values in metrics.items()}
+            steps.append(update_metrics(sums, num_tokens) | {"grad_norm": grad_norm})
+        return mean_metrics(steps)
 
     def accumulate(self, part: ResponsePack, num_tokens: int) -> dict[str, float]:
-        """Adds a pack's gradient to the step's. Returns sums over its tokens: loss and metrics."""
+        """Adds a pack's gradient to the step's. Returns sums over its tokens, loss and metrics."""
         options = self.options
         log_probs, entropy = self.score(self.model, part.pack)
         old_log_probs = part.old_log_probs
         if old_log_probs is None:
             old_log_probs = log_probs.detach()
-        # num_tokens=1 makes every mean a sum: the one denominator comes below.
-        loss, metrics = grpo_loss(
+        # With num_tokens=1 the loss and its metrics come as sums, as all else here.
+        loss, sums = grpo_loss(
             log_probs[None],
             old_log_probs[None],
             part.advantages[None],
@@ -392,16 +385,15 @@ class Trainer:
             kl_type=options.kl_type,
             num_tokens=1,
         )
-        (loss / num_tokens).backward()
+        (loss / num_tokens).backward()  # the one denominator
+        sums["tokens"] = len(log_probs)
+        sums["loss"] = loss.item()
+        sums["entropy"] = entropy.sum().item()
         # Sampler and trainer should agree to rounding.
-        difference = (old_log_probs - part.sampler_log_probs).abs().sum()
-        return {
-            "loss": loss.item(),
-            "kl": 0.0,
-            **metrics,
-            "entropy": entropy.sum().item(),
-            "logprob_diff": difference.item(),
-        }
+        difference = (old_log_probs - part.sampler_log_probs).abs()
+        sums["logprob_diff"] = difference.sum().item()
+        sums["logprob_diff_max"] = difference.max().item() if len(difference) else 0.0
+        return sums
 
     def score(self, model: Qwen2_5_VL, pack: Pack) -> tuple[Tensor, Tensor]:
         """Returns a model's log-probs and entropies [N], under the distribution sampled from."""

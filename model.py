@@ -238,7 +238,8 @@ class Qwen2_5_VL(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., C] -> [..., V]."""
-        if hasattr(self, "lm_head"):  # the tied ones have none
+        # A tied model has no lm_head, but its twin for sampling may (kernels/linear.py).
+        if hasattr(self, "lm_head"):
             return self.lm_head(hidden)
         return F.linear(hidden, self.head_weight)
 

@@ -27,7 +27,7 @@ from answers.equivalence import as_text, is_equivalent, rounds_to
 from answers.formulas import MAX_CHARS
 from answers.parsing import is_value
 
-__all__ = ["accuracy_reward", "choose", "extract_answer", "is_equivalent"]
+__all__ = ["accuracy_reward", "extract_answer", "is_equivalent"]
 
 # --- 1. Where the answer is -----------------------------------------------------------------------
 

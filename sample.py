@@ -33,17 +33,8 @@ from tqdm import tqdm
 from data import ImageConfig, InputError, Prompt, Tokenizer, check_vocabulary, make_prompt
 from data.completions import Completion, SamplingParams, ThinkBudget, random_numbers, random_streams
 from hub.config import Config
-from hub.options import (
-    DTYPE_HELP,
-    DTYPES,
-    MICRO_BASE,
-    limit_threads,
-    option,
-    parse_options,
-    pick_device,
-    pick_dtype,
-    run_command,
-)
+from hub.device import DTYPE_HELP, DTYPES, limit_threads, pick_device, pick_dtype
+from hub.options import MICRO_BASE, option, parse_options, run_command
 from kernels import draw, fast_linears, is_greedy, sampling_log_probs
 from kernels.graphs import Graphs
 from model import KVCache, PromptCache, Qwen2_5_VL, rope_positions
@@ -98,7 +89,7 @@ def sample_plainly(
 
         # 3. Write it down. A stop token ends the completion, and belongs to it.
         completion.add(token, float(log_probs[0, token]), forced is not None)
-        ended = completion.ended(limit, tokenizer.stop_ids)
+        ended = completion.finish_if_ended(limit, tokenizer.stop_ids)
     completion.text = tokenizer.decode(completion.ids)
     return completion
 
@@ -354,7 +345,9 @@ class Rollout:
         """Takes out the sequences that have ended, and returns their requests."""
         done = []
         for slot, request in enumerate(self.live):
-            if request.completion.ended(self.limits[request.prompt], self.sampler.stop_ids):
+            if request.completion.finish_if_ended(
+                self.limits[request.prompt], self.sampler.stop_ids
+            ):
                 request.completion.text = self.sampler.tokenizer.decode(request.completion.ids)
                 done.append(slot)
         ended = [self.live[slot] for slot in done]
@@ -398,7 +391,7 @@ class SampleOptions(SamplingParams):
     """Sample answers to a prompt, text or with images."""
 
     model: str = option(str(MICRO_BASE), "model folder")
-    prompt: str = option("", "the user's text; images stand before it")
+    prompt: str | None = option(None, "the user's text; images stand before it")
     image: list[str] = option([], "image files")
     system: str | None = option(None, "system prompt (default: the template's)")
     json: bool = option(False, "print one JSON object")
@@ -433,13 +426,14 @@ def as_json(prompt: Prompt, completions: list[Completion], seconds: float) -> st
 
 def main(argv: list[str]) -> None:
     options = parse_options(SampleOptions, argv)
-    if not options.prompt:
+    if options.prompt is None:
         raise InputError("--prompt is missing (tools/chat.py talks)")
     sampler, images = load_sampler(options.model, options.device, options.dtype)
     prompt = make_prompt(
         options.prompt, options.image, sampler.tokenizer, images, system=options.system
     )
     started = time.perf_counter()
+    # SampleOptions are SamplingParams, and more.
     [completions] = sampler.generate([prompt], options, progress=not options.json)
     if options.json:
         print(as_json(prompt, completions, time.perf_counter() - started))

@@ -17,7 +17,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.datasets import Example, load_examples
-from data.sequences import Pack, Row, batches, deal, encode_example, make_pack, make_row, num_steps
+from data.sequences import (
+    Pack,
+    Row,
+    batches,
+    encode_example,
+    make_pack,
+    make_row,
+    num_steps,
+    plan_packs,
+)
 from data.tokenizer import Tokenizer, check_vocabulary
 from hub.options import MICRO_DATA, option, parse_options, run_command
 from model import Qwen2_5_VL, score
@@ -79,7 +88,7 @@ def train_step(
     num_tokens = sum(int(row.scored.sum()) for row in rows)
     total = 0.0
     # 2. Packs are as many forward and backward passes as memory asks for; gradients add up.
-    for chosen in deal([len(row.ids) for row in rows], options.pack_tokens):
+    for chosen in plan_packs([len(row.ids) for row in rows], options.pack_tokens):
         pack = make_pack([rows[i] for i in chosen]).to(device)
         with autocast(model, options):
             loss = sft_loss(model, pack) / num_tokens

@@ -66,7 +66,7 @@ class GatedMLP(nn.Module):
 # --- Where the patches are ---
 
 
-def merged_positions(grids: list[Grid]) -> Tensor:
+def patch_positions(grids: list[Grid]) -> Tensor:
     """Returns row and column of each patch in its image, in the processor's order: [P, 2]."""
     out = []
     for _, h, w in grids:
@@ -207,7 +207,7 @@ class VisionTower(nn.Module):
         # 1. The layout is computed on the CPU, and moved once for all blocks.
         layout = window_layout(grids, self.config)
         order, windows, images = (tensor.to(pixel_values.device) for tensor in layout)
-        positions = merged_positions(grids).to(pixel_values.device)
+        positions = patch_positions(grids).to(pixel_values.device)
 
         # 2. Patches and their positions, window by window.
         x = to_window_order(self.patch_embed(pixel_values), order)

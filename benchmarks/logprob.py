@@ -19,7 +19,8 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import SHAPES, ask_peer, matmul_flops, milliseconds, peak_bytes  # noqa: E402
-from hub.options import option, parse_options, pick_device, run_command  # noqa: E402
+from hub.device import pick_device
+from hub.options import option, parse_options, run_command  # noqa: E402
 from kernels.logprob import token_log_probs_reference, token_log_probs_torch  # noqa: E402
 from kernels.logprob_triton import token_log_probs_triton  # noqa: E402
 from training.journal import git_commit  # noqa: E402

@@ -1,4 +1,8 @@
-"""Everything between a file on disk and the tensors of the model; each module says its part."""
+"""Everything between a file on disk and the tensors of the model.
+
+tokenizer (and chat template), images, prompts, sequences (packs), completions (what is sampled);
+and, aside from the reading path, datasets (readers) and schemas (published forms of records).
+"""
 
 # ruff: noqa: F401
 from data.datasets import Example, Loaded, load_examples, read_examples
@@ -10,17 +14,25 @@ from data.images import (
     preprocess_image,
     smart_resize,
 )
-from data.prompts import STYLES, Prompt, chat_prompt, format_prompt, make_prompt, question_text
+from data.prompts import (
+    STYLES,
+    Prompt,
+    Question,
+    chat_prompt,
+    format_prompt,
+    make_prompt,
+    question_text,
+)
 from data.sequences import (
     Pack,
     Row,
     batches,
-    deal,
     encode_example,
     epoch_order,
     make_pack,
     make_row,
     num_steps,
+    plan_packs,
 )
 from data.tokenizer import Tokenizer, check_vocabulary, render_chat
 from hub.config import Grid

@@ -43,8 +43,8 @@ class Completion:
         self.log_probs.append(log_prob)
         self.forced.append(forced)
 
-    def ended(self, limit: int, stop_ids: Sequence[int]) -> bool:
-        """Returns whether the last token ends the completion, and notes why."""
+    def finish_if_ended(self, limit: int, stop_ids: Sequence[int]) -> bool:
+        """Sets finish_reason if the last token ends the completion. Returns whether it does."""
         if self.ids[-1] in stop_ids:
             self.finish_reason = "forced" if any(self.forced) else "stop"
         elif len(self.ids) == limit:

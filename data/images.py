@@ -18,6 +18,8 @@ from torch import Tensor
 from hub.config import MERGE, PATCH, PATCH_DIM, TEMPORAL, Grid
 from hub.errors import InputError, read_json
 
+# Not all that PIL knows: for EPS, one, it runs another program on the file.
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -39,7 +41,11 @@ def load_image(source: ImageSource) -> Image.Image:
             source = base64.b64decode(source.split(";base64,")[-1], validate=True)
         if isinstance(source, bytes):
             source = io.BytesIO(source)
-        image = source if isinstance(source, Image.Image) else Image.open(source)
+        image = source
+        if not isinstance(source, Image.Image):
+            image = Image.open(source, formats=IMAGE_FORMATS)
+        if image.mode.startswith("I"):  # 16-bit grey, as X-rays have; PIL's conversion would clip
+            image = image.convert("I").point(lambda value: value / 257).convert("L")
         smart_resize(image.height, image.width)  # refuses what has no size, or is too narrow
         if not image.has_transparency_data:
             return image.convert("RGB")
@@ -91,12 +97,22 @@ class ImageConfig:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "ImageConfig":
-        """Reads preprocessor_config.json, which has the bounds under their older or newer names.
+        """Reads preprocessor_config.json, or what transformers 5 writes in its place.
 
-        Raises InputError for a file that lacks them.
+        The bounds stand there under their older or newer names. Raises InputError for a file that
+        lacks them, and for images that are to be cut or normalised otherwise than here.
         """
         path = Path(folder) / "preprocessor_config.json"
+        newer = Path(folder) / "processor_config.json"
+        if newer.exists() and not path.exists():
+            path = newer
         raw = read_json(path)
+        raw = raw.get("image_processor", raw)
+        fixed = {"patch_size": PATCH, "merge_size": MERGE, "temporal_patch_size": TEMPORAL}
+        fixed |= {"image_mean": list(IMAGE_MEAN), "image_std": list(IMAGE_STD)}
+        for key, value in fixed.items():
+            if raw.get(key, value) != value:
+                raise InputError(f"{path}: {key} {raw[key]} is not supported (only {value})")
         size = raw.get("size") or {}
         low = raw.get("min_pixels") or size.get("shortest_edge")
         high = raw.get("max_pixels") or size.get("longest_edge")

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,6 +78,13 @@ class Prompt:
         if not self.images:
             return None
         return torch.cat([preprocess_image(image, self.image_config)[0] for image in self.images])
+
+
+class Question(NamedTuple):
+    """A question, and what the model gets of it."""
+
+    example: Example
+    prompt: Prompt
 
 
 def chat_prompt(

@@ -70,9 +70,7 @@ class Pack:
     input_ids: Tensor  # [1, T]
     scored: Tensor  # bool [1, T]
     position_ids: Tensor  # [3, 1, T]
-    cu_seqlens: (
-        Tensor  # int32 [rows + 1]: the borders 0, T1, T1 + T2, ..., T, across which nothing is seen
-    )
+    cu_seqlens: Tensor  # int32 [rows + 1]: the borders 0, T1, T1 + T2, ..., T between the rows
 
     def to(self, device: torch.device | str) -> "Pack":
         """Returns the same pack on a device."""
@@ -91,7 +89,7 @@ def make_pack(rows: Sequence[Row]) -> Pack:
     )
 
 
-def deal(lengths: Sequence[int], pack_tokens: int) -> list[list[int]]:
+def plan_packs(lengths: Sequence[int], pack_tokens: int) -> list[list[int]]:
     """Deals sequences of these lengths out to packs of at most `pack_tokens` tokens.
 
     Returns the sequences' numbers, pack by pack. First-fit decreasing: each goes, the longest

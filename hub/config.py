@@ -155,6 +155,8 @@ def flatten(raw: dict) -> dict:
     flat = dict(raw)
     text = raw.get("text_config") or {}
     flat |= {field: value for field, value in text.items() if value is not None}
+    if raw.get("torch_dtype") is not None:
+        flat["torch_dtype"] = raw["torch_dtype"]  # the top's wins over the decoder's
     for field, places in PLACES.items():
         for place in places:
             value = find(flat, place)

@@ -11,7 +11,8 @@ with one of three masks:
 * cu_seqlens:  row 0 packs several segments end to end, with borders [0, n1, n1 + n2, ..., T]; they
                do not see one another.
 
-A query that sees no key at all gets zeros (SDPA would give NaN: pytorch#103749).
+A query that sees no key at all gets zeros by the definition and from the Triton kernels (SDPA would
+give NaN: pytorch#103749); in decoding every query sees itself at least.
 
 First the definition, which takes every combination of masks. Then the same, faster, for what our
 models ask: whole rows, packs, and one query per row. Last `attention`, which chooses.

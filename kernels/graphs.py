@@ -9,8 +9,9 @@ class Graphs:
     """Runs pieces of work, on a GPU from graphs; elsewhere (`enabled` is false) as they are.
 
     One by one, the hundreds of kernels of a decoding step take longer to launch than to run. A
-    graph runs the same kernels on the same addresses again. So the key must say all else that the
-    work depends on, its tensors must stay where they are, and a weight may change in place only.
+    graph runs the same kernels on the same addresses again. So the key must say all else that
+    changes while these graphs live, which is one rollout with one set of sampling parameters; and
+    no tensor, weights included, may move in that time.
     """
 
     def __init__(self, enabled: bool):

@@ -8,6 +8,7 @@ nothing for the micro model, whose weights are left alone (docs/log.md).
 import copy
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 ROWS = 16  # for which the blocks are chosen; they serve any number
@@ -40,8 +41,10 @@ class BlockedLinear(nn.Module):
             self.blocks = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
 
     def forward(self, x: Tensor) -> Tensor:
-        self.rearrange()
         bias = getattr(self.owner, "bias", None)  # an embedding has none
+        if torch.is_autocast_enabled("cpu"):  # which the blocked product knows nothing of
+            return F.linear(x, self.owner.weight, bias)
+        self.rearrange()
         return torch.ops.mkldnn._linear_pointwise(x, self.blocks, bias, "none", [], "")
 
 

@@ -128,9 +128,7 @@ def test_what_is_dropped_and_the_limit(tmp_path, folder, capsys):
 
 def test_the_prompt_style_is_applied(tmp_path, folder, capsys):
     path = written(
-        tmp_path / "d.jsonl",
-        worked(1),
-        worked(2, options=["1", "2"], response=None, answer="2"),
+        tmp_path / "d.jsonl", worked(1), worked(2, options=["1", "2"], response=None, answer="2")
     )
     inspection.main([str(path), "--model", str(folder), "--prompt-style", "mcq"])
     out, err = capsys.readouterr()

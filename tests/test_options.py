@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from hub import device as device_module
 from hub import options
 from hub.config import Config
 from hub.errors import InputError
@@ -134,9 +135,9 @@ def test_run_command_passes_other_errors_on(monkeypatch, capsys):
 
 
 def test_devices():
-    assert options.pick_device("cpu").type == "cpu"
+    assert device_module.pick_device("cpu").type == "cpu"
     with pytest.raises(InputError, match="--device must be auto, cpu or cuda, not abacus"):
-        options.pick_device("abacus")
+        device_module.pick_device("abacus")
 
 
 def test_ctrl_c_is_exit_code_130():
@@ -166,34 +167,34 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 def test_auto_is_bfloat16_on_a_cpu_only_where_it_has_instructions(monkeypatch, avx512, amx):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512, raising=False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
-    found = options.pick_dtype("auto", CPU, "bfloat16")
+    found = device_module.pick_dtype("auto", CPU, "bfloat16")
     assert found == (torch.bfloat16 if avx512 or amx else torch.float32)
-    assert options.pick_dtype("auto", CPU, "float32") == torch.float32
-    assert options.pick_dtype("auto", CPU, "float16") == torch.float32
+    assert device_module.pick_dtype("auto", CPU, "float32") == torch.float32
+    assert device_module.pick_dtype("auto", CPU, "float16") == torch.float32
 
 
 def test_a_torch_that_cannot_tell_counts_as_no_instructions(monkeypatch):
     monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported", raising=False)
     monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported", raising=False)
-    assert options.pick_dtype("auto", CPU, "bfloat16") == torch.float32
+    assert device_module.pick_dtype("auto", CPU, "bfloat16") == torch.float32
 
 
 def test_auto_is_the_dtype_on_disk_on_a_gpu():
     for name in ("float32", "float16", "bfloat16"):
-        assert options.pick_dtype("auto", GPU, name) == getattr(torch, name)
+        assert device_module.pick_dtype("auto", GPU, name) == getattr(torch, name)
 
 
 def test_a_typed_dtype_decides():
     for device in (CPU, GPU):
-        assert options.pick_dtype("float32", device, "bfloat16") == torch.float32
-        assert options.pick_dtype("bfloat16", device, "float32") == torch.bfloat16
+        assert device_module.pick_dtype("float32", device, "bfloat16") == torch.float32
+        assert device_module.pick_dtype("bfloat16", device, "float32") == torch.bfloat16
 
 
 def test_small_models_use_one_thread(monkeypatch):
     asked = []
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
     sizes = dict.fromkeys(Config.__dataclass_fields__, 1)
-    options.limit_threads(Config(**sizes | {"hidden_size": 2048}))
+    device_module.limit_threads(Config(**sizes | {"hidden_size": 2048}))
     assert asked == []
-    options.limit_threads(Config(**sizes | {"hidden_size": 128}))
+    device_module.limit_threads(Config(**sizes | {"hidden_size": 128}))
     assert asked == [1]

@@ -88,23 +88,23 @@ def test_make_pack():
     assert pack.cu_seqlens.tolist() == [0, 3, 4, 6]
 
 
-def test_deal_by_hand():
-    assert data.deal([3, 5, 2, 6, 4], 10) == [[3, 4], [1, 0, 2]]
-    assert data.deal([], 10) == []
-    assert data.deal([10, 10], 10) == [[0], [1]]
-    assert data.deal([3, 25, 3], 10) == [[1], [0, 2]]  # too long for a pack: one of its own
+def test_plan_packs_by_hand():
+    assert data.plan_packs([3, 5, 2, 6, 4], 10) == [[3, 4], [1, 0, 2]]
+    assert data.plan_packs([], 10) == []
+    assert data.plan_packs([10, 10], 10) == [[0], [1]]
+    assert data.plan_packs([3, 25, 3], 10) == [[1], [0, 2]]  # too long for a pack: one of its own
 
 
-def test_deal_loses_nothing_and_fills_well():
+def test_plan_packs_loses_nothing_and_fills_well():
     chance = random.Random(0)
     for _ in range(30):
         longest = chance.choice([10, 100])
         lengths = [chance.randrange(1, longest) for _ in range(chance.randrange(1, 200))]
-        packs = data.deal(lengths, 100)
+        packs = data.plan_packs(lengths, 100)
         assert sorted(i for pack in packs for i in pack) == list(range(len(lengths)))
         assert max(sum(lengths[i] for i in pack) for pack in packs) <= 100
         assert len(packs) <= 11 / 9 * -(-sum(lengths) // 100) + 1
-        assert packs == data.deal(lengths, 100)
+        assert packs == data.plan_packs(lengths, 100)
 
 
 def test_epoch_order():

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import sft
 import tiny
-from data import InputError, Row, Tokenizer, deal, make_pack, make_row
+from data import InputError, Row, Tokenizer, make_pack, make_row, plan_packs
 from hub.options import parse_options
 from hub.weights import copy_side_files
 from model import Qwen2_5_VL
@@ -172,7 +172,7 @@ def test_gradient_does_not_depend_on_packs_or_order(options, tmp_path, monkeypat
     )
     sizes = ((max(lengths), 5), (max(lengths) + min(lengths), 3), (sum(lengths), 1))
     for pack_tokens, passes in sizes:
-        assert len(deal(lengths, pack_tokens)) == passes
+        assert len(plan_packs(lengths, pack_tokens)) == passes
         found, found_metrics = gradients(
             options(model=model, pack_tokens=pack_tokens),
             rows[2:] + rows[:2],

@@ -11,7 +11,7 @@ import torch
 import tiny
 from hub.config import VisionConfig
 from model import Qwen2_5_VL
-from vision import VisionTower, merged_positions, rope_2d, window_layout
+from vision import VisionTower, patch_positions, rope_2d, window_layout
 
 CONFIG = VisionConfig(hidden_size=1280)
 GOLDEN = np.load(Path(__file__).parent / "golden" / "model_outputs.npz")
@@ -56,7 +56,7 @@ def test_windows_of_several_images():
 
 
 def test_patch_positions_follow_the_merged_cells():
-    positions = merged_positions([(1, 4, 4), (1, 2, 4)])
+    positions = patch_positions([(1, 4, 4), (1, 2, 4)])
     assert positions[:9].tolist() == [
         [0, 0],
         [0, 1],

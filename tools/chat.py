@@ -10,7 +10,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import ImageConfig, InputError, Prompt, chat_prompt, load_image
-from hub.options import DTYPE_HELP, DTYPES, MICRO_BASE, option, parse_options, run_command
+from hub.device import DTYPE_HELP, DTYPES
+from hub.options import MICRO_BASE, option, parse_options, run_command
 from sample import Sampler, SamplingParams, load_sampler
 
 

@@ -106,9 +106,7 @@ def main() -> None:
     print(f"{'the reading path':<24}{sum(counts.values()):>6}")
     loaded = [name for name in closure("grpo.py") if not any(part in name for part in ASIDE)]
     total = sum(len(lines_of(name)) for name in loaded)
-    print(
-        f"{'`import grpo` loads':<24}{total:>6} in {len(loaded)} files (see ASIDE)"
-    )
+    print(f"{'`import grpo` loads':<24}{total:>6} in {len(loaded)} files (see ASIDE)")
     files = source_files()
     wide = sum(len(line) > 100 for name in files for line in lines_of(name))
     print(f"lines over 100 columns: {wide}")

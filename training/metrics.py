@@ -29,6 +29,36 @@ def rollout_metrics(
     }
 
 
+# What a forward pass of the update measures, as means over the tokens that are run.
+MEASURED = ("ratio_mean", "clip_fraction", "entropy", "logprob_diff")
+
+
+def update_metrics(sums: list[dict], num_tokens: int) -> dict:
+    """Returns an optimiser step's metrics from the sums of its packs.
+
+    The loss is a mean over all `num_tokens` tokens of the step, the others over those that were
+    run. Where nothing was run, since nothing was to be learnt, they are None.
+    """
+    if not sums:
+        return {"loss": 0.0, "kl": 0.0, **dict.fromkeys((*MEASURED, "logprob_diff_max"))}
+    num_run = max(1, sum(part["tokens"] for part in sums))
+    metrics = {"loss": sum(part["loss"] for part in sums) / num_tokens}
+    metrics["kl"] = sum(part.get("kl", 0.0) for part in sums) / num_run  # 0 without a reference
+    for name in MEASURED:
+        metrics[name] = sum(part[name] for part in sums) / num_run
+    metrics["logprob_diff_max"] = max(part["logprob_diff_max"] for part in sums)
+    return metrics
+
+
+def mean_metrics(steps: list[dict]) -> dict:
+    """Returns the means over a rollout's optimiser steps; None for what none has measured."""
+    means = {}
+    for name in steps[0]:
+        values = [step[name] for step in steps if step[name] is not None]
+        means[name] = fmean(values) if values else None
+    return means
+
+
 def sample_records(step: int, pairs: list[tuple], rewards: Tensor) -> list[dict]:
     """Returns a record per response: what was asked, answered, extracted and rewarded.
 

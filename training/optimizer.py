@@ -6,8 +6,8 @@ import os
 import torch
 from torch import nn
 
+from hub.device import limit_threads, pick_device
 from hub.errors import InputError
-from hub.options import limit_threads, pick_device
 from model import Qwen2_5_VL
 from training.run import TrainOptions
 

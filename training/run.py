@@ -48,14 +48,14 @@ class TrainOptions:
     beta2: float = option(0.999, "decay of AdamW's second moment", low=0.0, high=0.999999)
     max_grad_norm: float = option(1.0, "longer gradients are scaled down to this norm", low=0.0)
     pack_tokens: int = option(
-        4096, "tokens of one forward pass; changes memory, not the gradient", low=1
+        4096, "tokens of one forward pass; changes memory, not results (but for rounding)", low=1
     )
     save_every: int = option(20, "steps between checkpoints; 0 is at the end only", low=0)
     seed: int = option(0, "seed of the data order and of sampling", low=0)
     device: str = option("auto", "auto, cpu or cuda")
     dtype: str = option(
         "auto",
-        "of the forward pass; auto: bfloat16 on a GPU",
+        "of the forward pass; weights are float32. auto: bfloat16 on a GPU",
         choices=("auto", "float32", "bfloat16"),
     )
 
