@@ -9,10 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import tiny  # noqa: E402
-from data import (  # noqa: E402
+import tiny
+from data import (
     ImageConfig,
     InputError,
     Tokenizer,
@@ -21,7 +19,9 @@ from data import (  # noqa: E402
     make_prompt,
     read_examples,
 )
-from tools import inspect_data as inspection  # noqa: E402
+from tools import inspect_data as inspection
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -128,9 +128,7 @@ def test_what_is_dropped_and_the_limit(tmp_path, folder, capsys):
 
 def test_the_prompt_style_is_applied(tmp_path, folder, capsys):
     path = written(
-        tmp_path / "d.jsonl",
-        worked(1),
-        worked(2, options=["1", "2"], response=None, answer="2"),
+        tmp_path / "d.jsonl", worked(1), worked(2, options=["1", "2"], response=None, answer="2")
     )
     inspection.main([str(path), "--model", str(folder), "--prompt-style", "mcq"])
     out, err = capsys.readouterr()

@@ -3,24 +3,21 @@ import io
 import math
 import random
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import sample as engine_module  # noqa: E402
-import tiny  # noqa: E402
-from data import InputError, Prompt, Tokenizer  # noqa: E402
-from data.completions import random_numbers, random_streams  # noqa: E402
-from kernels import draw  # noqa: E402
-from kernels import sampling_log_probs as kernel_log_probs  # noqa: E402
-from model import KVCache, PromptCache, Qwen2_5_VL  # noqa: E402
-from sample import Completion, Rollout, Sampler, SamplingParams, load_sampler, sample_plainly  # noqa: E402
-from tools.chat import stream  # noqa: E402
+import sample as engine_module
+import tiny
+from data import InputError, Prompt, Tokenizer
+from data.completions import random_numbers, random_streams
+from kernels import draw
+from kernels import sampling_log_probs as kernel_log_probs
+from model import KVCache, PromptCache, Qwen2_5_VL
+from sample import Completion, Rollout, Sampler, SamplingParams, load_sampler, sample_plainly
+from tools.chat import stream
 
 torch.set_num_threads(1)  # tiny products: threads would only wait for one another
 IDS = tiny.special_ids()
