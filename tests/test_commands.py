@@ -92,7 +92,7 @@ def run_process(command: str, *argv, stdin: str = "", cwd: Path) -> subprocess.C
         input=stdin,
         text=True,
         capture_output=True,
-        timeout=300,
+        timeout=600,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
@@ -1090,9 +1090,7 @@ def test_wrong_inputs_give_one_line_and_exit_code_2(run, shop, monkeypatch, caps
         assert fragment in err[0]
 
 
-@pytest.mark.parametrize(
-    "name", ["truncated shard", "malformed line", "evaluate out under a file", "bad recipe"]
-)
+@pytest.mark.parametrize("name", ["truncated shard", "evaluate out under a file"])
 def test_wrong_inputs_through_a_process(shop, name):
     make, *fragments = WRONG[name]
     command, *argv = make(shop)
