@@ -27,9 +27,26 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import NamedTuple
 
-from data import Example, ImageConfig, Loaded, Prompt, format_prompt, load_examples, make_prompt
+from data import (
+    STYLES,
+    Example,
+    ImageConfig,
+    Loaded,
+    Prompt,
+    format_prompt,
+    load_examples,
+    make_prompt,
+)
 from hub.errors import InputError
-from hub.options import MICRO_BASE, MICRO_DATA, option, parse_options, run_command
+from hub.options import (
+    DTYPE_HELP,
+    DTYPES,
+    MICRO_BASE,
+    MICRO_DATA,
+    option,
+    parse_options,
+    run_command,
+)
 from hub.weights import weight_files
 from rewards import accuracy_reward, extract_answer, is_equivalent
 from sample import Completion, Sampler, SamplingParams, load_sampler
@@ -37,7 +54,6 @@ from training.record_file import RecordFile, when_all_are_there
 
 MICRO_TESTS = ("test_text", "test_image", "test_text_other", "test_image_other")
 MICRO_FILES = [str(MICRO_DATA / f"{name}.jsonl") for name in MICRO_TESTS]
-STYLES = ("mcq", "math", "train", "direct")
 
 
 @dataclass
@@ -61,7 +77,7 @@ class EvaluateOptions:
     overwrite: bool = option(False, "replace what --out holds")
     json: bool = option(False, "print one JSON object per file")
     device: str = option("auto", "auto, cpu or cuda")
-    dtype: str = option("auto", "auto is the one on disk", choices=("auto", "float32", "bfloat16"))
+    dtype: str = option("auto", DTYPE_HELP, choices=DTYPES)
 
 
 # --- Ask ---

@@ -276,7 +276,7 @@ def load_questions(options: GRPOOptions, tokenizer: Tokenizer) -> list[Question]
 
 # --- A step ---------------------------------------------------------------------------------------
 
-MEASURED = "loss kl ratio_mean clip_fraction entropy logprob_diff grad_norm".split()
+MEASURED = ("loss", "kl", "ratio_mean", "clip_fraction", "entropy", "logprob_diff", "grad_norm")
 
 
 class Trainer:

@@ -34,6 +34,8 @@ from data import ImageConfig, InputError, Prompt, Tokenizer, check_vocabulary, m
 from data.completions import Completion, SamplingParams, ThinkBudget, random_numbers, random_streams
 from hub.config import Config
 from hub.options import (
+    DTYPE_HELP,
+    DTYPES,
     MICRO_BASE,
     limit_threads,
     option,
@@ -401,7 +403,7 @@ class SampleOptions(SamplingParams):
     system: str | None = option(None, "system prompt (default: the template's)")
     json: bool = option(False, "print one JSON object")
     device: str = option("auto", "auto, cpu or cuda")
-    dtype: str = option("auto", "of the weights", choices=("auto", "float32", "bfloat16"))
+    dtype: str = option("auto", DTYPE_HELP, choices=DTYPES)
 
 
 def load_sampler(folder: str, device: str, dtype: str, **options) -> tuple[Sampler, ImageConfig]:

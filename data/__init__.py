@@ -10,7 +10,7 @@ from data.images import (
     preprocess_image,
     smart_resize,
 )
-from data.prompts import Prompt, chat_prompt, format_prompt, make_prompt, question_text
+from data.prompts import STYLES, Prompt, chat_prompt, format_prompt, make_prompt, question_text
 from data.sequences import (
     Pack,
     Row,

@@ -36,6 +36,7 @@ MATH_PROMPT = (
     "</answer>).\n\nHere is the question: "
 )
 PROMPTS = {"direct": "", "train": TRAIN_PROMPT, "mcq": MCQ_PROMPT, "math": MATH_PROMPT}
+STYLES = tuple(PROMPTS)  # the choices of --prompt-style
 
 
 def question_text(example: Example, before_options: str = "\n") -> str:

@@ -74,11 +74,6 @@ class Pack:
         Tensor  # int32 [rows + 1]: the borders 0, T1, T1 + T2, ..., T, across which nothing is seen
     )
 
-    @property
-    def num_scored(self) -> int:
-        """Returns the number of tokens that are scored."""
-        return int(self.scored.sum())
-
     def to(self, device: torch.device | str) -> "Pack":
         """Returns the same pack on a device."""
         return Pack(*(tensor.to(device) for tensor in vars(self).values()))

@@ -27,6 +27,8 @@ from hub.errors import InputError
 ROOT = Path(__file__).resolve().parent.parent
 MICRO_BASE = ROOT / "micro" / "base"
 MICRO_DATA = ROOT / "micro" / "data"
+DTYPES = ("auto", "float32", "bfloat16")
+DTYPE_HELP = "of the weights; auto is the folder's, but float32 on a CPU without bfloat16"
 
 
 def option(default, text: str, *, low=None, high=None, choices=None, positional=False):
@@ -82,7 +84,8 @@ def add_argument(parser: argparse.ArgumentParser, field: dataclasses.Field) -> N
     """Adds a field to the parser; its type decides what may be typed."""
     text, choices = field.metadata["text"], field.metadata["choices"]
     if field.metadata["positional"]:
-        parser.add_argument(field.name, metavar=field.name.upper(), help=text)
+        nargs = "+" if field.type == list[str] else None
+        parser.add_argument(field.name, nargs=nargs, metavar=field.name.upper(), help=text)
         return
     name = "--" + field.name.replace("_", "-")
     kind = field.type

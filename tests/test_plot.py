@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from hub.errors import InputError
+from hub.options import parse_options
 from tools import plot
 
 SFT = {"epoch": 0, "loss": 1.5, "lr": 1e-4, "grad_norm": 2.0, "tokens_per_second": 900.0}
@@ -93,3 +94,15 @@ def test_the_picture(tmp_path, capsys):
         plot.main([*map(str, runs[:count]), "--out", str(out)])
         assert capsys.readouterr().out == f"{out}\n"
         assert out.read_bytes().startswith(b"\x89PNG") and out.stat().st_size > 10_000
+
+
+def test_what_a_step_has_not_measured_is_left_out(tmp_path):
+    path = make_run(tmp_path / "run", GRPO) / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 4, "reward": 1.0, "entropy": null}\n')
+    curves = plot.read_run(str(path))
+    assert curves["reward"][0] == [1, 2, 3, 4] and curves["entropy"][0] == [1, 2, 3]
+
+
+def test_several_runs_can_be_typed():
+    options = parse_options(plot.PlotOptions, ["a", "b", "--out", "c.png"])
+    assert options.runs == ["a", "b"] and options.out == "c.png"

@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import ImageConfig, InputError, Prompt, chat_prompt, load_image
-from hub.options import MICRO_BASE, option, parse_options, run_command
+from hub.options import DTYPE_HELP, DTYPES, MICRO_BASE, option, parse_options, run_command
 from sample import Sampler, SamplingParams, load_sampler
 
 
@@ -21,7 +21,7 @@ class ChatOptions(SamplingParams):
     model: str = option(str(MICRO_BASE), "model folder")
     system: str | None = option(None, "system prompt (default: the template's)")
     device: str = option("auto", "auto, cpu or cuda")
-    dtype: str = option("auto", "of the weights", choices=("auto", "float32", "bfloat16"))
+    dtype: str = option("auto", DTYPE_HELP, choices=DTYPES)
 
 
 def chat(

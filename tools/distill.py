@@ -25,10 +25,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import Example, ImageConfig, format_prompt, load_examples, make_prompt
-from evaluate import STYLES, Question
+from data import STYLES, Example, ImageConfig, format_prompt, load_examples, make_prompt
+from evaluate import Question
 from hub.errors import InputError
-from hub.options import MICRO_BASE, option, parse_options, run_command
+from hub.options import DTYPE_HELP, DTYPES, MICRO_BASE, option, parse_options, run_command
 from hub.weights import weight_files
 from rewards import accuracy_reward, extract_answer
 from sample import Completion, Sampler, SamplingParams, load_sampler
@@ -57,7 +57,7 @@ class DistillOptions(SamplingParams):
     resume: bool = option(False, "go on where --out was interrupted")
     overwrite: bool = option(False, "replace what --out holds")
     device: str = option("auto", "auto, cpu or cuda")
-    dtype: str = option("auto", "auto is the one on disk", choices=("auto", "float32", "bfloat16"))
+    dtype: str = option("auto", DTYPE_HELP, choices=DTYPES)
 
 
 def load_questions(sampler: Sampler, options: DistillOptions) -> list[Question]:

@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import Example, ImageConfig, Tokenizer, load_examples  # noqa: E402
-from data.prompts import PROMPTS, format_prompt, make_prompt  # noqa: E402
+from data.prompts import STYLES, format_prompt, make_prompt  # noqa: E402
 from hub.config import Config  # noqa: E402
 from hub.errors import InputError  # noqa: E402
 from hub.options import MICRO_BASE, option, parse_options, run_command  # noqa: E402
@@ -27,7 +27,7 @@ class DataOptions:
 
     file: str = option("", "JSONL, JSON, TSV or Parquet, see data/schemas.py", positional=True)
     model: str = option(str(MICRO_BASE), "model folder: its tokenizer counts, and its image size")
-    prompt_style: str = option("direct", "how a question is asked", choices=tuple(PROMPTS))
+    prompt_style: str = option("direct", "how a question is asked", choices=STYLES)
     max_length: int = option(4096, "tokens that a sequence may have", low=2)
     limit: int | None = option(None, "only the first so many good records", low=1)
 

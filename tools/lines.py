@@ -20,6 +20,7 @@ READING_PATH = (
     "data/images.py",
     "data/prompts.py",
     "data/sequences.py",
+    "data/completions.py",
     "sample.py",
     "sft.py",
     "rewards.py",
@@ -106,7 +107,7 @@ def main() -> None:
     loaded = [name for name in closure("grpo.py") if not any(part in name for part in ASIDE)]
     total = sum(len(lines_of(name)) for name in loaded)
     print(
-        f"{'`import grpo` loads':<24}{total:>6} in {len(loaded)} files (answers, datasets, Triton aside)"
+        f"{'`import grpo` loads':<24}{total:>6} in {len(loaded)} files (see ASIDE)"
     )
     files = source_files()
     wide = sum(len(line) > 100 for name in files for line in lines_of(name))

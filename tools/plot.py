@@ -53,6 +53,8 @@ def read_run(run: str) -> Curves:
     curves: Curves = {}
     for record, _ in read_records(path, ("step",)):
         for field in record.keys() & PANELS.keys():
+            if record[field] is None:  # a GRPO step without advantages measures less
+                continue
             steps, values = curves.setdefault(field, ([], []))
             steps.append(record["step"])
             values.append(record[field])

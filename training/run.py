@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from data.prompts import STYLES
 from hub.errors import InputError, read_json
 from hub.options import MICRO_BASE, option
 from hub.weights import copy_side_files, weight_files
@@ -38,9 +39,7 @@ class TrainOptions:
     resume: bool = option(False, "go on from the run folder's checkpoint")
     overwrite: bool = option(False, "replace a run that the folder holds")
     skip_bad_lines: bool = option(False, "leave bad records out, say how many they are, and go on")
-    prompt_style: str = option(
-        "direct", "how a question is asked", choices=("direct", "train", "mcq", "math")
-    )
+    prompt_style: str = option("direct", "how a question is asked", choices=STYLES)
     epochs: int = option(1, "passes over the data", low=1)
     max_steps: int | None = option(None, "stop after so many optimiser steps", low=1)
     learning_rate: float = option(1e-5, "peak learning rate", low=0.0)
