@@ -15,8 +15,8 @@ import numpy as np
 import torch
 import transformers
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-import tiny  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import tiny
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -1,4 +1,4 @@
-"""Every command from end to end on tiny model folders, exact resume, and what the commands say about wrong inputs."""
+"""Every command from end to end on tiny model folders, exact resume, answers to wrong inputs."""
 
 import base64
 import io
@@ -17,18 +17,17 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import evaluate  # noqa: E402
-import grpo  # noqa: E402
-import sample  # noqa: E402
-import sft  # noqa: E402
-import tiny  # noqa: E402
-from hub import options as hub_options  # noqa: E402
-from model import Qwen2_5_VL  # noqa: E402
-from tools import chat  # noqa: E402
-from training import run as run_folder  # noqa: E402
+import evaluate
+import grpo
+import sample
+import sft
+import tiny
+from hub import options as hub_options
+from model import Qwen2_5_VL
+from tools import chat
+from training import run as run_folder
 
+ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = {"sample": sample, "chat": chat, "sft": sft, "grpo": grpo, "evaluate": evaluate}
 SFT_FIELDS = {"step", "epoch", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "seconds"}
 GRPO_FIELDS = SFT_FIELDS | {
@@ -93,7 +92,7 @@ def run_process(command: str, *argv, stdin: str = "", cwd: Path) -> subprocess.C
         input=stdin,
         text=True,
         capture_output=True,
-        timeout=300,
+        timeout=600,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
@@ -224,7 +223,7 @@ def check_run_folder(folder: Path, fields: set[str], steps: int, *, samples: boo
         assert (folder / "model" / name).exists()
 
 
-# --- All commands, as a user starts them --------------------------------------------------------------------------------------
+# --- All commands, as a user starts them ---
 
 
 def test_every_command_end_to_end(shop):
@@ -582,7 +581,7 @@ def test_help_names_every_option(run, command):
     assert ("--recipe" in out) == (command in ("sft", "grpo"))
 
 
-# --- Resume -------------------------------------------------------------------------------------------------------------------
+# --- Resume ---
 
 
 class Killed(Exception):
@@ -653,7 +652,7 @@ def test_resume_equals_an_uninterrupted_run_bit_for_bit(run, shop, monkeypatch, 
     assert (code, err) == (0, [])
     assert_same_run(whole, cut)
 
-    # Died in the middle of replacing the checkpoint of step 4: the old one, and half of the new one.
+    # Died in the middle of replacing the checkpoint of step 4: the old one, half of the new one.
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_at(patch, 3)
         run(*argv, cut, "--overwrite")
@@ -693,7 +692,7 @@ def test_a_run_is_not_replaced_unless_told_to(run, shop):
     assert json.loads((shop.path / "run" / "config.json").read_text())["options"]["seed"] == 1
 
 
-# --- Wrong inputs -------------------------------------------------------------------------------------------------------------
+# --- Wrong inputs ---
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -1091,9 +1090,7 @@ def test_wrong_inputs_give_one_line_and_exit_code_2(run, shop, monkeypatch, caps
         assert fragment in err[0]
 
 
-@pytest.mark.parametrize(
-    "name", ["truncated shard", "malformed line", "evaluate out under a file", "bad recipe"]
-)
+@pytest.mark.parametrize("name", ["truncated shard", "evaluate out under a file"])
 def test_wrong_inputs_through_a_process(shop, name):
     make, *fragments = WRONG[name]
     command, *argv = make(shop)

@@ -4,7 +4,6 @@ import io
 import json
 import random
 import struct
-import sys
 import zlib
 from pathlib import Path
 
@@ -13,11 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import data  # noqa: E402
-from data import Example, ImageConfig, InputError, Tokenizer  # noqa: E402
-from data.images import IMAGE_MEAN, IMAGE_STD  # noqa: E402
-from data.prompts import MATH_PROMPT, MCQ_PROMPT, TRAIN_PROMPT  # noqa: E402
+import data
+from data import Example, ImageConfig, InputError, Tokenizer
+from data.images import IMAGE_MEAN, IMAGE_STD
+from data.prompts import MATH_PROMPT, MCQ_PROMPT, TRAIN_PROMPT
 
 GOLDEN = Path(__file__).parent / "golden"
 CHAT = json.loads((GOLDEN / "data_chat.json").read_text())

@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from data import Example, InputError, load_examples, load_image, read_examples  # noqa: E402
-from data.schemas import SCHEMAS as PUBLISHED  # noqa: E402
+from data import Example, InputError, load_examples, load_image, read_examples
+from data.schemas import SCHEMAS as PUBLISHED
 
 
 def complaint(call, *args, **options) -> str:

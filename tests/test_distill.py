@@ -1,5 +1,7 @@
 """Rejection-sampling distillation: what is kept, in which form, and whole runs."""
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -352,13 +354,13 @@ def teacher(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def solvable(tmp_path) -> Path:
+@pytest.fixture(scope="module")
+def solvable(tmp_path_factory) -> Path:
     """12 questions of two steps and 4 of three, which the teacher does not solve."""
     records = [json.loads(line) for line in (MICRO_DATA / "rl.jsonl").read_text().splitlines()[:80]]
     chosen = [r for r in records if r["depth"] == 2][:12]
     chosen += [r for r in records if r["depth"] == 3][:4]
-    path = tmp_path / "solvable.jsonl"
+    path = tmp_path_factory.mktemp("data") / "solvable.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in chosen))
     return path
 
@@ -374,9 +376,17 @@ def solve(teacher: Path, questions: Path, out: Path, *arguments: str) -> list[st
     ]
 
 
-def test_a_text_only_teacher_and_a_student_that_reads_it(teacher, solvable, tmp_path):
-    out = tmp_path / "sft.jsonl"
-    distill.main(solve(teacher, solvable, out))
+@pytest.fixture(scope="module")
+def finished(teacher, solvable, tmp_path_factory) -> tuple[Path, str]:
+    """An uninterrupted run: its --out file, and the table that it prints."""
+    out, printed = tmp_path_factory.mktemp("finished") / "whole.jsonl", io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        distill.main(solve(teacher, solvable, out))
+    return out, printed.getvalue()
+
+
+def test_a_text_only_teacher_and_a_student_that_reads_it(finished, solvable, tmp_path):
+    out, _ = finished
     written, truths = list(read_examples(out)), {e.id: e for e in read_examples(solvable)}
     solved = {e.id.rpartition("-")[0] for e in written}
     assert len(solved) >= 10 and all(truths[i].meta["depth"] == 2 for i in solved)
@@ -408,10 +418,9 @@ distill.main(sys.argv[1:])
 """
 
 
-def test_kill_9_then_resume_gives_the_same_files(teacher, solvable, tmp_path, capsys):
-    whole, out = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
-    distill.main(solve(teacher, solvable, whole))
-    table, samples = capsys.readouterr().out, out.with_suffix(".samples.jsonl")
+def test_kill_9_then_resume_gives_the_same_files(teacher, solvable, finished, tmp_path, capsys):
+    (whole, table), out = finished, tmp_path / "killed.jsonl"
+    samples = out.with_suffix(".samples.jsonl")
     done = subprocess.run(
         [sys.executable, "-c", KILLED, *solve(teacher, solvable, out)],
         capture_output=True,
@@ -423,22 +432,22 @@ def test_kill_9_then_resume_gives_the_same_files(teacher, solvable, tmp_path, ca
     assert samples.read_bytes().count(b"\n") == 16
     distill.main(solve(teacher, solvable, out, "--resume"))
     assert capsys.readouterr().out == table and out.read_text() == whole.read_text()
-    assert samples.read_text() == (tmp_path / "whole.samples.jsonl").read_text()
+    assert samples.read_text() == whole.with_suffix(".samples.jsonl").read_text()
     with pytest.raises(InputError, match="cannot resume with other options: --seed was 0"):
         distill.main(solve(teacher, solvable, out, "--resume", "--seed", "1"))
     with pytest.raises(InputError, match="holds results"):
         distill.main(solve(teacher, solvable, out))
 
 
-def test_ctrl_c_writes_what_is_done(teacher, solvable, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_writes_what_is_done(teacher, solvable, finished, tmp_path, monkeypatch):
     """It comes in the middle of the fifth question's samples."""
-    out, original, finished = tmp_path / "sft.jsonl", Sampler.generate, []
+    out, original, sampled = tmp_path / "sft.jsonl", Sampler.generate, []
 
     def interrupted(self, prompts, params, *, on_completion, **rest):
         def finish(i, sample, completion):
             on_completion(i, sample, completion)
-            finished.append(i)
-            if len(finished) == 18:
+            sampled.append(i)
+            if len(sampled) == 18:
                 raise KeyboardInterrupt
 
         return original(self, prompts, params, on_completion=finish, **rest)
@@ -447,8 +456,7 @@ def test_ctrl_c_writes_what_is_done(teacher, solvable, tmp_path, monkeypatch, ca
     with pytest.raises(KeyboardInterrupt):
         distill.main(solve(teacher, solvable, out))
     monkeypatch.undo()
-    some, whole = lines(out), tmp_path / "whole.jsonl"
+    (whole, _), some = finished, lines(out)
     assert 0 < len(some)
     distill.main(solve(teacher, solvable, out, "--resume"))
-    distill.main(solve(teacher, solvable, whole))
     assert len(some) < len(lines(out)) and out.read_text() == whole.read_text()

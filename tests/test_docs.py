@@ -1,4 +1,4 @@
-"""The documents say what is true: every code block of the walkthrough prints what stands behind it."""
+"""The documents are true: every code block of the walkthrough prints what stands behind it."""
 
 import contextlib
 import io

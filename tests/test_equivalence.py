@@ -38,7 +38,7 @@ def value(text: str, **point):
     return Evaluator(point, Budget())(tree(text))
 
 
-# --- The development table ------------------------------------------------------------------------
+# --- The development table ---
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block["="][0])
@@ -91,7 +91,7 @@ def test_random_wrong_pairs():
         assert not is_equivalent(one, other) and not is_equivalent(other, one), (one, other)
 
 
-# --- Its parts ------------------------------------------------------------------------------------
+# --- Its parts ---
 
 X, Y, TWO, THREE = ("var", "x"), ("var", "y"), ("num", 2), ("num", 3)
 TREES = [
@@ -213,7 +213,7 @@ def test_variables_and_points():
     assert is_equivalent(r"\sqrt{x^2}", "|x|") and not is_equivalent(r"\sqrt{x^2}", "x")
 
 
-# --- Hostile strings ------------------------------------------------------------------------------
+# --- Hostile strings ---
 
 
 def assert_bounded(budget: Budget) -> None:

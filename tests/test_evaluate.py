@@ -1,9 +1,12 @@
 """Evaluation: figures of hand-made records, what is asked, and whole runs of the command."""
 
+import contextlib
+import io
 import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -546,7 +549,7 @@ def test_an_image_is_preprocessed_once(folder, questions, monkeypatch):
 
 # --- Interruptions ---
 
-LONG = "--runs 2 --temperature 1 --max-new-tokens 40 --max-batch 2 --device cpu".split()
+LONG = "--runs 2 --temperature 1 --max-new-tokens 16 --max-batch 2 --device cpu".split()
 
 # The command, which kills itself behind a number of questions.
 KILLED = """
@@ -567,14 +570,25 @@ evaluate.main(sys.argv[1:])
 """
 
 
-@pytest.fixture
-def files(tmp_path) -> list[Path]:
+def write_files(folder: Path) -> list[Path]:
     """Two files of questions, some of them equal but for their id."""
-    paths = [tmp_path / "one.jsonl", tmp_path / "two.jsonl"]
+    paths = [folder / "one.jsonl", folder / "two.jsonl"]
     for path in paths:
         lines = [{"id": f"q{i}", "question": f"What is {i % 5}?", "answer": "1"} for i in range(12)]
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return paths
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory) -> Path:
+    """The folder of the files, which records name."""
+    return tmp_path_factory.mktemp("shelf")
+
+
+@pytest.fixture
+def files(shelf) -> list[Path]:
+    """Written anew: a test may change them."""
+    return write_files(shelf)
 
 
 def command(folder: Path, files: list[Path], out: Path, *arguments: str) -> list[str]:
@@ -594,12 +608,22 @@ def summaries(text: str) -> list[dict]:
     return [json.loads(line) for line in text.splitlines()]
 
 
+@pytest.fixture(scope="module")
+def finished(folder, shelf) -> tuple[Path, str]:
+    """An uninterrupted run: its folder, and what it prints."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        evaluate.main(command(folder, write_files(shelf), shelf / "whole.jsonl", "--json"))
+    return shelf, printed.getvalue()
+
+
 @pytest.fixture
-def whole(folder, files, tmp_path, capsys) -> tuple[str, list[dict]]:
-    """What an uninterrupted run writes and prints."""
-    out = tmp_path / "whole.jsonl"
-    evaluate.main(command(folder, files, out, "--json"))
-    return out.read_text(), summaries(capsys.readouterr().out)
+def whole(finished, tmp_path) -> tuple[str, list[dict]]:
+    """What an uninterrupted run writes and prints. Its files lie in the test's folder too."""
+    shelf, printed = finished
+    for name in ("whole.jsonl", "whole.jsonl.config.json"):
+        shutil.copy(shelf / name, tmp_path)
+    return (tmp_path / "whole.jsonl").read_text(), summaries(printed)
 
 
 def process(words: list, **options) -> subprocess.CompletedProcess:
@@ -690,7 +714,6 @@ def test_resume_takes_whole_questions_only(folder, files, tmp_path, whole, promp
     out = tmp_path / "whole.jsonl"
     kept = damage(whole[0].splitlines(keepends=True))
     out.write_text("".join(kept))
-    del prompts[:]
     evaluate.main(command(folder, files, out, "--resume"))
     assert out.read_text() == whole[0]
     assert (

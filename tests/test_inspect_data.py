@@ -9,10 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import tiny  # noqa: E402
-from data import (  # noqa: E402
+import tiny
+from data import (
     ImageConfig,
     InputError,
     Tokenizer,
@@ -21,7 +19,8 @@ from data import (  # noqa: E402
     make_prompt,
     read_examples,
 )
-from tools import inspect_data as inspection  # noqa: E402
+from hub.options import ROOT, run_command
+from tools import inspect_data as inspection
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +46,7 @@ def worked(i: int, **fields) -> dict:
 
 def run(folder: Path, *arguments: object) -> subprocess.CompletedProcess:
     command = [sys.executable, ROOT / "tools" / "inspect_data.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
 
 
 def test_the_command(tmp_path, folder):
@@ -182,15 +181,19 @@ def test_a_reader_who_has_seen_enough(tmp_path):
         cwd=tmp_path,
         text=True,
         capture_output=True,
-        timeout=120,
+        timeout=600,
     )
     assert (done.stdout, done.stderr) == ("", "")
 
 
-def test_wrong_inputs_through_a_process(tmp_path):
+def test_wrong_inputs_are_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["tools/inspect_data.py", "d.jsonl"])
     written(tmp_path / "d.jsonl", "{")
-    done = run(tmp_path, "d.jsonl")
-    assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
-    assert done.stderr.startswith(
+    with pytest.raises(SystemExit) as stop:
+        run_command(inspection.main)
+    out, error = capsys.readouterr()
+    assert (stop.value.code, out) == (2, "") and error.count("\n") == 1
+    assert error.startswith(
         "inspect_data.py: error: d.jsonl: none of the records is good; d.jsonl: line 1: malformed"
     )

@@ -117,7 +117,7 @@ def test_a_full_disk_loses_no_group_that_was_appended(tmp_path):
         stderr=subprocess.PIPE,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
     )
-    out, error = process.communicate(timeout=120)
+    out, error = process.communicate(timeout=600)
     assert "File too large" in error and out.split() == list("01234")
     assert len(resumed(tmp_path / "out.jsonl").groups) == 5
 

@@ -108,7 +108,7 @@ def test_a_query_without_keys_gets_zeros_and_finite_gradients():
 
 
 def test_keys_behind_the_length_are_never_read():
-    """What a cache holds behind a row's length may be anything, even NaN-free garbage of any size."""
+    """What a cache holds behind a row's length may be anything: NaN-free garbage of any size."""
     q, k, v = inputs(2, 1, 8, 4, 2, 8)
     lengths = tensor(3, 6)
     out = attention(q, k, v, causal=True, key_lengths=lengths)
@@ -218,7 +218,8 @@ def test_token_log_probs_equal_log_softmax(monkeypatch, chunk_rows, options):
 
 
 def test_token_log_probs_of_part_of_the_outputs(monkeypatch):
-    """A loss on the log-probs alone, or with frozen weights, has the right gradient in the chunked path too."""
+    """A loss on the log-probs alone, or with frozen weights, has the right gradient in the chunked
+    path too."""
     hidden, weight, targets = log_prob_inputs()
     (expected,) = torch.autograd.grad(
         token_log_probs_reference(hidden, weight, targets)[0].sum(), hidden

@@ -8,7 +8,7 @@ import pytest
 import rewards
 from rewards import accuracy_reward, extract_answer, is_equivalent
 
-# --- extract_answer -------------------------------------------------------------------------------
+# --- extract_answer ---
 
 EXTRACT = [
     ("<think>a</think><answer>5</answer>", "5"),
@@ -69,7 +69,7 @@ def test_extract_answer(response, expected):
     assert extract_answer(response) == expected
 
 
-# --- is_equivalent --------------------------------------------------------------------------------
+# --- is_equivalent ---
 
 # fmt: off
 EQUAL_NUMBERS = [
@@ -286,7 +286,7 @@ def test_truths_that_json_holds_as_numbers():
     assert accuracy_reward("<answer>4</answer>", "B", {"A": 3, "B": 4.0}) == 1.0
 
 
-# --- accuracy_reward with options -----------------------------------------------------------------
+# --- accuracy_reward with options ---
 
 YES_NO = {"A": "Yes", "B": "No"}
 CELLS = {
@@ -383,7 +383,7 @@ def test_rewards_are_floats_and_need_the_right_place():
     assert accuracy_reward("<think>a</think>\n#### 5", "5") == 1.0
 
 
-# --- properties over real ground truths -----------------------------------------------------------
+# --- properties over real ground truths ---
 
 # fmt: off
 TRUTHS = [  # Orz-math-57k, GSM8K and MedQA, as published
@@ -453,7 +453,7 @@ def test_exactness_against_fractions():
         assert is_equivalent(f"{top}.{bottom:06d}0", f"{top}.{bottom:06d}")
 
 
-# --- hostile input --------------------------------------------------------------------------------
+# --- hostile input ---
 
 # fmt: off
 HOSTILE = [

@@ -3,24 +3,21 @@ import io
 import math
 import random
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import sample as engine_module  # noqa: E402
-import tiny  # noqa: E402
-from data import InputError, Prompt, Tokenizer  # noqa: E402
-from data.completions import random_numbers, random_streams  # noqa: E402
-from kernels import draw  # noqa: E402
-from kernels import sampling_log_probs as kernel_log_probs  # noqa: E402
-from model import KVCache, PromptCache, Qwen2_5_VL  # noqa: E402
-from sample import Completion, Rollout, Sampler, SamplingParams, load_sampler, sample_plainly  # noqa: E402
-from tools.chat import stream  # noqa: E402
+import sample as engine_module
+import tiny
+from data import InputError, Prompt, Tokenizer
+from data.completions import random_numbers, random_streams
+from kernels import draw
+from kernels import sampling_log_probs as kernel_log_probs
+from model import KVCache, PromptCache, Qwen2_5_VL
+from sample import Completion, Rollout, Sampler, SamplingParams, load_sampler, sample_plainly
+from tools.chat import stream
 
 torch.set_num_threads(1)  # tiny products: threads would only wait for one another
 IDS = tiny.special_ids()
@@ -209,9 +206,8 @@ def test_cached_log_probs_equal_those_of_one_forward_without_a_cache(sampler, pa
 
 
 def test_greedy_takes_the_argmax_of_one_forward_without_a_cache(sampler):
-    for prompt, [completion] in zip(
-        prompts(), sampler.generate(prompts(), SamplingParams(12, 0.0))
-    ):
+    found = sampler.generate(prompts(), SamplingParams(12, 0.0))
+    for prompt, [completion] in zip(prompts(), found, strict=True):
         with torch.no_grad():
             hidden = sampler.model(
                 torch.tensor([prompt.ids + completion.ids]),
@@ -238,7 +234,7 @@ def random_prompts(rng: random.Random) -> list[Prompt]:
     return out + rng.sample(out, rng.randint(0, 1))  # sometimes one twice
 
 
-@pytest.mark.parametrize("seed", range(200))
+@pytest.mark.parametrize("seed", range(80))
 def test_any_schedule_gives_what_the_plain_loop_gives(sampler, seed, monkeypatch):
     """Slots, lengths, stops, images, groups, budgets and distributions at random."""
     rng = random.Random(seed)
@@ -346,7 +342,7 @@ def test_streams_name_prompts_wherever_they_stand(sampler):
     first = sampler.generate(batch, params, streams=[7, 8, 9])
     assert_same(sampler.generate(batch[::-1], params, streams=[9, 8, 7]), first[::-1])
     other = sampler.generate(batch, params, streams=[1, 2, 3])
-    assert all(a.ids != b.ids for a, b in zip(sum(first, []), sum(other, [])))
+    assert all(a.ids != b.ids for a, b in zip(sum(first, []), sum(other, []), strict=True))
 
 
 def test_random_streams_are_the_same_in_every_python():
@@ -421,7 +417,7 @@ def test_gpu_gives_what_the_plain_loop_gives(tmp_path, max_batch, captured):
         SamplingParams(24, 1.0, n=3, think_budget=5),
     ):
         assert_close_to_plain(engine, model, params)
-    assert all(captured)
+    assert captured and all(captured)
 
 
 @needs_gpu
@@ -438,7 +434,7 @@ def test_gpu_rollouts_follow_the_weights(tmp_path, captured):
     optimizer.step()
     model.load_state_dict({key: value.cpu() for key, value in on_gpu.state_dict().items()})
     assert_close_to_plain(engine, model, params)
-    assert all(captured)
+    assert captured and all(captured)
 
 
 @needs_gpu
@@ -456,7 +452,7 @@ def test_gpu_rollouts_under_autocast_follow_the_weights(tmp_path, captured):
         found = engine.generate(prompts(), params)
         wanted = Sampler(on_gpu, tokenizer).generate(prompts(), params)
     assert_same(found, wanted)
-    assert all(captured)
+    assert captured and all(captured)
 
 
 @pytest.fixture
@@ -699,16 +695,15 @@ def test_a_stop_id_as_the_last_allowed_token_is_a_stop(tokenizer):
 def test_a_response_ends_where_the_context_does(sampler):
     sizes = (505, 400, 511)
     batch = [Prompt(tiny.row(i, size)) for i, size in enumerate(sizes)]
-    results = sampler.generate(batch, SamplingParams(120, 0.0))
+    endless = Sampler(sampler.model, sampler.tokenizer, stop_ids=())
+    results = endless.generate(batch, SamplingParams(120, 0.0))
+    lengths = [len(completion.ids) for [completion] in results]
+    assert [c.finish_reason for [c] in results] == ["length"] * 3 and lengths == [7, 112, 1]
     for prompt, [completion] in zip(batch, results):
-        assert completion.finish_reason == "stop" or len(completion.ids) == min(
-            120, 512 - len(prompt.ids)
-        )
         wanted = full_log_probs(sampler.model, prompt, completion.ids, SamplingParams())
         torch.testing.assert_close(torch.tensor(completion.log_probs), wanted, atol=1e-5, rtol=0)
-    [[alone]] = sampler.generate(
-        batch[:1], SamplingParams(10**9, 0.0)
-    )  # no memory is set aside beyond the context
+    # No memory is set aside beyond the context.
+    [[alone]] = endless.generate(batch[:1], SamplingParams(10**9, 0.0))
     assert alone.ids == results[0][0].ids
 
 
@@ -757,7 +752,9 @@ def test_forced_ids_go_through_the_cache(sampler):
     """What follows a forced exit is conditioned on it, and its log-probs are right."""
     params = SamplingParams(30, 1.0, n=2, think_budget=8)
     tag = sampler.tokenizer.encode("</think>")
-    for prompt, group in zip(prompts(), sampler.generate(prompts(), params)):
+    groups = sampler.generate(prompts(), params)
+    assert any(True in completion.forced for group in groups for completion in group)
+    for prompt, group in zip(prompts(), groups, strict=True):
         for completion in group:
             assert len(completion.ids) <= 8 or completion.ids[8 : 8 + len(tag)] == tag
             wanted = full_log_probs(sampler.model, prompt, completion.ids, params)

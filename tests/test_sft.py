@@ -1,4 +1,4 @@
-"""Stage 1: the loss against transformers, which tokens carry it, batches however they are split, and whole runs."""
+"""Stage 1: the loss against transformers, its tokens, batches however split, and whole runs."""
 
 import json
 import shutil
@@ -139,7 +139,8 @@ def test_loss_is_the_sum_of_each_token_given_those_before(options, folder):
 
 
 def test_targets_that_are_not_scored_do_not_matter(options, folder):
-    """What stands behind a response (a newline) may be anything: loss and gradient stay the same bits."""
+    """What stands behind a response (a newline) may be anything: loss and gradient stay the same
+    bits."""
     model = load_for_training(options())
     rows = sft.load_rows(options(), Tokenizer.from_pretrained(folder))[:3]
     changed = []
@@ -381,7 +382,8 @@ def test_text_only_folder_trains(options, tmp_path):
 
 
 def test_small_updates_of_a_bfloat16_model_are_kept(options, folder, tmp_path):
-    """lr 3e-6 is below half a bfloat16 step of almost every weight: bare bfloat16 weights would never move."""
+    """lr 3e-6 is below half a bfloat16 step of almost every weight: bare bfloat16 weights would
+    never move."""
     source = tmp_path / "bf16"
     Qwen2_5_VL.from_pretrained(folder).save_pretrained(source, dtype=torch.bfloat16)
     copy_side_files(folder, source)

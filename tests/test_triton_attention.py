@@ -228,7 +228,8 @@ def test_a_rollout_with_kernels(monkeypatch):
         monkeypatch.setenv("KERNELS", kernels)
         done = sampler.generate(prompts, SamplingParams(max_new_tokens=5, temperature=0.0))
         found[kernels] = [(c.ids, torch.tensor(c.log_probs)) for group in done for c in group]
-    for (ids, log_probs), (wanted, expected) in zip(found["triton"], found["sdpa"]):
+    assert len(found["sdpa"]) == 2
+    for (ids, log_probs), (wanted, expected) in zip(found["triton"], found["sdpa"], strict=True):
         assert ids == wanted
         torch.testing.assert_close(log_probs, expected, atol=1e-4, rtol=0)
 
