@@ -289,7 +289,7 @@ def check_options(options: EvaluateOptions) -> None:
         raise InputError("--data names a file twice")
     for path in options.data:  # said before a model is loaded
         if not Path(path).exists():
-            raise InputError(f"{path}: no such file")
+            raise InputError(f"{path}: cannot be read (No such file or directory)")
         if options.out and Path(options.out).resolve() == Path(path).resolve():
             raise InputError(f"--out {options.out} is one of the question files")
     if options.resume and not options.out:

@@ -1046,6 +1046,10 @@ WRONG = {
     ),
     "out is a run": (lambda s: resumed(s, lambda run: None)[:-1], "run", "--overwrite"),
     "evaluate out is the data": (lambda s: examine(s, rl_data(s), "--out", rl_data(s)), "--out"),
+    "evaluate without its data": (
+        lambda s: examine(s, s.path / "gone.jsonl"),
+        "gone.jsonl: cannot be read",
+    ),
     "evaluate a file twice": (lambda s: ["evaluate", "--data", "x.jsonl", "x.jsonl"], "--data"),
     "json without a prompt": (lambda s: ["sample", "--json"], "--prompt"),
     "image without a prompt": (lambda s: ["sample", "--image", "x.png"], "--prompt"),

@@ -378,6 +378,24 @@ def test_image_config(tmp_path, raw, expected):
     assert (config.min_pixels, config.max_pixels) == expected
 
 
+def test_image_config_of_newer_folders(tmp_path):
+    """transformers 5 writes the processor's fields into processor_config.json."""
+    bounds = {"size": {"shortest_edge": 3136, "longest_edge": 50000}, "patch_size": 14}
+    raw = {"image_processor": bounds, "processor_class": "Qwen2_5_VLProcessor"}
+    (tmp_path / "processor_config.json").write_text(json.dumps(raw))
+    assert ImageConfig.from_pretrained(tmp_path) == ImageConfig(3136, 50000)
+
+
+def test_16_bit_grey_keeps_its_steps():
+    """PIL's own conversion to 8 bits would clip it to white."""
+    grey = Image.frombytes(
+        "I;16", (64, 64), b"".join((1024 * (i % 64)).to_bytes(2, "little") for i in range(64 * 64))
+    )
+    levels = [data.load_image(grey).getpixel((x, 0))[0] for x in range(64)]
+    assert levels[0] == 0 and levels[63] >= 250 and levels == sorted(levels)
+    assert len(set(levels)) == 64
+
+
 @pytest.mark.parametrize(
     "raw, expected",
     [
@@ -385,6 +403,8 @@ def test_image_config(tmp_path, raw, expected):
         ("[]", "not a JSON object"),
         ("{}", "field 'min_pixels' or 'max_pixels' is missing"),
         ('{"size": {"longest_edge": 9}}', "field 'min_pixels' or 'max_pixels' is missing"),
+        ('{"patch_size": 16}', "patch_size 16 is not supported (only 14)"),
+        ('{"image_mean": [0.5, 0.5, 0.5]}', "image_mean [0.5, 0.5, 0.5] is not supported"),
     ],
 )
 def test_bad_image_config(tmp_path, raw, expected):

@@ -490,7 +490,8 @@ def test_sampler_and_trainer_agree_on_log_probs(options, rewarded, temperature):
     part = one_pack(responses)
     found, _ = trainer.score(trainer.model, part.pack)
     assert len(found) > 60 and (found - part.sampler_log_probs).abs().max() < 1e-5
-    assert trainer.update(responses, 1e-5)["logprob_diff"] < 1e-5
+    result = trainer.update(responses, 1e-5)
+    assert result["logprob_diff"] <= result["logprob_diff_max"] < 1e-5
     wrong, _, _ = rollout(trainer, questions[:2], 1)
     for response in wrong:  # the metric does see a difference
         response.sampler_log_probs = response.sampler_log_probs * 1.1
@@ -621,6 +622,16 @@ def test_several_updates_per_rollout(options, rewarded, monkeypatch):
     assert abs(m2["ratio_mean"] / len(second.advantages) - 1.0) > 1e-3
     # Sampler against trainer is about the old policy, so this says nothing about the step.
     assert m2["logprob_diff"] / len(second.advantages) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "count, updates, sizes", [(9, 4, [2, 2, 2, 3]), (6, 2, [3, 3]), (2, 5, [1, 1])]
+)
+def test_shares_are_even(count, updates, sizes):
+    responses = [respond([1], [2], float(i)) for i in range(count)]
+    shares = grpo.split_evenly(responses, updates)
+    assert [len(share) for share in shares] == sizes
+    assert [r.advantage for share in shares for r in share] == list(range(count))
 
 
 def test_empty_completions_single_rows_and_nothing_to_learn_do_not_crash(options):
