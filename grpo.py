@@ -218,7 +218,8 @@ class ResponsePack:
 def make_response(prompt: Prompt, completion: Completion, advantage: float) -> Response:
     """Returns prompt and response as one row. The ids are those sampled, never re-tokenised text.
 
-    Ids that the think budget forced are no actions of the policy: they are not scored.
+    Ids that a think budget forced (none in our recipes) are no actions of the policy: they are not
+    scored.
     """
     scored = [False] * len(prompt.ids) + [not forced for forced in completion.forced]
     log_probs = torch.tensor(completion.log_probs)
@@ -372,7 +373,8 @@ class Trainer:
         old_log_probs = part.old_log_probs
         if old_log_probs is None:
             old_log_probs = log_probs.detach()
-        # With num_tokens=1 the loss and its metrics come as sums, as all else here.
+        # A pack's tokens are one row of the loss. With num_tokens=1 its mean comes as a sum, as all
+        # else here, and is divided below, by the tokens of the whole share.
         loss, sums = grpo_loss(
             log_probs[None],
             old_log_probs[None],
@@ -385,7 +387,7 @@ class Trainer:
             kl_type=options.kl_type,
             num_tokens=1,
         )
-        (loss / num_tokens).backward()  # the one denominator
+        (loss / num_tokens).backward()
         sums["tokens"] = len(log_probs)
         sums["loss"] = loss.item()
         sums["entropy"] = entropy.sum().item()

@@ -286,8 +286,9 @@ class KVCache:
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Writes one token, k and v [B, 1, K, D], behind each of the first B slots.
 
-        Returns these slots' keys and values [B, S, K, D] and the number of keys in each [B]. The
-        caller counts `lengths` and `longest` up once all layers have written.
+        Returns these slots' keys and values [B, S, K, D] and the number of keys in each [B]. Until
+        all layers have written, `lengths` and `longest` are those before this token; then the
+        caller sets them anew.
         """
         B = k.shape[0]
         slots = torch.arange(B, device=k.device)

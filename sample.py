@@ -213,7 +213,10 @@ class Slots:
         self.position[slot] = start.position
 
     def move(self, sources: list[int], targets: list[int]) -> None:
-        """Copies sequences into other slots, between a sampling step and the decoding of it."""
+        """Copies sequences into other slots, between a sampling step and the decoding of it.
+
+        Hidden states stay behind: decoding writes them anew.
+        """
         self.cache.move(sources, targets)
         self.position[targets] = self.position[sources]
         self.token[targets] = self.token[sources]

@@ -94,7 +94,7 @@ def plan_packs(lengths: Sequence[int], pack_tokens: int) -> list[list[int]]:
 
     Returns the sequences' numbers, pack by pack. First-fit decreasing: each goes, the longest
     first, to the first pack that has room for it. That makes at most 11/9 of the fewest possible
-    packs, and one more (Johnson, 1973). A sequence that is longer than a pack gets one of its own.
+    packs, and one more (Yue, 1991). A sequence that is longer than a pack gets one of its own.
     """
     packs: list[list[int]] = []
     room: list[int] = []  # tokens left in each

@@ -97,9 +97,9 @@ def render_chat(
     assistant's text and its <|im_end|>, not on the newline behind it.
 
     Text between two control tokens is tokenised in one piece, as it is when the rendered string
-    is. An assistant's text alone is cut off its "assistant\\n", so that training ids begin with the
-    very ids that a sampler is prompted with (the two ways differ only for a text whose leading
-    white space holds a line break).
+    is. An assistant's text alone is tokenised apart from the "assistant\\n" before it, so that
+    training ids begin with the very ids that a sampler is prompted with (the two ways differ only
+    for a text whose leading white space holds a line break).
     """
     if messages and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": DEFAULT_SYSTEM}, *messages]

@@ -16,6 +16,7 @@ import math
 import os
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -85,8 +86,8 @@ def add_argument(parser: argparse.ArgumentParser, field: dataclasses.Field) -> N
         return
     name = "--" + field.name.replace("_", "-")
     kind = field.type
-    if isinstance(kind, types.UnionType):  # `int | None` is typed as an int
-        kind = kind.__args__[0]
+    if isinstance(kind, types.UnionType):  # `int | None` is typed as an int, or as None
+        kind = or_none(kind.__args__[0])
     if kind == list[str]:
         text = f"{text} ({' '.join(field.default_factory())})"
         parser.add_argument(name, nargs="+", metavar="VALUE", help=text)
@@ -97,6 +98,16 @@ def add_argument(parser: argparse.ArgumentParser, field: dataclasses.Field) -> N
         text = f"{text} ({field.default})"
         metavar = None if choices else kind.__name__.upper()
         parser.add_argument(name, type=kind, choices=choices, metavar=metavar, help=text)
+
+
+def or_none(kind: type) -> Callable[[str], object]:
+    """Returns a parser of `kind` that takes the word None, too."""
+
+    def parse(text: str):
+        return None if text == "None" else kind(text)
+
+    parse.__name__ = kind.__name__  # which argparse names in its complaints
+    return parse
 
 
 def check_limits(options) -> None:

@@ -63,6 +63,7 @@ def test_option_kinds():
         ],
     )
     assert found == Options(0.01, 3, 5, False, "b", ["p", "q", "r"], "n")
+    assert parse_options(Options, ["--limit", "None"]).limit is None
     parse_options(Options, []).files.append("z")
     assert parse_options(Options, []).files == ["x", "y"]  # a default list is nobody's to change
 

@@ -218,7 +218,11 @@ def test_another_starting_model_cannot_be_resumed(options, trained, tmp_path):
 @pytest.mark.parametrize("name", ["data", "model"])
 def test_missing_inputs_are_named(options, tmp_path, name):
     missing = str(tmp_path / "nowhere")
-    with pytest.raises(InputError, match=f"{missing}.*: cannot be read \\(No such file"):
+    wanted = {
+        "data": f"{missing}: cannot be read \\(No such file",
+        "model": f"{missing}: no such folder",
+    }
+    with pytest.raises(InputError, match=wanted[name]):
         Run(options(**{name: missing}))
 
 

@@ -54,7 +54,7 @@ def optimizer_step(
 ) -> float:
     """Makes one optimiser step and clears the gradient. Returns its norm before clipping.
 
-    Where no backward pass has run (in GRPO: every advantage of the step is 0) no weight has a
+    Where no backward pass has run (in GRPO without a KL term: every advantage is 0) no weight has a
     gradient. AdamW passes over such weights, so neither weights nor moments change, nor does weight
     decay act; the norm is 0.0. A gradient of zeros is something else: the moments decay, and the
     weights still move by what is left of them.

@@ -82,6 +82,9 @@ class Run:
         self.folder = Path(options.out)
         self.step = 0
         start = Path(options.model).resolve()
+        if not start.is_dir():
+            hint = "grpo.py starts from what sft.py has trained"
+            raise InputError(f"--model {options.model}: no such folder ({hint})")
         if not options.out:
             raise InputError("--out is empty")
         if self.folder.resolve() in (start, *start.parents):
