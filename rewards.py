@@ -22,10 +22,10 @@ later. So every rule errs on the side of "wrong": one answer, in its place, in b
 import re
 from collections.abc import Sequence
 
+from answers.boxes import box_content, says_more_than_its_box
 from answers.choice import choose
 from answers.equivalence import as_text, is_equivalent, rounds_to
 from answers.formulas import MAX_CHARS
-from answers.parsing import is_value
 
 __all__ = ["accuracy_reward", "extract_answer", "is_equivalent"]
 
@@ -51,60 +51,15 @@ def extract_answer(response: str) -> str | None:
     # 3. The last box in it; without a box, what the tags hold, or else what GSM8K's "####" marks.
     box = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
     if box >= 0:
-        if tag and _says_more_than_its_box(text, box):
+        if tag and says_more_than_its_box(text, box):
             return None
-        text = _box_content(text[box:]) or ""
+        text = box_content(text[box:]) or ""
     elif not tag:
         text = text.rpartition("####")[2].partition("\n")[0].strip() if "####" in text else ""
         if not re.match(r"[-+$]*\.?[0-9]", text):  # "#### Step 2" is a heading, not an answer
             return None
     text = text.strip()
     return text if 0 < len(text) <= MAX_CHARS else None
-
-
-def _box_content(text: str) -> str | None:
-    r"""Returns what the box at the start of a text holds: \boxed{a{b}} -> a{b}; \boxed 5$ -> 5.
-
-    Returns None if the box is never closed.
-    """
-    text = re.sub(r"\\(?:boxed|fbox)\s*", "", text[: MAX_CHARS + 16], count=1)
-    if not text.startswith("{"):
-        return re.split(r"[$\n]", text, maxsplit=1)[0]
-    depth = 0
-    for match in re.finditer(r"\\.|[{}]", text, re.DOTALL):  # an escaped \{ is no group
-        if match[0] == "{":
-            depth += 1
-        elif match[0] == "}":
-            depth -= 1
-            if depth == 0:
-                return text[1 : match.start()]
-    return None
-
-
-_FILLER = ",;:$*( \n\t"
-_OPERATOR_BEHIND = re.compile(r"[\s$)]*[-+/^!](?!\\circ|\{\\circ)")
-_FURTHER_VALUE = re.compile(r"[\s.$*)]*(?:[,;]|or\b|and\b)[\s$]*(?=\S)")
-
-
-def _says_more_than_its_box(text: str, last: int) -> bool:
-    r"""Returns whether a text gives another answer than its last box (at `last`), or one more.
-
-    \boxed{3} or \boxed{4}, 3 \boxed{4} and -\boxed{4} do; a box inside a box is one answer.
-    """
-    first = re.search(r"\\(?:boxed|fbox)", text).start()
-    content = _box_content(text[first:])
-    if content is None or (first < last and "box" not in content):
-        return True
-    # What stands before the box: an operator, or a value, perhaps joined by "or".
-    before = text[:first].rstrip(_FILLER).removesuffix("or").removesuffix("and").rstrip(_FILLER)
-    if before.endswith(("-", "+", "/", "^", "{")) or is_value(before):
-        return True
-    # What stands behind it.
-    behind = text[first:].partition("{" + content + "}")[2]
-    if _OPERATOR_BEHIND.match(behind):
-        return True
-    further = _FURTHER_VALUE.match(behind)
-    return further is not None and is_value(behind[further.end() :])
 
 
 # --- 2. Is it the true one? -----------------------------------------------------------------------

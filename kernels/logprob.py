@@ -53,15 +53,9 @@ def token_log_probs_reference(
 
 
 def token_log_probs_torch(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    temperature: float = 1.0,
-    masked_ids: Tensor | None = None,
+    hidden: Tensor, weight: Tensor, targets: Tensor, **options
 ) -> tuple[Tensor, Tensor]:
     """Returns what the reference does, with the logits of CHUNK_ELEMENTS / V tokens at a time."""
-    options = {"temperature": temperature, "masked_ids": masked_ids}
     rows = max(1, CHUNK_ELEMENTS // weight.shape[0])
     if hidden.shape[0] <= rows:
         return token_log_probs_reference(hidden, weight, targets, **options)
