@@ -2,7 +2,6 @@
 
     python grpo.py                             # goes on from runs/sft/model, on a CPU, in minutes
     python grpo.py --recipe paper --model runs/sft-7b/model --data orz_math_57k_collected.json
-    python grpo.py --resume
 
 Paper: section 3.2, appendix A. A step: sample a group of responses to each question, reward those
 whose final answer is right, turn the rewards of a group into advantages, and raise the probability
@@ -74,7 +73,7 @@ class GRPOOptions(TrainOptions):
     )
     max_new_tokens: int = option(160, "response length limit", low=1)
     temperature: float = option(1.0, "of the policy: in sampling and in the loss alike", low=1e-3)
-    rollout_batch: int = option(256, "responses sampled at a time; changes memory only", low=1)
+    rollout_batch: int = option(256, "responses sampled at a time (memory only)", low=1)
     # The loss.
     updates_per_rollout: int = option(1, "optimiser steps per rollout, on a share each", low=1)
     clip_eps_low: float = option(0.2, "the ratio is clipped at 1 - this", low=0.0, high=1.0)
@@ -98,6 +97,7 @@ def group_advantages(rewards: Tensor, *, normalize_std: bool = True) -> Tensor:
     DeepSeekMath (arXiv 2402.03300), section 4.1.2. The standard deviation is Bessel-corrected, as
     in torch.std and TRL. A group whose rewards are all equal teaches nothing: its advantages are
     exactly 0 (the floor of 1e-3 keeps rounding residue from being blown up: NVIDIA-NeMo/RL#4161).
+    Without a KL term its responses are then not run, but counted in the loss (`Trainer.update`).
     normalize_std=False gives Dr. GRPO's advantages (arXiv 2503.20783), which do not favour very
     easy and very hard questions.
     """
@@ -363,19 +363,19 @@ class Trainer:
             grad_norm = optimizer_step(
                 self.model, self.optimizer, learning_rate, options.max_grad_norm
             )
-            steps.append(update_metrics(sums, num_tokens) | {"grad_norm": grad_norm})
+            steps.append(update_metrics(sums) | {"grad_norm": grad_norm})
         return mean_metrics(steps)
 
     def accumulate(self, part: ResponsePack, num_tokens: int) -> dict[str, float]:
-        """Adds a pack's gradient to the step's. Returns sums over its tokens, loss and metrics."""
+        """Adds a pack's gradient to the step's. Returns its share of the loss, and other sums."""
         options = self.options
         log_probs, entropy = self.score(self.model, part.pack)
         old_log_probs = part.old_log_probs
         if old_log_probs is None:
             old_log_probs = log_probs.detach()
-        # A pack's tokens are one row of the loss. With num_tokens=1 its mean comes as a sum, as all
-        # else here, and is divided below, by the tokens of the whole share.
-        loss, sums = grpo_loss(
+        # A pack's tokens are one row here. Divided by the tokens of the whole share, the packs'
+        # losses add up to the share's.
+        loss, metrics = grpo_loss(
             log_probs[None],
             old_log_probs[None],
             part.advantages[None],
@@ -385,17 +385,18 @@ class Trainer:
             kl_coef=options.kl_coef,
             ref_log_probs=None if part.ref_log_probs is None else part.ref_log_probs[None],
             kl_type=options.kl_type,
-            num_tokens=1,
+            num_tokens=num_tokens,
         )
-        (loss / num_tokens).backward()
+        loss.backward()
+        # The metrics are to be means over the tokens that are run, so they go on as sums.
+        sums = {name: value * num_tokens for name, value in metrics.items()}
         sums["tokens"] = len(log_probs)
-        sums["loss"] = loss.item()
         sums["entropy"] = entropy.sum().item()
         # Sampler and trainer should agree to rounding.
         difference = (old_log_probs - part.sampler_log_probs).abs()
         sums["logprob_diff"] = difference.sum().item()
         sums["logprob_diff_max"] = difference.max().item() if len(difference) else 0.0
-        return sums
+        return {"loss": loss.item(), **sums}
 
     def score(self, model: Qwen2_5_VL, pack: Pack) -> tuple[Tensor, Tensor]:
         """Returns a model's log-probs and entropies [N], under the distribution sampled from."""

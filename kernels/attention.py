@@ -162,7 +162,7 @@ def attention(
     decoding = ragged and not packed and q.shape[1] == 1 and not differentiable
     whole_rows = not ragged and q.shape[1] == k.shape[1]
 
-    # What none of our models asks, nobody has made fast.
+    # Other combinations of masks, which none of our models asks for, are left to the definition.
     if wanted_kernels() == "reference" or not (decoding or whole_rows):
         return attention_reference(
             q, k, v, causal=causal, cu_seqlens=cu_seqlens, key_lengths=key_lengths

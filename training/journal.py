@@ -24,8 +24,8 @@ from hub.options import ROOT
 
 # Options that may differ when a command goes on: they decide where and how often it writes, and in
 # what portions it works, but not what comes out (up to rounding, where sums change their order).
-FREE_OPTIONS = {"resume", "overwrite", "out", "json", "device", "save_every", "max_per_question"}
-FREE_OPTIONS |= {"pack_tokens", "rollout_batch", "max_batch"}
+MAY_DIFFER = {"resume", "overwrite", "out", "json", "device", "save_every", "max_per_question"}
+MAY_DIFFER |= {"pack_tokens", "rollout_batch", "max_batch"}
 
 
 # --- The config beside the results ---
@@ -77,7 +77,7 @@ def check_same(results: Path, config_path: Path, config: dict) -> None:
     changed = []
     for name, value in config["options"].items():
         old = before["options"].get(name)
-        if name not in FREE_OPTIONS and old != value:
+        if name not in MAY_DIFFER and old != value:
             changed.append(f"--{name.replace('_', '-')} was {old!r}")
     if changed:
         raise InputError(f"{results}: cannot resume with other options: {'; '.join(changed)}")

@@ -33,16 +33,16 @@ def rollout_metrics(
 MEASURED = ("ratio_mean", "clip_fraction", "entropy", "logprob_diff")
 
 
-def update_metrics(sums: list[dict], num_tokens: int) -> dict:
-    """Returns an optimiser step's metrics from the sums of its packs.
+def update_metrics(sums: list[dict]) -> dict:
+    """Returns an optimiser step's metrics from those of its packs.
 
-    The loss is a mean over all `num_tokens` tokens of the step, the others over those that were
-    run. Where nothing was run, since nothing was to be learnt, they are None.
+    The loss is a mean over all tokens of the step, to which the packs' parts add up. The others are
+    sums over a pack's tokens, and become means over those that were run. Where nothing was run, since nothing was to be learnt, they are None.
     """
     if not sums:
         return {"loss": 0.0, "kl": 0.0, **dict.fromkeys((*MEASURED, "logprob_diff_max"))}
     num_run = max(1, sum(part["tokens"] for part in sums))
-    metrics = {"loss": sum(part["loss"] for part in sums) / num_tokens}
+    metrics = {"loss": sum(part["loss"] for part in sums)}
     metrics["kl"] = sum(part.get("kl", 0.0) for part in sums) / num_run  # 0 without a reference
     for name in MEASURED:
         metrics[name] = sum(part[name] for part in sums) / num_run
