@@ -37,7 +37,8 @@ def update_metrics(sums: list[dict]) -> dict:
     """Returns an optimiser step's metrics from those of its packs.
 
     The loss is a mean over all tokens of the step, to which the packs' parts add up. The others are
-    sums over a pack's tokens, and become means over those that were run. Where nothing was run, since nothing was to be learnt, they are None.
+    sums over a pack's tokens, and become means over those that were run. Where nothing was run,
+    since nothing was to be learnt, they are None.
     """
     if not sums:
         return {"loss": 0.0, "kl": 0.0, **dict.fromkeys((*MEASURED, "logprob_diff_max"))}
