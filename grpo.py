@@ -303,7 +303,7 @@ class Trainer:
             max_new_tokens=options.max_new_tokens,
             temperature=options.temperature,
             n=options.group_size,
-            seed=options.seed * 1_000_003 + number,  # no two steps of any two runs meet
+            seed=options.seed * 1_000_003 + number,  # steps of two seeds do not meet
         )
         with autocast(self.model, options):
             groups = self.sampler.generate([question.prompt for question in questions], params)
@@ -359,11 +359,11 @@ class Trainer:
         steps = []
         for share, packs in zip(shares, packs_of):
             num_tokens = max(1, sum(len(response.sampler_log_probs) for response in share))
-            sums = [self.accumulate(part, num_tokens) for part in packs]
+            measured = [self.accumulate(part, num_tokens) for part in packs]
             grad_norm = optimizer_step(
                 self.model, self.optimizer, learning_rate, options.max_grad_norm
             )
-            steps.append(update_metrics(sums) | {"grad_norm": grad_norm})
+            steps.append(update_metrics(measured) | {"grad_norm": grad_norm})
         return mean_metrics(steps)
 
     def accumulate(self, part: ResponsePack, num_tokens: int) -> dict[str, float]:

@@ -33,21 +33,21 @@ def rollout_metrics(
 MEASURED = ("ratio_mean", "clip_fraction", "entropy", "logprob_diff")
 
 
-def update_metrics(sums: list[dict]) -> dict:
+def update_metrics(parts: list[dict]) -> dict:
     """Returns an optimiser step's metrics from those of its packs.
 
     The loss is a mean over all tokens of the step, to which the packs' parts add up. The others are
     sums over a pack's tokens, and become means over those that were run. Where nothing was run,
     since nothing was to be learnt, they are None.
     """
-    if not sums:
+    if not parts:
         return {"loss": 0.0, "kl": 0.0, **dict.fromkeys((*MEASURED, "logprob_diff_max"))}
-    num_run = max(1, sum(part["tokens"] for part in sums))
-    metrics = {"loss": sum(part["loss"] for part in sums)}
-    metrics["kl"] = sum(part.get("kl", 0.0) for part in sums) / num_run  # 0 without a reference
+    num_run = max(1, sum(part["tokens"] for part in parts))
+    metrics = {"loss": sum(part["loss"] for part in parts)}
+    metrics["kl"] = sum(part.get("kl", 0.0) for part in parts) / num_run  # 0 without a reference
     for name in MEASURED:
-        metrics[name] = sum(part[name] for part in sums) / num_run
-    metrics["logprob_diff_max"] = max(part["logprob_diff_max"] for part in sums)
+        metrics[name] = sum(part[name] for part in parts) / num_run
+    metrics["logprob_diff_max"] = max(part["logprob_diff_max"] for part in parts)
     return metrics
 
 
