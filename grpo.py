@@ -20,17 +20,34 @@ from tqdm import tqdm
 
 from data.datasets import Example, load_examples
 from data.images import ImageConfig
-from data.prompts import Prompt, Question, format_prompt, make_prompt
-from data.sequences import Pack, Row, batches, make_pack, make_row, num_steps, plan_packs
-from data.tokenizer import Tokenizer
+from data.prompts import Question, format_prompt, make_prompt
+from data.responses import (
+    IDLE_RESPONSE,
+    Response,
+    ResponsePack,
+    make_response,
+    make_response_pack,
+    make_response_packs,
+    split_evenly,
+)
+from data.sequences import Pack, batches, num_steps
+from data.tokenizer import Tokenizer, check_vocabulary
 from hub.config import Config
 from hub.errors import InputError
 from hub.options import MICRO_DATA, option, parse_options, run_command
 from model import Qwen2_5_VL, score
 from rewards import accuracy_reward
-from sample import Completion, Sampler, SamplingParams
+from sample import SamplingParams
 from training.metrics import mean_metrics, rollout_metrics, sample_records, update_metrics
-from training.optimizer import autocast, load_for_training, make_optimizer, optimizer_step
+from training.optimizer import (
+    forward_dtype,
+    load_for_training,
+    make_optimizer,
+    optimizer_step,
+    visiting,
+)
+from training.parallel import deal, exchange, processes, rank, training_device
+from training.rollout import rollout
 from training.run import Run, TrainOptions
 
 # The paper leaves three things open. Its batch of 128 counts questions here, as in verl, which it
@@ -192,69 +209,6 @@ def grpo_loss(
     return loss, metrics
 
 
-# --- Questions and responses ----------------------------------------------------------------------
-
-
-@dataclass
-class Response:
-    """A sampled response, ready to be learnt from."""
-
-    row: Row  # prompt and response ids; scored where the policy chose the token
-    sampler_log_probs: Tensor  # [N]: of the scored tokens, under the distribution they came from
-    advantage: float
-
-
-@dataclass
-class ResponsePack:
-    """Responses of one forward pass; each [N] belongs to the pack's scored tokens, in order."""
-
-    pack: Pack
-    advantages: Tensor  # [N]: each response's, on all its tokens
-    sampler_log_probs: Tensor  # [N]
-    old_log_probs: Tensor | None = None  # [N]: of the policy before this rollout's first step
-    ref_log_probs: Tensor | None = None  # [N]: of the model that training started from
-
-
-def make_response(prompt: Prompt, completion: Completion, advantage: float) -> Response:
-    """Returns prompt and response as one row. The ids are those sampled, never re-tokenised text.
-
-    Ids that a think budget forced (none in our recipes) are no actions of the policy: they are not
-    scored.
-    """
-    scored = [False] * len(prompt.ids) + [not forced for forced in completion.forced]
-    log_probs = torch.tensor(completion.log_probs)
-    return Response(
-        row=make_row(prompt.ids + completion.ids, scored),
-        sampler_log_probs=log_probs[~torch.tensor(completion.forced, dtype=torch.bool)],
-        advantage=advantage,
-    )
-
-
-def make_response_packs(
-    responses: list[Response], pack_tokens: int, device: torch.device
-) -> list[ResponsePack]:
-    """Returns the responses as packs of at most pack_tokens tokens."""
-    packs = []
-    for chosen in plan_packs([len(response.row.ids) for response in responses], pack_tokens):
-        members = [responses[i] for i in chosen]
-        advantages = [torch.full_like(r.sampler_log_probs, r.advantage) for r in members]
-        packs.append(
-            ResponsePack(
-                pack=make_pack([r.row for r in members]).to(device),
-                advantages=torch.cat(advantages).to(device),
-                sampler_log_probs=torch.cat([r.sampler_log_probs for r in members]).to(device),
-            )
-        )
-    return packs
-
-
-def split_evenly(responses: list[Response], count: int) -> list[list[Response]]:
-    """Returns the responses in `count` shares of equal length, give or take one."""
-    count = min(count, len(responses))
-    bounds = [len(responses) * i // count for i in range(count + 1)]
-    return [responses[start:end] for start, end in zip(bounds, bounds[1:])]
-
-
 def load_questions(options: GRPOOptions, tokenizer: Tokenizer) -> list[Question]:
     """Returns the questions, text only. Those whose prompt is too long are dropped and counted."""
     limit = Config.from_pretrained(options.model).max_position_embeddings - 1
@@ -284,13 +238,17 @@ class Trainer:
 
     def __init__(self, options: GRPOOptions, tokenizer: Tokenizer):
         self.options = options
+        self.tokenizer = tokenizer
         self.model = load_for_training(options)
+        self.dtype = forward_dtype(options)
         self.device = self.model.head_weight.device
         self.optimizer = make_optimizer(self.model, options)
         self.reference = None
         if options.kl_coef > 0:
-            self.reference = load_for_training(options).requires_grad_(False)
-        self.sampler = Sampler(self.model, tokenizer, max_batch=options.rollout_batch)
+            self.reference = load_for_training(options, frozen=True)
+        check_vocabulary(tokenizer, self.model.config)
+        self.idle_pack = make_response_pack([IDLE_RESPONSE])
+        self.masked_ids = tokenizer.never_sampled(self.model.config.vocab_size).to(self.device)
 
     def step(
         self, questions: list[Question], number: int, learning_rate: float
@@ -298,6 +256,7 @@ class Trainer:
         """Takes step `number` (from 0). Returns its metrics, and the records for samples.jsonl."""
         options = self.options
         # 1. Sample: a group of G responses to each question, from the policy as it is now.
+        # 2. Reward [B, G]: is the final answer right?
         started = time.perf_counter()
         params = SamplingParams(
             max_new_tokens=options.max_new_tokens,
@@ -305,20 +264,22 @@ class Trainer:
             n=options.group_size,
             seed=options.seed * 1_000_003 + number,  # steps of two seeds do not meet
         )
-        with autocast(self.model, options):
-            groups = self.sampler.generate([question.prompt for question in questions], params)
-        rollout_seconds = time.perf_counter() - started
-
-        # 2. Reward [B, G]: is the final answer right?
-        pairs = list(zip(questions, groups))
-        rewards = torch.tensor(
-            [[reward(question.example, c.text) for c in group] for question, group in pairs]
+        groups, rewards = rollout(
+            self.model,
+            self.tokenizer,
+            [question.prompt for question in questions],
+            params,
+            dtype=self.dtype,
+            max_batch=options.rollout_batch,
+            judge=lambda i, completion: reward(questions[i].example, completion.text),
         )
+        rollout_seconds = time.perf_counter() - started
 
         # 3. Advantages [B, G]: how much better than its group's mean is each response?
         advantages = group_advantages(rewards, normalize_std=options.normalize_std)
 
         # 4. Loss and optimiser step on all responses.
+        pairs = list(zip(questions, groups))
         responses = []
         for (question, group), row in zip(pairs, advantages.tolist()):
             for completion, advantage in zip(group, row):
@@ -338,32 +299,38 @@ class Trainer:
         options = self.options
         shares = split_evenly(responses, options.updates_per_rollout)
 
-        # 1. Packs. A response without an advantage has no gradient: it need not be run.
+        # 1. Packs. A response without an advantage has no gradient: it need not be run. Several
+        #    GPUs take turns in dealing the packs out.
         packs_of = []
         for share in shares:
             if self.reference is None:
                 share = [response for response in share if response.advantage != 0]
-            packs_of.append(make_response_packs(share, options.pack_tokens, self.device))
+            packs = deal(make_response_packs(share, options.pack_tokens), self.idle_pack)
+            packs_of.append([part.to(self.device) for part in packs])
 
         # 2. Log-probs of the old policy and the reference, before any weight moves. With a single
         #    step the policy still is the old one: then its own log-probs, detached, will do.
+        every_pack = list(chain.from_iterable(packs_of))
         with torch.no_grad():
-            for part in chain.from_iterable(packs_of):
-                if options.updates_per_rollout > 1:
+            if options.updates_per_rollout > 1:
+                for part in every_pack:
                     part.old_log_probs, _ = self.score(self.model, part.pack)
-                if self.reference is not None:
-                    part.ref_log_probs, _ = self.score(self.reference, part.pack)
+            if self.reference is not None:
+                with visiting(self.reference, self.device):
+                    for part in every_pack:
+                        part.ref_log_probs, _ = self.score(self.reference, part.pack)
 
         # 3. Loss and optimiser step of each share. The loss is a mean over all tokens of the share,
         #    whether they are run or not.
         steps = []
         for share, packs in zip(shares, packs_of):
             num_tokens = max(1, sum(len(response.sampler_log_probs) for response in share))
-            measured = [self.accumulate(part, num_tokens) for part in packs]
+            measured = {rank(): [self.accumulate(part, num_tokens) for part in packs]}
             grad_norm = optimizer_step(
                 self.model, self.optimizer, learning_rate, options.max_grad_norm
             )
-            steps.append(update_metrics(measured) | {"grad_norm": grad_norm})
+            everywhere = list(chain.from_iterable(exchange(measured).values()))
+            steps.append(update_metrics(everywhere) | {"grad_norm": grad_norm})
         return mean_metrics(steps)
 
     def accumulate(self, part: ResponsePack, num_tokens: int) -> dict[str, float]:
@@ -401,8 +368,7 @@ class Trainer:
     def score(self, model: Qwen2_5_VL, pack: Pack) -> tuple[Tensor, Tensor]:
         """Returns a model's log-probs and entropies [N], under the distribution sampled from."""
         temperature = self.options.temperature
-        with autocast(model, self.options):
-            return score(model, pack, temperature=temperature, masked_ids=self.sampler.masked_ids)
+        return score(model, pack, temperature=temperature, masked_ids=self.masked_ids)
 
 
 # --- The run --------------------------------------------------------------------------------------
@@ -443,7 +409,9 @@ def train(options: GRPOOptions) -> None:
 
 
 def main(argv: list[str]) -> None:
-    train(parse_options(GRPOOptions, argv, RECIPES))
+    options = parse_options(GRPOOptions, argv, RECIPES)
+    with processes(training_device(options.device)):
+        train(options)
 
 
 if __name__ == "__main__":

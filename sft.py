@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from data.datasets import Example, load_examples
 from data.sequences import (
+    IDLE_ROW,
     Pack,
     Row,
     batches,
@@ -30,7 +31,8 @@ from data.sequences import (
 from data.tokenizer import Tokenizer, check_vocabulary
 from hub.options import MICRO_DATA, option, parse_options, run_command
 from model import Qwen2_5_VL, score
-from training.optimizer import autocast, load_for_training, make_optimizer, optimizer_step
+from training.optimizer import load_for_training, make_optimizer, optimizer_step
+from training.parallel import deal, processes, total, training_device
 from training.run import Run, TrainOptions
 
 PAPER = {
@@ -86,18 +88,22 @@ def train_step(
     device = model.head_weight.device
     # 1. The loss is a mean over all response tokens of the batch, however it is packed.
     num_tokens = sum(int(row.scored.sum()) for row in rows)
-    total = 0.0
-    # 2. Packs are as many forward and backward passes as memory asks for; gradients add up.
+    own_loss = 0.0
+    # 2. Packs are as many forward and backward passes as memory asks for; gradients add up. Several
+    #    GPUs take turns in dealing them out.
+    packs = []
     for chosen in plan_packs([len(row.ids) for row in rows], options.pack_tokens):
-        pack = make_pack([rows[i] for i in chosen]).to(device)
-        with autocast(model, options):
-            loss = sft_loss(model, pack) / num_tokens
+        packs.append([rows[i] for i in chosen])
+    for members in deal(packs, idle=[IDLE_ROW]):
+        pack = make_pack(members).to(device)
+        loss = sft_loss(model, pack) / num_tokens
         loss.backward()
-        total += loss.item()
+        own_loss += loss.item()
     # 3. One step of AdamW on the sum.
     grad_norm = optimizer_step(model, optimizer, learning_rate, options.max_grad_norm)
+    [loss] = total([own_loss])
     return {
-        "loss": total,
+        "loss": loss,
         "lr": learning_rate,
         "grad_norm": grad_norm,
         "tokens": sum(len(row.ids) for row in rows),
@@ -161,7 +167,9 @@ def train(options: SFTOptions) -> None:
 
 
 def main(argv: list[str]) -> None:
-    train(parse_options(SFTOptions, argv, RECIPES))
+    options = parse_options(SFTOptions, argv, RECIPES)
+    with processes(training_device(options.device)):
+        train(options)
 
 
 if __name__ == "__main__":

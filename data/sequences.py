@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import accumulate, count
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,6 +37,10 @@ def make_row(ids: Sequence[int], scored: Sequence[bool]) -> Row:
     row = Row(torch.tensor(ids, dtype=torch.int32), torch.tensor(scored, dtype=torch.bool))
     row.scored[:1] = False
     return row
+
+
+# One token and nothing to score: what a process runs while others have one more pack to run.
+IDLE_ROW = make_row([0], [False])
 
 
 def encode_example(
@@ -68,7 +73,7 @@ class Pack:
     """Rows end to end in one, with no padding. Positions restart at 0 in each."""
 
     input_ids: Tensor  # [1, T]
-    scored: Tensor  # bool [1, T]
+    targets: Tensor  # [N]: the places of the scored tokens in it
     position_ids: Tensor  # [3, 1, T]
     cu_seqlens: Tensor  # int32 [rows + 1]: the borders 0, T1, T1 + T2, ..., T between the rows
 
@@ -78,13 +83,18 @@ class Pack:
 
 
 def make_pack(rows: Sequence[Row]) -> Pack:
-    """Returns the pack of these rows."""
+    """Returns the pack of these rows, on the host.
+
+    Which tokens are scored is found here, by numpy: a GPU that had to find it would be waited for.
+    """
     lengths = [len(row.ids) for row in rows]
-    positions = torch.cat([torch.arange(length) for length in lengths])
+    input_ids = np.concatenate([row.ids.numpy() for row in rows])
+    scored = np.concatenate([row.scored.numpy() for row in rows])
+    positions = np.concatenate([np.arange(length) for length in lengths])
     return Pack(
-        input_ids=torch.cat([row.ids for row in rows]).long()[None],
-        scored=torch.cat([row.scored for row in rows])[None],
-        position_ids=positions.expand(3, 1, -1),
+        input_ids=torch.from_numpy(input_ids).long()[None],
+        targets=torch.from_numpy(np.flatnonzero(scored)),
+        position_ids=torch.from_numpy(positions).expand(3, 1, -1),
         cu_seqlens=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
     )
 

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -44,36 +44,40 @@ def copy_side_files(source: str | Path, folder: str | Path) -> None:
 
 
 def read_weights(
-    folder: Path, expected: dict[str, Tensor], device: torch.device | str, dtype: torch.dtype
+    folder: Path, expected: dict[str, Tensor], place: Callable[[str, Tensor], Tensor]
 ) -> dict[str, Tensor]:
     """Returns all tensors of a model folder under their published names.
 
     `expected` has the name and the shape of every tensor that the model needs (tensors on the meta
-    device will do). Raises one InputError that lists whatever is missing, unexpected, misshapen,
-    or not finite.
+    device will do). `place(name, tensor)` gets each as it was read, on the host, and returns what
+    is to be kept of it: on which device, in which precision, how much. So the host never holds more
+    than what `place` keeps there. Raises one InputError that lists whatever is missing, unexpected,
+    misshapen, or not finite.
     """
     # A model whose head is its embedding has no tensor for the head, but some re-saves write one.
     tied = HEAD not in expected
     allowed = expected | {HEAD: expected[EMBEDDING]} if tied else expected
 
     # 1. Take what is there, file by file.
-    state, seen, problems = {}, set(), []
+    state, twins, seen, problems = {}, {}, set(), []
     for path in weight_files(folder):
         for key, tensor in read_tensors(path):
             name = published_name(key)
             seen.add(name)
             problem = find_problem(key, tensor, allowed.get(name))
-            if problem is None:
-                state[name] = tensor.to(device=device, dtype=dtype)
-            else:
+            if problem is not None:
                 problems.append(f"{path.name}: {problem}")
+                continue
+            if tied and name in (HEAD, EMBEDDING):
+                twins[name] = tensor
+            if name in expected:
+                state[name] = place(name, tensor)
 
     # 2. What is not there?
     problems += [f"missing {name}" for name in expected if name not in seen]
 
     # 3. A tied head that was written all the same must be the embedding.
-    head = state.pop(HEAD, None) if tied else None
-    if head is not None and EMBEDDING in state and not torch.equal(head, state[EMBEDDING]):
+    if len(twins) == 2 and not torch.equal(twins[HEAD], twins[EMBEDDING]):
         problems.append(f"{HEAD} differs from the embedding although tie_word_embeddings is true")
 
     if problems:

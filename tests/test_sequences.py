@@ -83,7 +83,7 @@ def test_make_pack():
     pack = data.make_pack(rows)
     assert pack.input_ids.tolist() == [[5, 6, 7, 8, 9, 4]] and pack.input_ids.dtype.itemsize == 8
     # A first token is never scored: nothing stands before it.
-    assert pack.scored.tolist() == [[False, False, True, False, False, True]]
+    assert pack.targets.tolist() == [2, 5]
     assert pack.position_ids.tolist() == [[[0, 1, 2, 0, 0, 1]]] * 3
     assert pack.cu_seqlens.tolist() == [0, 3, 4, 6]
 

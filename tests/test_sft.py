@@ -99,7 +99,7 @@ def test_loss_and_gradients_equal_transformers(tmp_path, variant):
     for ids, labels, length in zip(case.input_ids, case.labels, case.lengths):
         rows.append(make_row(ids[:length].tolist(), (labels[:length] != -100).tolist()))
     pack = make_pack(rows)
-    loss = sft.sft_loss(model, pack) / pack.scored.sum().item()
+    loss = sft.sft_loss(model, pack) / len(pack.targets)
     loss.backward()
     assert loss.item() == pytest.approx(float(golden.pop("loss")), rel=1e-5)
     ours = {
@@ -263,7 +263,7 @@ def test_metrics_of_a_step_count_each_token_once(options, folder):
     rows = sft.load_rows(options(), Tokenizer.from_pretrained(folder))
     model = load_for_training(options())
     pack = make_pack(rows)
-    mean = sft.sft_loss(model, pack).item() / pack.scored.sum().item()
+    mean = sft.sft_loss(model, pack).item() / len(pack.targets)
     found = sft.train_step(model, torch.optim.SGD(model.parameters()), rows, 0.0, options())
     assert found["loss"] == pytest.approx(mean, rel=1e-5) and found["grad_norm"] > 0
     assert found["tokens"] == sum(len(ids) for ids, _ in rows)

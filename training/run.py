@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from data.prompts import STYLES
+from hub.device import DTYPES
 from hub.errors import InputError, read_json
 from hub.options import MICRO_BASE, option
 from hub.weights import copy_side_files, weight_files
@@ -54,9 +55,18 @@ class TrainOptions:
     seed: int = option(0, "seed of the data order and of sampling", low=0)
     device: str = option("auto", "auto, cpu or cuda")
     dtype: str = option(
+        "auto", "of the weights in forward passes; auto: bfloat16 on a GPU", choices=DTYPES
+    )
+    states_on: str = option(
         "auto",
-        "of the forward pass; weights are float32. auto: bfloat16 on a GPU",
-        choices=("auto", "float32", "bfloat16"),
+        "where a single GPU in bfloat16 keeps the optimiser's states; auto: where they fit",
+        choices=("auto", "device", "host"),
+    )
+    checkpointing: str = option(
+        "auto",
+        "compute each layer anew in the backward pass, which saves memory; "
+        "auto: on, but for models as small as the micro one",
+        choices=("auto", "on", "off"),
     )
 
 
