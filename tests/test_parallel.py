@@ -1,0 +1,112 @@
+"""Several processes train as one does: FSDP2 over gloo, on a CPU."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import ranks
+import tiny
+from training import parallel
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Six questions of different lengths with worked responses, for both stages."""
+    path = tmp_path_factory.mktemp("data") / "questions.jsonl"
+    lines = []
+    for i in range(6):
+        record = {
+            "id": f"q{i}",
+            "question": f"What is {i} + {i}?{' Think.' * i}",
+            "answer": str(2 * i),
+            "response": f"<think>{i} and {'and' * i} {i}</think><answer>{2 * i}</answer>",
+        }
+        lines.append(json.dumps(record) + "\n")
+    path.write_text("".join(lines))
+    return path
+
+
+@pytest.fixture
+def trained(tmp_path_factory, tmp_path, data):
+    """Returns a function that takes three steps of a stage on n processes."""
+
+    def train(stage: str, n: int, variant: str, **changes) -> dict:
+        folder = tmp_path / variant
+        if not folder.exists():
+            tiny.make_folder(folder, variant)
+        out = tmp_path / f"{n}.pt"
+        options = {"model": str(folder), "data": str(data), "device": "cpu", **changes}
+        command = ["tests/on_ranks.py", stage, str(out), json.dumps(options)]
+        for code, _, complaint in ranks.run(n, command):
+            assert code == 0, complaint
+        return torch.load(out, weights_only=True)
+
+    return train
+
+
+def largest_difference(one: dict, other: dict) -> float:
+    """Between the weights that two runs end with."""
+    assert one["weights"].keys() == other["weights"].keys()
+    differences = []
+    for name, weight in one["weights"].items():
+        differences.append((other["weights"][name] - weight).abs().max().item())
+    return max(differences)
+
+
+SFT = {"batch_size": 5, "max_length": 128}
+GRPO = {"questions_per_step": 4, "group_size": 4, "max_new_tokens": 8, "pack_tokens": 128}
+
+
+@pytest.mark.parametrize(
+    ("variant", "options"),
+    [
+        # Packs of 1 to 3 rows, so that the ranks' shares are uneven.
+        ("vl", {**SFT, "pack_tokens": 160}),
+        # One pack for all: all ranks but the first have nothing to do.
+        ("vl_tied", {**SFT, "pack_tokens": 4096, "checkpointing": "on"}),
+    ],
+)
+def test_sft_on_several_processes_is_that_of_one(trained, variant, options):
+    alone = trained("sft", 1, variant, **options)
+    for n in (2, 3):
+        together = trained("sft", n, variant, **options)
+        assert largest_difference(alone, together) < 2e-6
+        for one, other in zip(alone["metrics"], together["metrics"], strict=True):
+            assert other == pytest.approx(one, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("variant", "options"),
+    [
+        ("vl", {**GRPO, "kl_coef": 0.1, "updates_per_rollout": 2}),
+        ("vl_tied", {**GRPO, "checkpointing": "on"}),
+    ],
+)
+def test_grpo_on_several_processes_is_that_of_one(trained, variant, options):
+    alone = trained("grpo", 1, variant, **options)
+    assert any(record["reward"] for record in alone["samples"])
+    for n in (2, 3):
+        together = trained("grpo", n, variant, **options)
+        assert together["samples"] == alone["samples"]
+        assert largest_difference(alone, together) < 2e-6
+        for one, other in zip(alone["metrics"], together["metrics"], strict=True):
+            for name in one.keys() - {"rollout_seconds", "rollout_tokens_per_second"}:
+                assert other[name] == pytest.approx(one[name], rel=1e-3, abs=1e-6), name
+
+
+def test_work_is_dealt_out_evenly(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    shares = []
+    for rank in range(3):
+        monkeypatch.setenv("RANK", str(rank))
+        shares.append(parallel.deal("abcd", "-"))
+    assert shares == [["a", "d"], ["b", "-"], ["c", "-"]]
+    assert parallel.deal("", "-") == []
+
+
+def test_on_one_process_nothing_is_shared():
+    assert parallel.deal([1, 2], None) == [1, 2]
+    assert parallel.total([1.5]) == [1.5] and parallel.exchange({1: 2}) == {1: 2}
+    assert parallel.any_rank(True) and not parallel.any_rank(False)
