@@ -92,10 +92,11 @@ def train_controls(base: Path, out: Path, seed: int) -> dict[str, Path]:
     return dict(zip(CONTROLS, (out / folder for folder in folders)))
 
 
-def measure(model_folder: Path, *, masked: bool = False) -> Row:
-    """Returns a row of the table. `masked` takes the images from the questions that have one."""
+def measure(model_folder: Path, *, masked: bool = False, dtype: str = "auto") -> Row:
+    """Returns a row of the table. `masked` takes the images from the questions that have one;
+    `dtype` is the forward pass's, auto that of the folder's files."""
     options = EvaluateOptions(mask_images=masked)
-    sampler, images = load_sampler(str(model_folder), "cpu", "auto")
+    sampler, images = load_sampler(str(model_folder), "cpu", dtype)
     row = {}
     for column in IMAGE_COLUMNS if masked else COLUMNS:
         path = str(MICRO_DATA / f"{COLUMNS[column]}.jsonl")
