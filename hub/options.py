@@ -15,6 +15,7 @@ import dataclasses
 import math
 import os
 import sys
+import time
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -139,6 +140,10 @@ def run_command(main) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (InputError, OSError, SafetensorError) as error:
+        # Of several processes that refuse the same, one shall say so: the others wait, and torchrun
+        # ends them as soon as the first has ended.
+        if int(os.environ.get("RANK", 0)) > 0:
+            time.sleep(2)
         line = " ".join(str(error).split())
         print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
         sys.exit(2)
