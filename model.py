@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hub.config import MERGE, Config, Grid
 from hub.errors import InputError
 from hub.weights import read_weights, write_model
-from kernels import attention, token_log_probs
+from kernels import BlockedLinear, attention, logits_float32, token_log_probs
 from vision import GatedMLP, RMSNorm, VisionTower, apply_rope
 
 # --- Positions ---
@@ -250,11 +249,12 @@ class Qwen2_5_VL(nn.Module):
         return self.model(x, cos, sin, cache, cu_seqlens)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [..., C] -> [..., V]."""
-        # A tied model has no lm_head, but its twin for sampling may (kernels/linear.py).
-        if hasattr(self, "lm_head"):
-            return self.lm_head(hidden)
-        return F.linear(hidden, self.head_weight)
+        """hidden [..., C] -> [..., V], in float32 (float64 stays)."""
+        # The twin for sampling on a CPU may have a head of its own (kernels/linear.py).
+        head = getattr(self, "lm_head", None)
+        if isinstance(head, BlockedLinear):
+            return head(hidden)
+        return logits_float32(hidden, self.head_weight)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, device="cpu", dtype=torch.float32) -> Self:
@@ -310,9 +310,8 @@ class KVCache:
         B = k.shape[0]
         slots = torch.arange(B, device=k.device)
         lengths = self.lengths[:B]
-        # Under autocast k and v come in two precisions, of which the cache has one.
-        self.keys[layer, slots, :, lengths] = k[:, 0].to(self.keys.dtype)
-        self.values[layer, slots, :, lengths] = v[:, 0].to(self.values.dtype)
+        self.keys[layer, slots, :, lengths] = k[:, 0]
+        self.values[layer, slots, :, lengths] = v[:, 0]
         keys = self.keys[layer, :B, :, : self.longest + 1]
         values = self.values[layer, :B, :, : self.longest + 1]
         return keys.transpose(1, 2), values.transpose(1, 2), lengths + 1

@@ -155,7 +155,6 @@ def attention(
     q's device. On a GPU the Triton kernels compute where SDPA would need a mask, which its fast
     back ends refuse; else, and on a CPU, torch does. KERNELS (triton_or_none.py) overrules this.
     """
-    q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast RoPE leaves these two in float32
     packed = cu_seqlens is not None
     ragged = key_lengths is not None
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))

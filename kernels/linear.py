@@ -1,35 +1,84 @@
-"""Linear maps for sampling on a CPU: F.linear is the definition; here is the same, faster.
+"""Two linear maps that are not torch's own: the head's, and those of sampling on a CPU.
 
-To decode is to multiply a few rows, one per sequence, by every weight. oneDNN reads a weight faster
-that was rearranged into blocks once: 1.8 times the tokens per second for 16 sequences at 0.5B, and
-nothing for the micro model, whose weights are left alone (docs/log.md).
+The head's logits are float32, whatever the weights are: rounded to bfloat16 they would be off by up
+to 0.06 where they are around 16. Sampler and trainer both take them from `logits_float32`.
+
+To decode is to multiply a few rows, one per sequence, by every weight. On a CPU oneDNN reads a
+weight faster that was rearranged into blocks once: 1.8 times the tokens per second for 16 sequences
+at 0.5B, and nothing for the micro model, whose weights are left alone (docs/log.md). F.linear is
+the definition.
 """
 
 import copy
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 ROWS = 16  # for which the blocks are chosen; they serve any number
 SMALLEST = 2**17  # elements: a call takes 12 us instead of 3, which small weights do not earn back
 
 
-def gains_by_blocks(weight: Tensor) -> bool:
-    """Returns whether a weight is large enough, and whether torch and the processor can do it."""
+# --- The head ---
+
+
+class Float32Logits(torch.autograd.Function):
+    """hidden [N, C], weight [V, C], both in 16 bits -> hidden @ weight.T [N, V] in float32.
+
+    A product of two 16-bit numbers is exact in float32, so only the sum is rounded. The gradients
+    are in 16 bits, as those of any other product of the model.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        if hidden.is_cuda:
+            return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+        return hidden.float() @ weight.float().T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        hidden, weight = ctx.saved_tensors
+        upstream = upstream.to(weight.dtype)
+        d_hidden = upstream @ weight if ctx.needs_input_grad[0] else None
+        d_weight = upstream.T @ hidden if ctx.needs_input_grad[1] else None
+        return d_hidden, d_weight
+
+
+def logits_float32(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Returns the logits [..., V] of hidden [..., C] and the head's weight [V, C], in float32.
+
+    (float64 stays.) hidden and weight have one dtype.
+    """
+    if weight.dtype in (torch.float32, torch.float64):
+        return hidden @ weight.T
+    logits = Float32Logits.apply(hidden.reshape(-1, hidden.shape[-1]), weight)
+    return logits.view(*hidden.shape[:-1], len(weight))
+
+
+# --- On a CPU ---
+
+
+def gains_by_blocks(weight: Tensor, dtype: torch.dtype) -> bool:
+    """Returns whether a weight is large enough, and whether torch and the processor can multiply
+    it in this dtype."""
     if weight.numel() < SMALLEST or weight.device.type != "cpu":
         return False
-    if weight.dtype == torch.bfloat16:  # it takes more than AVX2
+    if dtype == torch.bfloat16:  # it takes more than AVX2
         return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.backends.mkldnn.is_available() and weight.dtype == torch.float32
+    return torch.backends.mkldnn.is_available() and dtype == torch.float32
 
 
 class BlockedLinear(nn.Module):
-    """x -> x weight^T + bias, without gradients, for the weight and the bias of `owner`."""
+    """x -> x weight^T + bias, without gradients, for the weight and the bias of `owner`.
 
-    def __init__(self, owner: nn.Module):
+    It computes in `dtype`, and its result is in that.
+    """
+
+    def __init__(self, owner: nn.Module, dtype: torch.dtype):
         super().__init__()
-        self.owner, self.stamp = owner, None
+        self.owner, self.dtype, self.stamp = owner, dtype, None
         self.rearrange()
 
     def rearrange(self) -> None:
@@ -38,13 +87,13 @@ class BlockedLinear(nn.Module):
         weight = self.owner.weight
         if weight is not None and self.stamp != (weight.data_ptr(), weight._version):
             self.stamp = (weight.data_ptr(), weight._version)
-            self.blocks = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
+            weight = weight.detach().to(self.dtype)
+            self.blocks = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
 
     def forward(self, x: Tensor) -> Tensor:
         bias = getattr(self.owner, "bias", None)  # an embedding has none
-        if torch.is_autocast_enabled("cpu"):  # which the blocked product knows nothing of
-            return F.linear(x, self.owner.weight, bias)
         self.rearrange()
+        x = x.to(self.dtype)
         return torch.ops.mkldnn._linear_pointwise(x, self.blocks, bias, "none", [], "")
 
 
@@ -56,12 +105,15 @@ def fast_linears(module: nn.Module, *, release: bool = False) -> nn.Module:
     for name, child in module.named_children():
         if not isinstance(child, nn.Linear):
             twin._modules[name] = fast_linears(child, release=release)
-        elif gains_by_blocks(child.weight):
-            twin._modules[name] = BlockedLinear(child)
+            continue
+        # The head is blocked in float32: its logits are, as in logits_float32.
+        dtype = torch.float32 if name == "lm_head" else child.weight.dtype
+        if gains_by_blocks(child.weight, dtype):
+            twin._modules[name] = BlockedLinear(child, dtype)
             if release:
                 child.weight = None
     # A tied head is no linear map in the tree, but the embedding, which stays.
     tied = hasattr(module, "head_weight") and not hasattr(module, "lm_head")
-    if tied and gains_by_blocks(module.head_weight):
-        twin.lm_head = BlockedLinear(module.model.embed_tokens)
+    if tied and gains_by_blocks(module.head_weight, torch.float32):
+        twin.lm_head = BlockedLinear(module.model.embed_tokens, torch.float32)
     return twin

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from kernels.linear import logits_float32
 from kernels.logprob_triton import token_log_probs_triton
 from kernels.triton_or_none import use_triton, wanted_kernels
 
@@ -36,8 +37,7 @@ def token_log_probs_reference(
     no gradient. `masked_ids` are outside the softmax's support: probability 0, here as in the
     sampler (what is sampled is what is scored).
     """
-    logits = hidden @ weight.T  # [N, V]
-    logits = logits.to(torch.promote_types(hidden.dtype, torch.float32)) / temperature
+    logits = logits_float32(hidden, weight) / temperature  # [N, V]
     if masked_ids is not None:
         logits = logits.index_fill(-1, masked_ids, float("-inf"))
     log_probs = logits.log_softmax(-1)

@@ -120,15 +120,15 @@ def _gradient_kernel(
 
 
 def chunk_width(N: int, C: int) -> int:
-    """Returns how many ids a chunk has: [N, ids], and a copy [ids, C] of the weight where it is
-    not in the products' dtype, shall have about CHUNK_ELEMENTS elements at most."""
+    """Returns how many ids a chunk has: [N, ids] and the rows [ids, C] of the weight shall have
+    about CHUNK_ELEMENTS elements at most."""
     return max(LEAST_WIDTH, CHUNK_ELEMENTS // max(N, C) // 256 * 256)
 
 
-def chunks(weight: Tensor, width: int, dtype: torch.dtype):
-    """Yields (first id, the weight's rows in dtype) of each chunk of ids."""
+def chunks(weight: Tensor, width: int):
+    """Yields (first id, the weight's rows) of each chunk of ids."""
     for first in range(0, len(weight), width):
-        yield first, weight[first : first + width].to(dtype)
+        yield first, weight[first : first + width]
 
 
 def add_product(out: Tensor, a: Tensor, b: Tensor, *, beta: float) -> None:
@@ -151,19 +151,19 @@ def chunk_logits(hidden: Tensor, weight: Tensor) -> Tensor:
 
 class TritonLogProbs(torch.autograd.Function):
     """The kernels as one differentiable function. `masked` [V] is 1 for the ids outside the
-    support; `dtype` is that of the products' factors."""
+    support."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, masked, temperature, dtype):
-        (N, C), factors = hidden.shape, hidden.to(dtype)
+    def forward(ctx, hidden, weight, targets, masked, temperature):
+        N, C = hidden.shape
         scale = 1.0 / temperature
         statistics = torch.zeros((3, N), dtype=torch.float32, device=hidden.device)
         statistics[0] = LOWEST
         # A target that is in no chunk, which is a bug of the caller's, leaves NaN here.
         target_logits = torch.full_like(statistics[0], float("nan"))
         grid = (triton.cdiv(N, TILE["BN"]),)
-        for first, rows in chunks(weight, chunk_width(N, C), dtype):
-            logits = chunk_logits(factors, rows)
+        for first, rows in chunks(weight, chunk_width(N, C)):
+            logits = chunk_logits(hidden, rows)
             _statistics_kernel[grid](
                 logits, masked[first:], targets, statistics, target_logits, scale, first, N,
                 len(rows), LOWEST=LOWEST, **TILE,
@@ -174,7 +174,7 @@ class TritonLogProbs(torch.autograd.Function):
         log_probs = (target_logits - peak) - total.log()
         entropy = total.log() - spread / total
         ctx.save_for_backward(hidden, weight, targets, masked, peak + total.log())
-        ctx.options = (scale, dtype)
+        ctx.scale = scale
         ctx.mark_non_differentiable(entropy)
         return log_probs, entropy
 
@@ -185,17 +185,17 @@ class TritonLogProbs(torch.autograd.Function):
         Hidden's gradient is summed over the chunks, in float32. No atomics: every sum has one
         order."""
         hidden, weight, targets, masked, lse = ctx.saved_tensors
-        scale, dtype = ctx.options
-        (N, C), upstream, factors = hidden.shape, upstream.contiguous(), hidden.to(dtype)
+        scale, upstream = ctx.scale, upstream.contiguous()
+        N, C = hidden.shape
         d_hidden, d_weight = None, None
         if ctx.needs_input_grad[0]:
             d_hidden = torch.zeros((N, C), dtype=torch.float32, device=hidden.device)
         if ctx.needs_input_grad[1]:
             d_weight = torch.empty_like(weight)
-        for first, rows in chunks(weight, chunk_width(N, C), dtype):
+        for first, rows in chunks(weight, chunk_width(N, C)):
             # 1. The logits once more, and their gradients.
-            logits = chunk_logits(factors, rows)
-            d_logits = torch.empty((N, len(rows)), dtype=dtype, device=hidden.device)
+            logits = chunk_logits(hidden, rows)
+            d_logits = torch.empty((N, len(rows)), dtype=weight.dtype, device=hidden.device)
             grid = (triton.cdiv(N, TILE["BN"]), triton.cdiv(len(rows), TILE["BV"]))
             _gradient_kernel[grid](
                 logits, masked[first:], targets, lse, upstream, d_logits, scale, first, N,
@@ -206,11 +206,11 @@ class TritonLogProbs(torch.autograd.Function):
             if d_hidden is not None:
                 add_product(d_hidden, d_logits, rows, beta=1)
             if d_weight is not None:
-                add_product(d_weight[first : first + len(rows)], d_logits.T, factors, beta=0)
+                add_product(d_weight[first : first + len(rows)], d_logits.T, hidden, beta=0)
             del d_logits
         if d_hidden is not None:
             d_hidden = d_hidden.to(hidden.dtype)
-        return d_hidden, d_weight, None, None, None, None
+        return d_hidden, d_weight, None, None, None
 
 
 def token_log_probs_triton(
@@ -221,14 +221,9 @@ def token_log_probs_triton(
     temperature: float = 1.0,
     masked_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Returns what `token_log_probs_reference` does. Under autocast the factors are in its dtype,
-    and the gradients in the inputs'. A target that does not exist gives NaN."""
-    kind = hidden.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    """Returns what `token_log_probs_reference` does. A target that does not exist gives NaN."""
     masked = torch.zeros(len(weight), dtype=torch.uint8, device=weight.device)
     if masked_ids is not None:
         masked.index_fill_(0, masked_ids, 1)
     with torch.cuda.device_of(hidden):  # Triton launches on the current device
-        return TritonLogProbs.apply(
-            hidden, weight, targets.contiguous(), masked, temperature, dtype
-        )
+        return TritonLogProbs.apply(hidden, weight, targets.contiguous(), masked, temperature)

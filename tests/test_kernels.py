@@ -217,6 +217,27 @@ def test_token_log_probs_equal_log_softmax(monkeypatch, chunk_rows, options):
             )
 
 
+@pytest.mark.parametrize("rows", [2, 100])
+def test_token_log_probs_of_bfloat16(monkeypatch, rows):
+    """From the same numbers in float64: log-probs to float32's rounding, gradients to bfloat16's,
+    in chunks of tokens too."""
+    monkeypatch.setattr(sys.modules["kernels.logprob"], "CHUNK_ELEMENTS", rows * 17)
+    narrow = [x.detach().bfloat16().requires_grad_() for x in log_prob_inputs()[:2]]
+    wide = [x.detach().double().requires_grad_() for x in narrow]
+    targets = log_prob_inputs()[2]
+    found, wanted = token_log_probs(*narrow, targets), log_prob_oracle(*wide, targets)
+    for one, other in zip(found, wanted):
+        assert one.dtype == torch.float32
+        torch.testing.assert_close(one.double(), other, atol=1e-5, rtol=1e-5)
+    upstream = torch.linspace(-1, 2, 11).cos()
+    found = torch.autograd.grad(found[0], narrow, upstream)
+    wanted = torch.autograd.grad(wanted[0], wide, upstream.double())
+    for one, other in zip(found, wanted):
+        assert one.dtype == torch.bfloat16
+        error = 1.6e-2 * other.abs().max().item()
+        torch.testing.assert_close(one.double(), other, atol=error, rtol=0)
+
+
 def test_token_log_probs_of_part_of_the_outputs(monkeypatch):
     """A loss on the log-probs alone, or with frozen weights, has the right gradient in the chunked
     path too."""

@@ -195,24 +195,6 @@ def test_the_model_is_the_same_with_kernels(monkeypatch):
         torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
 
 
-MASKS = [dict(cu_seqlens=tensor(0, 4, 9)), dict(key_lengths=tensor(7)), {}]
-
-
-@needs_triton
-@pytest.mark.parametrize("kernels", ["sdpa", "triton", "reference"])
-@pytest.mark.parametrize("mask", MASKS, ids=str)
-def test_under_autocast(monkeypatch, kernels, mask):
-    """RoPE leaves q and k in float32 where v is in half precision."""
-    monkeypatch.setenv("KERNELS", kernels)
-    T = 1 if "key_lengths" in mask else 9
-    q, k, v = inputs((1, T, 9, 4, 2, 16), torch.float32)
-    q, k, v = q.requires_grad_(), k.requires_grad_(), v.to(torch.bfloat16).requires_grad_()
-    out = attention(q, k, v, causal=True, **on_device(mask))
-    out.float().sum().backward()
-    assert out.dtype == v.dtype
-    assert all(x.grad is not None and x.grad.dtype == x.dtype for x in (q, k, v))
-
-
 @needs_triton
 def test_a_rollout_with_kernels(monkeypatch):
     """Prefill of packed prompts, the ViT's windows and full attention, decoding over the cache: the

@@ -175,28 +175,6 @@ def test_tied_head():
     torch.testing.assert_close(*grads, atol=1e-5, rtol=1e-5)
 
 
-def test_autocast(small_chunks, monkeypatch):
-    """float32 weights, 16-bit products: log-probs of the rounded inputs, gradients summed and kept
-    in float32."""
-    hidden, weight, targets, upstream = inputs(9, 32, 700, torch.float32)
-    dtype = torch.bfloat16
-    rounded = [x.to(dtype).double() for x in (hidden, weight)]
-    wanted = run(token_log_probs_reference, *rounded, targets, upstream)
-    widths, original = [], logprob_triton.chunks
-
-    def chunks(weight, width, dtype):
-        widths.append(width)
-        return original(weight, width, dtype)
-
-    monkeypatch.setattr(logprob_triton, "chunks", chunks)
-    with torch.autocast(DEVICE, dtype):
-        found = run(token_log_probs_triton, hidden, weight, targets, upstream)
-    assert widths == [256, 256] and all(x.dtype == torch.float32 for x in found)
-    for one, other, error in zip(found, wanted, (3e-6, 3e-6, *2 * [GRADIENT_ERROR[dtype]])):
-        error = error * other.abs().max().item()
-        torch.testing.assert_close(one.double(), other, atol=error, rtol=0)
-
-
 def test_strided_hidden():
     hidden, weight, targets, upstream = inputs(9, 40, 100, torch.float32)
     narrow = hidden[:, ::2], weight[:, 20:]  # columns apart; rows apart
