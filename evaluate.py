@@ -36,7 +36,7 @@ from data import (
     load_examples,
     make_prompt,
 )
-from hub.device import DTYPE_HELP, DTYPES
+from hub.device import DEVICE_HELP, DTYPE_HELP, DTYPES, memory_phase
 from hub.errors import InputError
 from hub.options import MICRO_BASE, MICRO_DATA, option, parse_options, run_command
 from hub.weights import weight_files
@@ -68,7 +68,7 @@ class EvaluateOptions:
     resume: bool = option(False, "go on where --out was interrupted")
     overwrite: bool = option(False, "replace what --out holds")
     json: bool = option(False, "print one JSON object per file")
-    device: str = option("auto", "auto, cpu or cuda")
+    device: str = option("auto", DEVICE_HELP)
     dtype: str = option("auto", DTYPE_HELP, choices=DTYPES)
 
 
@@ -321,7 +321,8 @@ def main(argv: list[str]) -> None:
             journal.append([{"file": path, **record} for record in records])
 
         try:
-            evaluate(sampler, left, options, keep)
+            with memory_phase("sampling", "a lower --max-batch", "a lower --max-new-tokens"):
+                evaluate(sampler, left, options, keep)
         except KeyboardInterrupt:
             interrupted = True
         # 4. Sum up what has been answered, after Ctrl-C too.

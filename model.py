@@ -300,6 +300,15 @@ class KVCache:
         self.lengths = torch.zeros(slots, dtype=torch.long, device=device)
         self.longest = 0  # an upper bound of the lengths in use, known without asking the device
 
+    @staticmethod
+    def bytes_per_slot(config: Config, max_length: int, dtype: torch.dtype) -> int:
+        """Returns the bytes of a slot: keys and values in all layers, and what it is sampled from.
+
+        That are 16 rows [V] in float32, for logits, the steps of top-p, and their CUDA graph.
+        """
+        per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+        return max_length * per_token * dtype.itemsize + 16 * 4 * config.vocab_size
+
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Writes one token, k and v [B, 1, K, D], behind each of the first B slots.
 
@@ -332,22 +341,44 @@ class KVCache:
             self.lengths[target] = self.lengths[source]
 
 
-class PromptCache:
-    """Keeps the keys and values of packed prompts, to be copied into slots of a KVCache."""
+def slots_that_fit(free_bytes: int, bytes_per_slot: int, most: int) -> int:
+    """Returns how many slots there is memory for: `most` or fewer, and 0 where there is too little
+    for one."""
+    return min(most, max(0, free_bytes) // bytes_per_slot)
 
-    def __init__(self):
-        self.layers: list[tuple[Tensor, Tensor]] = []
+
+def prefill_memory(config: Config, tokens: int, dtype: torch.dtype) -> int:
+    """Returns the bytes that it takes to run prompts of so many tokens, beside weights and slots.
+
+    There are the activations, by the elements that are alive at the same time; the keys and values
+    that wait for their slots; and 1 GiB for what cannot be counted: CUDA graphs, the libraries'
+    workspaces, fragmentation.
+    """
+    elements = 4 * config.intermediate_size + 8 * config.hidden_size
+    if config.vision is not None:  # four patches make a token
+        elements = max(elements, MERGE**2 * 32 * config.vision.hidden_size)
+    elements += 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return tokens * elements * dtype.itemsize + 2**30
+
+
+class PromptCache:
+    """Keeps the keys and values of T tokens of packed prompts, to be copied into slots of a
+    KVCache. Both tensors are [L, K, T, D]."""
+
+    def __init__(self, config: Config, tokens: int, *, device="cpu", dtype=torch.float32):
+        L, K, D = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
+        self.keys = torch.empty(L, K, tokens, D, device=device, dtype=dtype)
+        self.values = torch.empty_like(self.keys)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, None]:
         """Keeps a layer's k and v [1, T, K, D], of all prompts end to end, and returns them."""
-        self.layers.append((k[0].transpose(0, 1), v[0].transpose(0, 1)))
+        self.keys[layer] = k[0].transpose(0, 1)
+        self.values[layer] = v[0].transpose(0, 1)
         return k, v, None
 
     def split(self, lengths: list[int]) -> list[tuple[Tensor, Tensor]]:
-        """Returns the keys and values [L, K, T, D] of each prompt."""
-        keys = torch.stack([k for k, _ in self.layers]).split(lengths, dim=2)
-        values = torch.stack([v for _, v in self.layers]).split(lengths, dim=2)
-        return list(zip(keys, values))
+        """Returns the keys and values [L, K, T, D] of each prompt, where they lie."""
+        return list(zip(self.keys.split(lengths, dim=2), self.values.split(lengths, dim=2)))
 
 
 # --- Log-probs, for training ---

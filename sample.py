@@ -11,18 +11,18 @@ same, faster, with any number of slots and in any order (tests/test_sample.py co
 * Prompts are run packed end to end, without padding. The n samples of a prompt share one pass,
   whose keys and values are copied to their slots; an image passes the vision tower once.
 * On a GPU a step is two CUDA graphs (kernels/graphs.py), and Python reads what has come of it.
-* The KV cache is one contiguous block. A paged one (vLLM, arXiv 2309.06180) is left out on purpose:
-  at 57,344 bytes a token for the 7B (keys and values x 28 layers x 4 heads x 128 x 2 bytes), 200
-  slots of 4,600 tokens take 53 GB, and fit beside the 17 GB of weights on one 80 GB card.
+* The KV cache is one contiguous block, of as many slots as a GPU's memory has room for. A paged
+  one (vLLM, arXiv 2309.06180) is left out on purpose: at 57,344 bytes a token for the 7B, 200 slots
+  of 4,600 tokens take 53 GB, and fit beside the 17 GB of weights on one 80 GB card.
 
 Shapes: B slots, L layers, K key/value heads, D head dim, T prompt tokens, C width, V vocabulary.
 """
 
-import json
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from random import Random
 
 import torch
@@ -31,38 +31,25 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import ImageConfig, InputError, Prompt, Tokenizer, check_vocabulary, make_prompt
-from data.completions import Completion, SamplingParams, ThinkBudget, random_numbers, random_streams
+from data.completions import (
+    Completion,
+    Request,
+    SamplingParams,
+    ThinkBudget,
+    as_json,
+    random_numbers,
+    random_streams,
+)
 from hub.config import Config
-from hub.device import DTYPE_HELP, DTYPES, limit_threads, pick_device, pick_dtype
+from hub.device import DEVICE_HELP, DTYPE_HELP, DTYPES, free_memory, in_gib, memory_phase, prepare
 from hub.options import MICRO_BASE, option, parse_options, run_command
-from kernels import draw, fast_linears, is_greedy, sampling_log_probs
+from kernels import fast_linears, sampling_step, widest_float
 from kernels.graphs import Graphs
-from model import KVCache, PromptCache, Qwen2_5_VL, rope_positions
+from model import KVCache, PromptCache, Qwen2_5_VL, prefill_memory, rope_positions, slots_that_fit
 
 PREFILL_TOKENS = 4096  # of the prompts that are run in one pass, image tokens included
 
 # --- The definition ---
-
-
-def sampling_step(
-    logits: Tensor, uniforms: Tensor, masked_ids: Tensor, params: SamplingParams
-) -> tuple[Tensor, Tensor]:
-    """Takes a token for each row: logits [B, V] -> ids [B], and the log-probs [B, V] behind them.
-
-    Masked ids get probability 0; temperature, top-k and top-p make the distribution. Of it the
-    likeliest id is taken (greedy), or the one at which the cumulated probability passes the row's
-    uniform number in [0, 1). kernels/sampling.py has both halves.
-    """
-    log_probs = sampling_log_probs(
-        logits,
-        temperature=params.temperature,
-        top_p=params.top_p,
-        top_k=params.top_k,
-        masked_ids=masked_ids,
-    )
-    if is_greedy(params.temperature):
-        return log_probs.argmax(-1), log_probs
-    return draw(log_probs, uniforms), log_probs
 
 
 @torch.inference_mode()
@@ -83,7 +70,7 @@ def sample_plainly(
 
         # 2. Take one, unless the think budget says which one must come.
         uniforms = torch.tensor([rng.random()], dtype=torch.float64)
-        ids, log_probs = sampling_step(logits, uniforms, masked_ids, params)
+        ids, log_probs = sampling_step(logits, uniforms, masked_ids, **params.distribution())
         forced = budget.forced_token(completion.ids)
         token = int(ids[0]) if forced is None else forced
 
@@ -153,6 +140,9 @@ class Sampler:
                     on_completion(request.prompt, request.sample, request.completion)
                 else:
                     groups[request.prompt][request.sample] = request.completion
+        # Hand everything back: the cache, the graphs, and on a GPU what torch would keep of them.
+        del rollout
+        torch.cuda.empty_cache()
         return groups if on_completion is None else []
 
     def fits(self, prompt: Prompt) -> bool:
@@ -178,30 +168,16 @@ class PrefilledPrompt:
     position: int  # of the first new token
 
 
-@dataclass(eq=False)
-class Request:
-    """A completion that is to be sampled, or is being sampled."""
-
-    prompt: int  # its number in the call
-    sample: int  # its number among the prompt's n
-    rng: Random
-    budget: ThinkBudget
-    start: PrefilledPrompt | None  # None once a slot has a copy
-    completion: Completion = field(default_factory=Completion)
-
-
 class Slots:
     """The device's side of a rollout. Row b of every tensor belongs to the sequence in slot b."""
 
     def __init__(self, sampler: Sampler, size: int, max_length: int):
         config, device, dtype = sampler.model.config, sampler.device, sampler.dtype
-        autocast = torch.is_autocast_enabled(device.type)
-        kv_dtype = torch.get_autocast_dtype(device.type) if autocast else dtype
-        self.cache = KVCache(config, size, max_length, device=device, dtype=kv_dtype)
+        self.cache = KVCache(config, size, max_length, device=device, dtype=dtype)
         self.hidden = torch.zeros(size, config.hidden_size, device=device, dtype=dtype)
         self.position = torch.zeros(size, device=device, dtype=torch.long)  # of the next token
         # What a sampling step takes from the host, and what it tells it.
-        self.uniform = torch.zeros(size, device=device, dtype=torch.float64)
+        self.uniform = torch.zeros(size, device=device, dtype=widest_float(device))
         self.forced = torch.full([size], -1, device=device)  # a token, or -1: the model is free
         self.token = torch.zeros(size, device=device, dtype=torch.long)
         self.log_prob = torch.zeros(size, device=device)
@@ -225,6 +201,8 @@ class Slots:
 class Rollout:
     """One call of `generate`: the host's side, which knows what is in which slot."""
 
+    said = False  # once in a process: that memory decides how many slots there are
+
     def __init__(
         self, sampler: Sampler, prompts: list[Prompt], params: SamplingParams, streams: list[int]
     ):
@@ -234,13 +212,39 @@ class Rollout:
         # The shortest prompts come first. On a CPU a slot attends over as many keys as the longest
         # one has, so those of like length should run together (docs/log.md: 1.3 times as fast).
         self.waiting = deque(sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids)))
-        self.ready: deque[Request] = deque()  # their prompts have been run
+        self.ready: deque[tuple[Request, PrefilledPrompt]] = deque()
         self.live: list[Request] = []  # by slot
-        self.size = min(sampler.max_batch, len(prompts) * params.n)
         lengths = [len(p.ids) + limit for p, limit in zip(prompts, self.limits)]
         self.max_length = max(lengths, default=0)
+        self.size = self.num_slots()
         self.slots = Slots(sampler, self.size, self.max_length)
         self.graphs = Graphs(enabled=sampler.device.type == "cuda")
+
+    def num_slots(self) -> int:
+        """Returns how many sequences decode together: on a GPU no more than fit its free memory.
+
+        Raises InputError where that is none.
+        """
+        sampler, config = self.sampler, self.sampler.model.config
+        wanted = min(sampler.max_batch, len(self.prompts) * self.params.n)
+        free = free_memory(sampler.device)
+        if free is None or wanted == 0:
+            return wanted
+        longest_prompt = max(len(prompt.ids) for prompt in self.prompts)
+        reserve = prefill_memory(config, max(PREFILL_TOKENS, longest_prompt), sampler.dtype)
+        size = KVCache.bytes_per_slot(config, self.max_length, sampler.dtype)
+        slots = slots_that_fit(free - reserve, size, wanted)
+        length, there = f"{self.max_length:,} tokens", f"{in_gib(free)} are free"
+        if slots == 0:
+            needed = in_gib(reserve + size)
+            raise InputError(
+                f"sampling {length} in a single slot takes {needed}, and {there}; "
+                "what helps: a lower --max-new-tokens, shorter prompts"
+            )
+        if slots < wanted and not Rollout.said:
+            Rollout.said = True
+            tqdm.write(f"sampling in {slots} slots of {length}: {there}", file=sys.stderr)
+        return slots
 
     def run(self, on_token: Callable | None) -> Iterator[Request]:
         """Yields the requests as they end."""
@@ -260,9 +264,8 @@ class Rollout:
         while len(self.live) < self.size and (self.ready or self.waiting):
             if not self.ready:
                 self.prefill(self.next_prompts())
-            request = self.ready.popleft()
-            self.slots.begin(len(self.live), request.start)
-            request.start = None
+            request, start = self.ready.popleft()
+            self.slots.begin(len(self.live), start)
             self.live.append(request)
         return bool(self.live)
 
@@ -280,7 +283,7 @@ class Rollout:
         """Runs prompts in one pass, and makes the requests for their samples."""
         # 1. Lay them end to end, each with its own positions. Only now are images turned into
         # patches, which take 24 bytes a pixel: those of all prompts would not fit into memory.
-        sampler, params, cache = self.sampler, self.params, PromptCache()
+        sampler, params = self.sampler, self.params
         prompts = [self.prompts[i] for i in chosen]
         lengths = [len(prompt.ids) for prompt in prompts]
         borders = F.pad(torch.tensor(lengths).cumsum(0), (1, 0))
@@ -295,6 +298,9 @@ class Rollout:
                 grids += prompt.grids
 
         # 2. Run them. The cache keeps the keys and values that are computed anyway.
+        cache = PromptCache(
+            sampler.model.config, sum(lengths), device=sampler.device, dtype=sampler.dtype
+        )
         hidden = self.model(
             torch.cat(input_ids, -1).to(sampler.device),
             position_ids=torch.cat(position_ids, -1).to(sampler.device),
@@ -312,7 +318,7 @@ class Rollout:
             for k in range(params.n):
                 rng = random_numbers(params.seed, self.streams[i], k)
                 budget = ThinkBudget(params.think_budget, sampler.tokenizer)
-                self.ready.append(Request(i, k, rng, budget, start))
+                self.ready.append((Request(i, k, rng, budget), start))
 
     def longest(self) -> int:
         """Returns how many keys the fullest slot has, or for graphs something above."""
@@ -326,14 +332,17 @@ class Rollout:
         forced = [request.budget.forced_token(request.completion.ids) for request in self.live]
         uniforms = [request.rng.random() for request in self.live]
         slots.forced[:n] = torch.tensor([-1 if token is None else token for token in forced])
-        slots.uniform[:n] = torch.tensor(uniforms, dtype=torch.float64)
+        slots.uniform[:n] = torch.tensor(uniforms, dtype=slots.uniform.dtype)
 
         # 2. Take a token on the device. Its log-prob is the model's, also where it is forced.
         B = self.graphs.round_up(n, most=self.size)
 
         def take() -> None:
             logits = self.model.logits(slots.hidden[:B])
-            ids, log_probs = sampling_step(logits, slots.uniform[:B], self.masked_ids, self.params)
+            distribution = self.params.distribution()
+            ids, log_probs = sampling_step(
+                logits, slots.uniform[:B], self.masked_ids, **distribution
+            )
             slots.token[:B] = torch.where(slots.forced[:B] >= 0, slots.forced[:B], ids)
             slots.log_prob[:B] = log_probs.gather(1, slots.token[:B, None])[:, 0]
 
@@ -398,33 +407,19 @@ class SampleOptions(SamplingParams):
     image: list[str] = option([], "image files")
     system: str | None = option(None, "system prompt (default: the template's)")
     json: bool = option(False, "print one JSON object")
-    device: str = option("auto", "auto, cpu or cuda")
+    device: str = option("auto", DEVICE_HELP)
     dtype: str = option("auto", DTYPE_HELP, choices=DTYPES)
 
 
 def load_sampler(folder: str, device: str, dtype: str, **options) -> tuple[Sampler, ImageConfig]:
     """Loads a model folder to be sampled from, and its bounds on images."""
     config = Config.from_pretrained(folder)
-    limit_threads(config)
-    torch_device = pick_device(device)
-    torch_dtype = pick_dtype(dtype, torch_device, config.torch_dtype)
+    torch_device, torch_dtype = prepare(config, device, dtype)
     tokenizer = Tokenizer.from_pretrained(folder)
-    model = Qwen2_5_VL.from_pretrained(folder, device=torch_device, dtype=torch_dtype)
+    with memory_phase("loading the model", "--dtype bfloat16", "a smaller model"):
+        model = Qwen2_5_VL.from_pretrained(folder, device=torch_device, dtype=torch_dtype)
     images = ImageConfig.from_pretrained(folder) if config.vision is not None else ImageConfig()
     return Sampler(model, tokenizer, frozen=True, **options), images
-
-
-def as_json(prompt: Prompt, completions: list[Completion], seconds: float) -> str:
-    """Returns the JSON object of --json."""
-    tokens = sum(len(completion.ids) for completion in completions)
-    usage = {
-        "prompt_tokens": len(prompt.ids),
-        "completion_tokens": tokens,
-        "seconds": seconds,
-        "tokens_per_second": tokens / seconds,
-    }
-    fields = [completion.json_fields() for completion in completions]
-    return json.dumps({"prompt_ids": prompt.ids, "completions": fields, "usage": usage})
 
 
 def main(argv: list[str]) -> None:
@@ -436,8 +431,9 @@ def main(argv: list[str]) -> None:
         options.prompt, options.image, sampler.tokenizer, images, system=options.system
     )
     started = time.perf_counter()
-    # SampleOptions are SamplingParams, and more.
-    [completions] = sampler.generate([prompt], options, progress=not options.json)
+    with memory_phase("sampling", "a lower --max-new-tokens", "a lower --n"):
+        # SampleOptions are SamplingParams, and more.
+        [completions] = sampler.generate([prompt], options, progress=not options.json)
     if options.json:
         print(as_json(prompt, completions, time.perf_counter() - started))
     else:

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import copy_bandwidth, matmul_flops, milliseconds, peak_bytes  # noqa: E402
-from hub.device import pick_device
+from hub.device import DEVICE_HELP, pick_device
 from hub.errors import InputError  # noqa: E402
 from hub.options import option, parse_options, run_command  # noqa: E402
 from kernels import attention  # noqa: E402
@@ -36,7 +36,7 @@ class AttentionOptions:
     runs."""
 
     only: str | None = option(None, "shapes whose name has this in it")
-    device: str = option("auto", "auto, cpu or cuda")
+    device: str = option("auto", DEVICE_HELP)
     dtype: str = option("bfloat16", "of q, k and v", choices=("float32", "float16", "bfloat16"))
     json: bool = option(False, "the last line is one JSON object with everything")
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import SHAPES, ask_peer, matmul_flops, milliseconds, peak_bytes  # noqa: E402
-from hub.device import pick_device
+from hub.device import DEVICE_HELP, pick_device
 from hub.options import option, parse_options, run_command  # noqa: E402
 from kernels.logprob import token_log_probs_reference, token_log_probs_torch  # noqa: E402
 from kernels.logprob_triton import token_log_probs_triton  # noqa: E402
@@ -35,7 +35,7 @@ class LogprobOptions:
     tokens: int | None = option(None, "tokens; default 8192, on a CPU 256", low=1)
     shape: str = option("7b", "head of this model; on a CPU a small one", choices=SHAPES)
     peer: str | None = option(None, "Python of an environment with liger-kernel")
-    device: str = option("auto", "auto, cpu or cuda")
+    device: str = option("auto", DEVICE_HELP)
     dtype: str = option(
         "bfloat16", "of hidden states and head", choices=("float32", "float16", "bfloat16")
     )

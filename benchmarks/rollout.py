@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import SHAPES, ask_peer, copy_bandwidth, random_model
 from data import ImageConfig, Prompt, Tokenizer, format_prompt, make_prompt, read_examples
-from hub.device import pick_device
+from hub.device import DEVICE_HELP, pick_device
 from hub.errors import InputError
 from hub.options import MICRO_BASE, MICRO_DATA, option, parse_options, run_command
 from hub.weights import copy_side_files
@@ -53,7 +53,7 @@ class RolloutOptions:
     peer_caches: list[str] = option(["dynamic"], "its caches: dynamic, static")
     repeats: int = option(3, "of every measurement; the best one counts, on both sides", low=1)
     threads: int = option(2, "of the CPU", low=1)
-    device: str = option("auto", "auto, cpu or cuda")
+    device: str = option("auto", DEVICE_HELP)
     dtype: str = option("float32", "of weights and cache", choices=("float32", "bfloat16"))
     json: bool = option(False, "the last line is one JSON object")
 

@@ -1,5 +1,6 @@
 """How to sample, and what comes of it: completions, how they end, the random numbers they take."""
 
+import json
 import zlib
 from collections import Counter
 from collections.abc import Sequence
@@ -25,6 +26,10 @@ class SamplingParams:
     n: int = option(1, "completions per prompt", low=1, high=1_000_000)
     seed: int = option(0, "of the random numbers", low=0)
     think_budget: int | None = option(None, "tokens of thought before </think> is forced", low=0)
+
+    def distribution(self) -> dict:
+        """Returns what makes the distribution that is sampled from (kernels/sampling.py)."""
+        return {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
 
 
 @dataclass
@@ -62,6 +67,19 @@ class Completion:
         }
 
 
+def as_json(prompt: Prompt, completions: list[Completion], seconds: float) -> str:
+    """Returns the object of `sample.py --json`."""
+    tokens = sum(len(completion.ids) for completion in completions)
+    usage = {
+        "prompt_tokens": len(prompt.ids),
+        "completion_tokens": tokens,
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+    }
+    fields = [completion.json_fields() for completion in completions]
+    return json.dumps({"prompt_ids": prompt.ids, "completions": fields, "usage": usage})
+
+
 class ThinkBudget:
     """Ends a thought that has used up its tokens (budget forcing: s1, arXiv 2501.19393).
 
@@ -87,6 +105,17 @@ class ThinkBudget:
                 self.settled = True
                 self.to_force = self.tokenizer.encode(END_OF_THOUGHT)
         return self.to_force.pop(0) if self.to_force else None
+
+
+@dataclass(eq=False)
+class Request:
+    """A completion that is to be sampled, or is being sampled."""
+
+    prompt: int  # its number in the call
+    sample: int  # its number among the prompt's n
+    rng: Random
+    budget: ThinkBudget
+    completion: Completion = field(default_factory=Completion)
 
 
 def random_streams(prompts: Sequence[Prompt]) -> list[int]:

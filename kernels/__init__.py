@@ -8,15 +8,16 @@ the function that chooses; the definition of linear.py's products is torch's own
 from kernels.attention import attention
 from kernels.linear import BlockedLinear, fast_linears, logits_float32
 from kernels.logprob import token_log_probs
-from kernels.sampling import draw, is_greedy, sampling_log_probs
+from kernels.sampling import draw, sampling_log_probs, sampling_step, widest_float
 
 __all__ = [
     "BlockedLinear",
     "attention",
     "draw",
     "fast_linears",
-    "is_greedy",
     "logits_float32",
     "sampling_log_probs",
+    "sampling_step",
     "token_log_probs",
+    "widest_float",
 ]

@@ -16,6 +16,29 @@ def is_greedy(temperature: float) -> bool:
     return temperature <= GREEDY_BELOW
 
 
+def sampling_step(
+    logits: Tensor,
+    uniforms: Tensor,
+    masked_ids: Tensor,
+    *,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+) -> tuple[Tensor, Tensor]:
+    """Takes a token for each row: logits [B, V] -> ids [B], and the log-probs [B, V] behind them.
+
+    Masked ids get probability 0; temperature, top-k and top-p make the distribution. Of it the
+    likeliest id is taken (greedy), or the one at which the cumulated probability passes the row's
+    uniform number in [0, 1).
+    """
+    log_probs = sampling_log_probs(
+        logits, temperature=temperature, top_p=top_p, top_k=top_k, masked_ids=masked_ids
+    )
+    if is_greedy(temperature):
+        return log_probs.argmax(-1), log_probs
+    return draw(log_probs, uniforms), log_probs
+
+
 def sampling_log_probs(
     logits: Tensor,
     *,
@@ -46,25 +69,32 @@ def sampling_log_probs(
     return logits.log_softmax(-1)
 
 
+def widest_float(device: torch.device) -> torch.dtype:
+    """Returns the dtype in which probabilities are summed: float64, but Apple's GPUs have none."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def draw(log_probs: Tensor, uniforms: Tensor) -> Tensor:
     """Returns one id per row [B], by inverse-transform sampling: the id at which the cumulative
     sum of the probabilities exceeds the row's number.
 
     log_probs [B, V], and uniforms [B] from 0 to 1. Ids of probability 0 never come. Sums are in
-    float64, and in two levels: first the block of BLOCK ids is found, then the id in it. So the
-    long sum over a real vocabulary has 600 terms, not 152,000.
+    float64 (`widest_float`), and in two levels: first the block of BLOCK ids is found, then the id
+    in it. So the long sum over a real vocabulary has 600 terms, not 152,000.
     """
+    dtype = widest_float(log_probs.device)
+    # Rounding must not lead past the end of a sum: targets stay just below it.
+    below = 1 - 4 * torch.finfo(dtype).eps
     probs = log_probs.exp()
     # 1. The block: the first one at whose end the cumulative sum exceeds the target.
     blocks = F.pad(probs, (0, -probs.shape[-1] % BLOCK))
     blocks = blocks.unflatten(-1, (-1, BLOCK))  # [B, V/BLOCK, BLOCK]
-    mass = blocks.sum(-1, dtype=torch.float64).cumsum(-1)  # [B, V/BLOCK]
-    target = uniforms.double()[:, None] * mass[:, -1:]
+    mass = blocks.sum(-1, dtype=dtype).cumsum(-1)  # [B, V/BLOCK]
+    target = uniforms.to(dtype)[:, None].clamp(max=below) * mass[:, -1:]
     block = torch.searchsorted(mass, target, right=True)  # [B, 1]
     # 2. The id in the block, in the same way, by what is left of the target.
     before = F.pad(mass, (1, 0)).gather(-1, block)
     inside = blocks.gather(1, block[..., None].expand(-1, -1, BLOCK))[:, 0]
-    inside = inside.double().cumsum(-1)  # [B, BLOCK]
-    # Rounding must not lead past the block's end: stay just below its sum.
-    target = torch.minimum(target - before, inside[:, -1:] * (1 - 1e-15))
+    inside = inside.to(dtype).cumsum(-1)  # [B, BLOCK]
+    target = torch.minimum(target - before, inside[:, -1:] * below)
     return (block * BLOCK + torch.searchsorted(inside, target, right=True))[:, 0]

@@ -137,8 +137,16 @@ def test_run_command_passes_other_errors_on(monkeypatch, capsys):
 
 def test_devices():
     assert device_module.pick_device("cpu").type == "cpu"
-    with pytest.raises(InputError, match="--device must be auto, cpu or cuda, not abacus"):
+    with pytest.raises(InputError, match="--device must be auto, cpu, cuda or mps, not abacus"):
         device_module.pick_device("abacus")
+    if not torch.backends.mps.is_available():
+        with pytest.raises(InputError, match="--device mps: "):
+            device_module.pick_device("mps")
+
+
+def test_auto_never_picks_what_is_untested(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device_module.pick_device("auto").type == "cpu"
 
 
 def test_ctrl_c_is_exit_code_130():
@@ -185,6 +193,11 @@ def test_auto_is_the_dtype_on_disk_on_a_gpu():
         assert device_module.pick_dtype("auto", GPU, name) == getattr(torch, name)
 
 
+def test_auto_is_float32_on_apples_gpus():
+    for name in ("float32", "float16", "bfloat16"):
+        assert device_module.pick_dtype("auto", torch.device("mps"), name) == torch.float32
+
+
 def test_a_typed_dtype_decides():
     for device in (CPU, GPU):
         assert device_module.pick_dtype("float32", device, "bfloat16") == torch.float32
@@ -199,3 +212,46 @@ def test_small_models_use_one_thread(monkeypatch):
     assert asked == []
     device_module.limit_threads(Config(**sizes | {"hidden_size": 128}))
     assert asked == [1]
+
+
+OUT_OF_MEMORY = (
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB of "
+    "which 1.23 GiB is free. Including non-PyTorch memory, this process has 77.86 GiB memory in "
+    "use. Of the allocated memory 76.00 GiB is allocated by PyTorch, and 800.00 MiB is reserved by "
+    "PyTorch but unallocated. If reserved but unallocated memory is large try setting "
+    "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True to avoid fragmentation."
+)
+
+
+@pytest.mark.parametrize(
+    "error, shortage",
+    [
+        (
+            torch.OutOfMemoryError(OUT_OF_MEMORY),
+            ": 2.00 GiB were asked for, 1.23 GiB of the 79.10 GiB of GPU 0 are free",
+        ),
+        (
+            RuntimeError(
+                "MPS backend out of memory (MPS allocated: 8.99 GB, other allocations: 1.00 GB, "
+                "max allowed: 20.13 GB). Tried to allocate 256 bytes on private pool."
+            ),
+            ": 256 bytes were asked for",
+        ),
+        (RuntimeError("CUDA error: out of memory"), ""),
+    ],
+)
+def test_out_of_memory_is_one_line(error, shortage):
+    """It says in which phase, how much was asked for, what the card has, and what would help."""
+    with pytest.raises(InputError) as caught:
+        with device_module.memory_phase("the rollout", "a lower --max-batch", "a smaller model"):
+            raise error
+    wanted = f"out of memory in the rollout{shortage}; what helps: a lower --max-batch, a smaller"
+    assert str(caught.value) == f"{wanted} model"
+
+
+def test_other_errors_pass_through_a_memory_phase():
+    for error in (RuntimeError("shapes differ"), ValueError("out of memory"), KeyboardInterrupt()):
+        with pytest.raises(type(error)):
+            with device_module.memory_phase("the rollout", "nothing"):
+                raise error
+    assert not issubclass(InputError, RuntimeError)

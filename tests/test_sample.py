@@ -1,8 +1,13 @@
 import contextlib
+import copy
+import gc
 import io
 import math
 import random
+import re
 import sys
+import weakref
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -13,10 +18,11 @@ import sample as engine_module
 import tiny
 from data import InputError, Prompt, Tokenizer
 from data.completions import random_numbers, random_streams
-from kernels import draw
+from hub.config import Config
+from kernels import draw, widest_float
 from kernels import sampling_log_probs as kernel_log_probs
-from model import KVCache, PromptCache, Qwen2_5_VL
-from sample import Completion, Rollout, Sampler, SamplingParams, load_sampler, sample_plainly
+from model import KVCache, PromptCache, Qwen2_5_VL, prefill_memory, slots_that_fit
+from sample import Completion, Rollout, Sampler, SamplingParams, Slots, load_sampler, sample_plainly
 from tools.chat import stream
 
 torch.set_num_threads(1)  # tiny products: threads would only wait for one another
@@ -437,40 +443,66 @@ def test_gpu_rollouts_follow_the_weights(tmp_path, captured):
     assert captured and all(captured)
 
 
+class EagerGraphs(engine_module.Graphs):
+    """Runs everything as it is, but in sizes that are rounded up as on a GPU."""
+
+    keys: list[tuple] = []
+
+    def __init__(self, enabled: bool):
+        super().__init__(enabled=False)
+        self.enabled = True
+
+    def run(self, key, work):
+        self.keys.append(key)
+        work()
+
+
 @needs_gpu
-def test_gpu_rollouts_under_autocast_follow_the_weights(tmp_path, captured):
-    """Autocast keeps casts of weights; a graph must not read those of weights that have changed."""
-    on_gpu = Qwen2_5_VL.from_pretrained(tiny.make_folder(tmp_path, "vl"), device="cuda")
-    tokenizer, params = Tokenizer.from_pretrained(tmp_path), SamplingParams(24, 1.0, n=4)
-    engine = Sampler(on_gpu, tokenizer)
-    with torch.autocast("cuda", torch.bfloat16):
-        engine.generate(prompts(), params)
-    with torch.no_grad():
-        for weight in on_gpu.parameters():
-            weight.mul_(1.5)
-    with torch.autocast("cuda", torch.bfloat16):
-        found = engine.generate(prompts(), params)
-        wanted = Sampler(on_gpu, tokenizer).generate(prompts(), params)
-    assert_same(found, wanted)
-    assert captured and all(captured)
+@pytest.mark.parametrize("in_place", [True, False], ids=["in place", "a new copy"])
+def test_gpu_graphs_with_an_optimiser_step_between_rollouts(
+    tmp_path, captured, monkeypatch, in_place
+):
+    """As in GRPO: the weights change in place (one process), or every rollout has a copy of its own
+    (several). The graphs sample what is sampled without graphs."""
+    folder = tiny.make_folder(tmp_path, "vl")
+    model = Qwen2_5_VL.from_pretrained(folder, device="cuda", dtype=torch.bfloat16)
+    tokenizer, params = Tokenizer.from_pretrained(folder), SamplingParams(24, 1.0, n=4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+    engine, rollouts = Sampler(model, tokenizer), []
+    for _ in range(3):
+        if not in_place:
+            engine = Sampler(copy.deepcopy(model), tokenizer)
+        rollouts.append(engine.generate(prompts(), params))
+        with monkeypatch.context() as patch:
+            patch.setattr(engine_module, "Graphs", EagerGraphs)
+            wanted = Sampler(model, tokenizer).generate(prompts(), params)
+        assert_same(rollouts[-1], wanted)
+        ids = torch.tensor([tiny.row(0, 20)], device="cuda")
+        model.logits(model(ids)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert len(captured) == 3 and all(captured)
+    texts = [[completion.ids for [completion, *_] in rollout] for rollout in rollouts]
+    assert texts[0] != texts[1] != texts[2]
+
+
+@needs_gpu
+def test_gpu_memory_is_given_back_after_a_rollout(tmp_path):
+    folder = tiny.make_folder(tmp_path, "vl")
+    model = Qwen2_5_VL.from_pretrained(folder, device="cuda", dtype=torch.bfloat16)
+    engine, used = Sampler(model, Tokenizer.from_pretrained(folder)), []
+    for _ in range(3):
+        engine.generate(prompts(), SamplingParams(24, 1.0, n=4))
+        used.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
+    assert used[1] == used[2]
 
 
 @pytest.fixture
 def pretended_gpu(monkeypatch) -> list:
     """Graphs that run everything eagerly, but have sizes rounded up as on a GPU."""
-    keys = []
-
-    class Eager(engine_module.Graphs):
-        def __init__(self, enabled: bool):
-            super().__init__(enabled=False)
-            self.enabled = True
-
-        def run(self, key, work):
-            keys.append(key)
-            work()
-
-    monkeypatch.setattr(engine_module, "Graphs", Eager)
-    return keys
+    monkeypatch.setattr(EagerGraphs, "keys", [])
+    monkeypatch.setattr(engine_module, "Graphs", EagerGraphs)
+    return EagerGraphs.keys
 
 
 @pytest.mark.parametrize("max_batch", [1, 3, 6, 64])
@@ -483,6 +515,117 @@ def test_rounded_sizes_give_what_the_plain_loop_gives(sampler, max_batch, preten
         wanted = generate_plainly(engine.model, engine.tokenizer, prompts(), params)
         assert_same(engine.generate(prompts(), params), wanted)
     assert len(set(pretended_gpu)) < 20
+
+
+# --- Memory ---
+
+
+def test_slots_that_fit():
+    """The 7B's slots of 4,608 tokens: keys and values x 28 layers x 4 heads x 128 x 2 bytes."""
+    shape = {"num_hidden_layers": 28, "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 0}
+    size = KVCache.bytes_per_slot(SimpleNamespace(**shape), 4608, torch.bfloat16)
+    assert size == 4608 * 57_344
+    assert slots_that_fit(round(25.8 * 2**30), size, 256) == 104
+    assert slots_that_fit(round(25.8 * 2**30), size, 64) == 64
+    assert slots_that_fit(size, size, 64) == 1
+    assert slots_that_fit(size - 1, size, 64) == 0
+    assert slots_that_fit(-5, size, 64) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_slot_has_the_bytes_of_the_real_cache(sampler, dtype):
+    config = sampler.model.config
+    cache = KVCache(config, 3, 50, dtype=dtype)
+    row = 4 * config.vocab_size  # in float32
+    size = KVCache.bytes_per_slot(config, 50, dtype)
+    assert 3 * (size - 16 * row) == cache.keys.nbytes + cache.values.nbytes
+
+
+@pytest.fixture
+def free_bytes(monkeypatch) -> Callable:
+    """Sets what is free, as on a GPU. As in a process that has said nothing about it yet."""
+    monkeypatch.setattr(Rollout, "said", False)
+    return lambda size: monkeypatch.setattr(engine_module, "free_memory", lambda device: size)
+
+
+def test_memory_decides_how_many_slots_there_are(sampler, free_bytes, monkeypatch, capsys):
+    """The samples stay the same, and it is said once."""
+    sizes, make = [], Slots.__init__
+
+    def recorded(self, engine: Sampler, size: int, max_length: int) -> None:
+        sizes.append(size)
+        make(self, engine, size, max_length)
+
+    monkeypatch.setattr(Slots, "__init__", recorded)
+    params, config = SamplingParams(12, n=4), sampler.model.config
+    wanted = sampler.generate(prompts(), params)
+    slot = KVCache.bytes_per_slot(config, 108, torch.float32)  # 96 tokens of prompt, and 12
+    reserve = prefill_memory(config, engine_module.PREFILL_TOKENS, torch.float32)
+    for count in (5, 2):
+        free_bytes(reserve + count * slot + slot // 2)
+        assert_same(sampler.generate(prompts(), params), wanted)
+    free_bytes(reserve + 100 * slot)
+    assert_same(sampler.generate(prompts(), params), wanted)
+    assert sizes == [24, 5, 2, 24]
+    said = capsys.readouterr().err.splitlines()
+    assert said == ["sampling in 5 slots of 108 tokens: 1.1 GiB are free"]
+
+
+def test_too_little_memory_for_one_slot_is_one_line(sampler, free_bytes):
+    free_bytes(2**29)
+    line = (
+        "sampling 108 tokens in a single slot takes 1.1 GiB, and 0.5 GiB are free; what helps: a "
+    )
+    with pytest.raises(InputError, match=re.escape(line) + "lower --max-new-tokens"):
+        sampler.generate(prompts(), SamplingParams(12))
+    assert sampler.generate([], SamplingParams(12)) == []
+
+
+def test_long_prompts_and_images_need_a_larger_reserve(tmp_path):
+    text, vision = (
+        Config.from_pretrained(tiny.make_folder(tmp_path / name, name)) for name in ("text", "vl")
+    )
+    sizes = [prefill_memory(text, tokens, torch.bfloat16) for tokens in (0, 1000, 2000)]
+    assert sizes[0] == 2**30 and sizes[2] - sizes[1] == sizes[1] - sizes[0] > 0
+    assert prefill_memory(text, 1000, torch.float32) - 2**30 == 2 * (sizes[1] - 2**30)
+    assert prefill_memory(vision, 1000, torch.bfloat16) > sizes[1]
+
+
+def test_nothing_of_a_rollout_stays_alive(sampler, monkeypatch):
+    """Cache, states and graphs go at once, not when garbage is collected: the update needs their
+    memory. Nor do completions keep them."""
+    alive, shared = [], sampler.masked_ids
+    kinds = (engine_module.Graphs, KVCache, PromptCache, Rollout, Slots)
+    for kind in kinds:
+
+        def make(self, *args, original=kind.__init__, **options):
+            original(self, *args, **options)
+            parts = [x for x in vars(self).values() if isinstance(x, Tensor)]
+            alive.extend(weakref.ref(part) for part in (self, *parts) if part is not shared)
+
+        monkeypatch.setattr(kind, "__init__", make)
+    gc.collect()
+    gc.disable()
+    try:
+        kept = sampler.generate(prompts(), SamplingParams(6, n=2))
+        sampler.generate(
+            prompts(), SamplingParams(6, n=2), on_completion=lambda *done: kept.append(done)
+        )
+        assert len(alive) > 20 and [ref for ref in alive if ref() is not None] == []
+    finally:
+        gc.enable()
+
+
+def test_a_prompts_keys_and_values_are_held_once(sampler):
+    config = sampler.model.config
+    cache = PromptCache(config, 9)
+    for layer in range(config.num_hidden_layers):
+        k = torch.randn(2, 1, 9, config.num_key_value_heads, config.head_dim)
+        cache.append(layer, *k)
+    for keys, values in cache.split([4, 5]):
+        assert keys.untyped_storage().data_ptr() == cache.keys.untyped_storage().data_ptr()
+        assert values.untyped_storage().data_ptr() == cache.values.untyped_storage().data_ptr()
+    assert torch.equal(keys[-1], k[0, 0, 4:].transpose(0, 1))
 
 
 class FakeGraph:
@@ -614,7 +757,19 @@ def test_greedy_reports_the_untempered_distribution(sampler, temperature):
     assert max(completion.log_probs) < -0.01
 
 
-def test_draw_follows_the_distribution():
+@pytest.fixture(params=[torch.float64, torch.float32], ids=["sums in float64", "in float32"])
+def sums(request, monkeypatch) -> None:
+    """draw as it is everywhere but on Apple's GPUs, and as it is there."""
+    kernel = sys.modules["kernels.sampling"]
+    monkeypatch.setattr(kernel, "widest_float", lambda device: request.param)
+
+
+def test_the_widest_float():
+    assert widest_float(torch.device("cpu")) == widest_float(torch.device("cuda")) == torch.float64
+    assert widest_float(torch.device("mps")) == torch.float32
+
+
+def test_draw_follows_the_distribution(sums):
     probs = torch.tensor([0.0, 0.3, 0.0, 0.05, 0.2, 0.25, 0.1, 0.0999, 0.0001, 0.0])
     n = 200_000
     ids = draw(probs.log().expand(n, -1), torch.rand(n, generator=torch.Generator().manual_seed(0)))
@@ -625,10 +780,14 @@ def test_draw_follows_the_distribution():
     assert chi_square < 22.5  # 6 degrees of freedom, p = 0.001
 
 
-def test_draw_at_the_ends_of_the_unit_interval_gives_no_impossible_id():
+def test_draw_at_the_ends_of_the_unit_interval_gives_no_impossible_id(sums):
     probs = torch.tensor([[0.0, 0.0, 0.25, 0.0, 0.75, 0.0]]).expand(4, -1)
     uniforms = torch.tensor([0.0, 1e-8, 0.25, 1 - 2**-24])
     assert draw(probs.log(), uniforms).tolist() == [2, 2, 4, 4]
+    # The largest number that Python's random() gives is 1 in float32.
+    largest = torch.tensor([1 - 2**-53], dtype=torch.float64)
+    assert draw(probs[:1].log(), largest).tolist() == draw(probs[:1].log(), torch.ones(1)).tolist()
+    assert draw(probs[:1].log(), torch.ones(1)).tolist() == [4]
     flat = torch.full(
         (1, 151_936), -math.log(151_936)
     )  # rounding of a long sum does not lead past the end

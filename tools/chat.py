@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import ImageConfig, InputError, Prompt, chat_prompt, load_image
-from hub.device import DTYPE_HELP, DTYPES
+from hub.device import DEVICE_HELP, DTYPE_HELP, DTYPES, memory_phase
 from hub.options import MICRO_BASE, option, parse_options, run_command
 from sample import Sampler, SamplingParams, load_sampler
 
@@ -21,7 +21,7 @@ class ChatOptions(SamplingParams):
 
     model: str = option(str(MICRO_BASE), "model folder")
     system: str | None = option(None, "system prompt (default: the template's)")
-    device: str = option("auto", "auto, cpu or cuda")
+    device: str = option("auto", DEVICE_HELP)
     dtype: str = option("auto", DTYPE_HELP, choices=DTYPES)
 
 
@@ -53,7 +53,8 @@ def chat(
                 turn = {"role": "user", "content": content}
                 shown = images + pending
                 prompt = chat_prompt([*messages, turn], shown, sampler.tokenizer, image_config)
-                answer = stream(sampler, params, prompt)
+                with memory_phase("the answer", "/reset", "a lower --max-new-tokens"):
+                    answer = stream(sampler, params, prompt)
                 # Only what was answered is remembered.
                 messages += [turn, {"role": "assistant", "content": answer}]
                 images, pending = shown, []

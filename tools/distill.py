@@ -26,7 +26,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import STYLES, Example, ImageConfig, Question, format_prompt, load_examples, make_prompt
-from hub.device import DTYPE_HELP, DTYPES
+from hub.device import DEVICE_HELP, DTYPE_HELP, DTYPES, memory_phase
 from hub.errors import InputError
 from hub.options import MICRO_BASE, option, parse_options, run_command
 from hub.weights import weight_files
@@ -56,7 +56,7 @@ class DistillOptions(SamplingParams):
     max_batch: int = option(256, "sequences sampled at a time", low=1)
     resume: bool = option(False, "go on where --out was interrupted")
     overwrite: bool = option(False, "replace what --out holds")
-    device: str = option("auto", "auto, cpu or cuda")
+    device: str = option("auto", DEVICE_HELP)
     dtype: str = option("auto", DTYPE_HELP, choices=DTYPES)
 
 
@@ -202,13 +202,14 @@ def main(argv: list[str]) -> None:
     # 2. Sample what is not there yet; Ctrl-C ends that.
     interrupted = False
     try:
-        sampler.generate(
-            [question.prompt for question in left],
-            options,
-            progress=True,
-            on_completion=when_all_are_there(options.n, finish),
-            streams=[zlib.crc32(question.example.id.encode()) for question in left],
-        )
+        with memory_phase("sampling", "a lower --max-batch", "a lower --max-new-tokens"):
+            sampler.generate(
+                [question.prompt for question in left],
+                options,
+                progress=True,
+                on_completion=when_all_are_there(options.n, finish),
+                streams=[zlib.crc32(question.example.id.encode()) for question in left],
+            )
     except KeyboardInterrupt:
         interrupted = True
     # 3. Write what is kept of the questions that are done.
