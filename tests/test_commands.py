@@ -1117,6 +1117,44 @@ def test_an_interrupt_is_not_an_error(run, shop, monkeypatch):
     assert run(*ask(shop.model())) == (130, "", [])
 
 
+def run_out_of_memory(*_, **__):
+    raise torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB "
+        "of which 1.23 GiB is free. Including non-PyTorch memory, ..."
+    )
+
+
+SHORTAGE = ": 2.00 GiB were asked for, 1.23 GiB of the 79.10 GiB of GPU 0 are free; what helps: "
+
+
+@pytest.mark.parametrize(
+    "command, remedies",
+    [("sample", "a lower --max-new-tokens, a lower --n"), ("evaluate", "a lower --max-batch, ")],
+)
+def test_out_of_memory_while_sampling_is_one_line(run, shop, monkeypatch, command, remedies):
+    argv = ["--prompt", "Hello"] if command == "sample" else ["--data", shop.data(question(1))]
+    model = shop.model()
+    monkeypatch.setattr(Qwen2_5_VL, "forward", run_out_of_memory)
+    code, out, [line] = run(command, "--model", model, *argv)
+    assert (code, out) == (2, "")
+    assert line.startswith(f"{command}.py: error: out of memory in sampling{SHORTAGE}{remedies}")
+
+
+def test_out_of_memory_while_loading_is_one_line(run, shop, monkeypatch):
+    monkeypatch.setattr(Qwen2_5_VL, "from_pretrained", run_out_of_memory)
+    code, _, [line] = run(*ask(shop.model()))
+    assert code == 2 and f"out of memory in loading the model{SHORTAGE}--dtype bfloat16" in line
+
+
+def test_chat_goes_on_when_memory_has_run_out(run, shop, monkeypatch):
+    model = shop.model()
+    monkeypatch.setattr(Qwen2_5_VL, "forward", run_out_of_memory)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hello\nhello\n"), "utf-8"))
+    code, _, err = run("chat", "--model", model)
+    errors = [line for line in err if line.startswith("error: out of memory in the answer: 2.00")]
+    assert code == 0 and len(errors) == 2
+
+
 def interrupt_at(monkeypatch, step: int) -> None:
     """Ctrl-C in a decoding step."""
     forward, steps = sample.Rollout.forward, []
