@@ -250,7 +250,7 @@ class Qwen2_5_VL(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., C] -> [..., V], in float32 (float64 stays)."""
-        # The twin for sampling on a CPU may have a head of its own (kernels/linear.py).
+        # The twin for sampling on a CPU may have a head of its own, and then decides the dtype.
         head = getattr(self, "lm_head", None)
         if isinstance(head, BlockedLinear):
             return head(hidden)

@@ -99,21 +99,27 @@ class BlockedLinear(nn.Module):
 
 def fast_linears(module: nn.Module, *, release: bool = False) -> nn.Module:
     """Returns a twin that shares all with the module, but whose large linear maps are blocked.
-    `release` takes their weights away from the module, so that memory holds them once."""
+    `release` takes their weights away from the module, so that memory holds them once.
+
+    The head's logits are float32, as in `logits_float32`; but where the module is only sampled from
+    (`release`), and no trainer's log-probs are to be met, they are in the weights' dtype: in
+    bfloat16 that takes half the time.
+    """
     twin = copy.copy(module)
     twin._modules = dict(module._modules)
     for name, child in module.named_children():
         if not isinstance(child, nn.Linear):
             twin._modules[name] = fast_linears(child, release=release)
             continue
-        # The head is blocked in float32: its logits are, as in logits_float32.
-        dtype = torch.float32 if name == "lm_head" else child.weight.dtype
+        exact = name == "lm_head" and not release
+        dtype = torch.float32 if exact else child.weight.dtype
         if gains_by_blocks(child.weight, dtype):
             twin._modules[name] = BlockedLinear(child, dtype)
             if release:
                 child.weight = None
     # A tied head is no linear map in the tree, but the embedding, which stays.
-    tied = hasattr(module, "head_weight") and not hasattr(module, "lm_head")
-    if tied and gains_by_blocks(module.head_weight, torch.float32):
-        twin.lm_head = BlockedLinear(module.model.embed_tokens, torch.float32)
+    if hasattr(module, "head_weight") and not hasattr(module, "lm_head"):
+        dtype = module.head_weight.dtype if release else torch.float32
+        if gains_by_blocks(module.head_weight, dtype):
+            twin.lm_head = BlockedLinear(module.model.embed_tokens, dtype)
     return twin

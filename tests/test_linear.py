@@ -80,6 +80,21 @@ def test_sampler_and_trainer_score_a_bfloat16_state_alike(tmp_path, monkeypatch,
     torch.testing.assert_close(trained.double(), exact, atol=5e-5, rtol=1e-6)
 
 
+@pytest.mark.parametrize("variant", ["text", "text_tied"])
+def test_the_head_of_a_twin_is_float32_unless_it_is_only_sampled_from(
+    tmp_path, monkeypatch, variant
+):
+    linear = sys.modules["kernels.linear"]
+    monkeypatch.setattr(linear, "gains_by_blocks", lambda weight, dtype: True)
+    monkeypatch.setattr(BlockedLinear, "rearrange", lambda self: None)
+    folder = tiny.make_folder(tmp_path, variant)
+    for release, dtype in ((False, torch.float32), (True, torch.bfloat16)):
+        model = Qwen2_5_VL.from_pretrained(folder, dtype=torch.bfloat16)
+        twin = fast_linears(model, release=release)
+        assert twin.lm_head.dtype == dtype
+        assert twin.model.layers[0].mlp.up_proj.dtype == torch.bfloat16
+
+
 @pytest.fixture
 def block_all(monkeypatch):
     monkeypatch.setattr(sys.modules["kernels.linear"], "SMALLEST", 0)
