@@ -10,13 +10,13 @@ of the tokens of better-than-average responses. `Trainer.step` is that, in four 
 Shapes: B questions, G responses per question (a group), N tokens that are scored in a pack.
 """
 
+import sys
 import time
 from dataclasses import dataclass, replace
 from itertools import chain
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from data.datasets import Example, load_examples
 from data.images import ImageConfig
@@ -30,7 +30,7 @@ from data.responses import (
     make_response_packs,
     split_evenly,
 )
-from data.sequences import Pack, batches, num_steps
+from data.sequences import Pack, num_steps
 from data.tokenizer import Tokenizer, check_vocabulary
 from hub.config import Config
 from hub.errors import InputError
@@ -38,7 +38,13 @@ from hub.options import MICRO_DATA, option, parse_options, run_command
 from model import Qwen2_5_VL, score
 from rewards import accuracy_reward
 from sample import SamplingParams
-from training.metrics import mean_metrics, rollout_metrics, sample_records, update_metrics
+from training.metrics import (
+    mean_metrics,
+    reward_converged,
+    rollout_metrics,
+    sample_records,
+    update_metrics,
+)
 from training.optimizer import (
     forward_dtype,
     load_for_training,
@@ -46,9 +52,11 @@ from training.optimizer import (
     optimizer_step,
     visiting,
 )
-from training.parallel import deal, exchange, processes, rank, training_device
+from training.options import TrainOptions
+from training.parallel import deal, exchange, is_first, processes, rank, training_device
 from training.rollout import rollout
-from training.run import Run, TrainOptions
+from training.run import Run
+from training.validation import Validation
 
 # The paper leaves three things open. Its batch of 128 counts questions here, as in verl, which it
 # used; the upper clip bound is DAPO's 0.28; the KL term is on, at the appendix's 1e-2.
@@ -80,6 +88,13 @@ class GRPOOptions(TrainOptions):
     # How long, and how fast.
     epochs: int = option(3, "passes over the questions", low=1)
     max_steps: int | None = option(200, "stop after so many rollouts", low=1)
+    stop_window: int = option(
+        0,
+        "stop when the mean reward of the last so many steps is not higher than that of as many "
+        "before, by --stop-gain; 0 is never",
+        low=0,
+    )
+    stop_gain: float = option(0.01, "what --stop-window asks the mean reward to rise", low=0.0)
     learning_rate: float = option(3e-5, "peak learning rate", low=0.0)
     warmup_ratio: float = option(0.1, "share of steps of linear warm-up", low=0.0, high=1.0)
     # The rollout.
@@ -380,32 +395,29 @@ def train(options: GRPOOptions) -> None:
     run = Run(options)
     tokenizer = Tokenizer.from_pretrained(options.model)
     questions = load_questions(options, tokenizer)
+    validation = Validation(options, tokenizer, reward)
     trainer = Trainer(options, tokenizer)
-    run.begin()
-    if options.resume:
-        run.load_checkpoint(trainer.model, trainer.optimizer)
-
-    # 2. Steps, with the learning rate rising linearly over the first of them.
     size = options.questions_per_step
     total_steps = num_steps(len(questions), size, options.epochs, options.max_steps)
     warmup_steps = max(1, round(options.warmup_ratio * total_steps))
-    stream = batches(len(questions), size, options.seed, first_step=run.step)
-    progress = tqdm(initial=run.step, total=total_steps, desc="grpo", unit="step")
-    while run.step < total_steps:
-        started = time.perf_counter()
-        epoch, chosen = next(stream)
-        learning_rate = options.learning_rate * min(1.0, (run.step + 1) / warmup_steps)
-        metrics, records = trainer.step([questions[i] for i in chosen], run.step, learning_rate)
-        run.step += 1
-        seconds = time.perf_counter() - started
-        metrics["tokens_per_second"] = metrics["tokens"] / seconds
-        metrics["seconds"] = seconds
-        metrics["train_seconds"] = seconds - metrics["rollout_seconds"]
-        run.log("samples.jsonl", *records)
-        run.log("metrics.jsonl", {"step": run.step, "epoch": epoch, "lr": learning_rate, **metrics})
-        progress.set_postfix(reward=f"{metrics['reward']:.3f}", refresh=False)
-        progress.update()
-        run.save(trainer.model, trainer.optimizer, last=run.step == total_steps)
+    run.begin(trainer.model, trainer.optimizer, warmup_steps)
+
+    def converged() -> bool:
+        rewards = [record["reward"] for record in run.records]
+        return reward_converged(rewards, options.stop_window, options.stop_gain)
+
+    # 2. Steps. The learning rate rises linearly over the first of them; over how many, was settled
+    #    when the run first started, so that one that goes on for longer keeps its schedule.
+    for _, chosen in run.steps(len(questions), size, stop=converged):
+        batch = [questions[i] for i in chosen]
+        learning_rate = options.learning_rate * min(1.0, (run.step + 1) / run.warmup_steps)
+        with run.explaining_divergence([q.example.id for q in batch], learning_rate):
+            metrics, samples = trainer.step(batch, run.step, learning_rate)
+        metrics["lr"] = learning_rate
+        metrics["train_seconds"] = run.seconds() - metrics["rollout_seconds"]
+        run.finish_step(metrics | validation.after_step(run), samples)
+    if converged() and is_first():
+        print(f"stopped after step {run.step}: the reward has converged", file=sys.stderr)
 
 
 def main(argv: list[str]) -> None:

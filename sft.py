@@ -9,31 +9,22 @@ Paper: section 3.1, appendix A. The vision tower is frozen and no image is seen.
 batch of worked responses, pack them end to end, and lower -log p of the response tokens.
 """
 
-import time
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from data.datasets import Example, load_examples
-from data.sequences import (
-    IDLE_ROW,
-    Pack,
-    Row,
-    batches,
-    encode_example,
-    make_pack,
-    make_row,
-    num_steps,
-    plan_packs,
-)
+from data.sequences import IDLE_ROW, Pack, Row, encode_example, make_pack, make_row, plan_packs
 from data.tokenizer import Tokenizer, check_vocabulary
 from hub.options import MICRO_DATA, option, parse_options, run_command
 from model import Qwen2_5_VL, score
+from rewards import accuracy_reward
 from training.optimizer import load_for_training, make_optimizer, optimizer_step
+from training.options import TrainOptions
 from training.parallel import deal, processes, total, training_device
-from training.run import Run, TrainOptions
+from training.run import Run
+from training.validation import Validation
 
 PAPER = {
     "epochs": 4,
@@ -124,7 +115,7 @@ def load_rows(options: SFTOptions, tokenizer: Tokenizer) -> list[Row]:
             max_length=options.max_length,
             answer_only=options.answer_only,
         )
-        row = make_row(ids, mask)
+        row = make_row(ids, mask, example.id)
         return row if row.scored.any() else None
 
     too_long = f"the prompt fills --max-length {options.max_length}"
@@ -133,37 +124,30 @@ def load_rows(options: SFTOptions, tokenizer: Tokenizer) -> list[Row]:
     ).items
 
 
+def reward(example: Example, response: str) -> float:
+    """Returns 1.0 for a right final answer, else 0.0: what validation measures."""
+    return accuracy_reward(response, example.truths, example.options, precision=example.precision)
+
+
 def train(options: SFTOptions) -> None:
     """Runs the whole stage: from the options to the run folder."""
     # 1. Refuse an occupied folder before anything is read; load; only then touch the disk.
     run = Run(options)
     tokenizer = Tokenizer.from_pretrained(options.model)
     rows = load_rows(options, tokenizer)
+    validation = Validation(options, tokenizer, reward)
     model = load_for_training(options)
     check_vocabulary(tokenizer, model.config)
     optimizer = make_optimizer(model, options)
-    run.begin()
-    if options.resume:
-        run.load_checkpoint(model, optimizer)
+    run.begin(model, optimizer)
 
-    # 2. Steps.
-    size = options.batch_size
-    total_steps = num_steps(len(rows), size, options.epochs, options.max_steps)
-    stream = batches(len(rows), size, options.seed, first_step=run.step)
-    progress = tqdm(initial=run.step, total=total_steps, desc="sft", unit="step")
-    while run.step < total_steps:
-        started = time.perf_counter()
-        epoch, chosen = next(stream)
+    # 2. Steps. The learning rate falls after each epoch.
+    for epoch, chosen in run.steps(len(rows), options.batch_size):
+        batch = [rows[i] for i in chosen]
         learning_rate = options.learning_rate * options.lr_decay**epoch
-        metrics = train_step(model, optimizer, [rows[i] for i in chosen], learning_rate, options)
-        run.step += 1
-        seconds = time.perf_counter() - started
-        metrics["tokens_per_second"] = metrics["tokens"] / seconds
-        metrics["seconds"] = seconds
-        run.log("metrics.jsonl", {"step": run.step, "epoch": epoch, **metrics})
-        progress.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
-        progress.update()
-        run.save(model, optimizer, last=run.step == total_steps)
+        with run.explaining_divergence([row.example for row in batch], learning_rate):
+            metrics = train_step(model, optimizer, batch, learning_rate, options)
+        run.finish_step(metrics | validation.after_step(run))
 
 
 def main(argv: list[str]) -> None:

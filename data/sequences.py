@@ -27,14 +27,15 @@ class Row(NamedTuple):
 
     ids: Tensor  # int32 [T]
     scored: Tensor  # bool [T]: the tokens whose log-probs the loss takes
+    example: str = ""  # the id of the example that it was made of
 
 
-def make_row(ids: Sequence[int], scored: Sequence[bool]) -> Row:
+def make_row(ids: Sequence[int], scored: Sequence[bool], example: str = "") -> Row:
     """Returns the row of a sequence's ids and the mask of its scored tokens.
 
     A first token follows nothing, so nothing predicts it: it is never scored.
     """
-    row = Row(torch.tensor(ids, dtype=torch.int32), torch.tensor(scored, dtype=torch.bool))
+    row = Row(torch.tensor(ids, dtype=torch.int32), torch.tensor(scored, dtype=torch.bool), example)
     row.scored[:1] = False
     return row
 

@@ -1,7 +1,6 @@
 """The weights of a model folder, read and written, and the folder's other files."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hub.config import Config
+from hub.disk import put_in_place
 from hub.errors import InputError, read_json
 
 SIDE_FILES = (
@@ -157,7 +157,7 @@ def write_model(
     new_weights = folder / "model.safetensors.tmp"
     new_config.write_text(json.dumps(raw, indent=2) + "\n")
     save_file(stored, new_weights, metadata={"format": "pt"})
-    os.replace(new_weights, folder / "model.safetensors")
-    os.replace(new_config, folder / "config.json")
+    put_in_place(new_weights, folder / "model.safetensors")
+    put_in_place(new_config, folder / "config.json")
     # An index of shards that stood here before would be read in preference.
     (folder / "model.safetensors.index.json").unlink(missing_ok=True)

@@ -10,7 +10,6 @@ and tools/distill.py (training/record_file.py). They share two rules:
 """
 
 import json
-import os
 import subprocess
 import sys
 import zlib
@@ -19,13 +18,17 @@ from pathlib import Path
 
 import torch
 
+from hub.disk import put_in_place
 from hub.errors import InputError, read_json
 from hub.options import ROOT
 
 # Options that may differ when a command goes on: they decide where and how often it writes, and in
 # what portions it works, but not what comes out (up to rounding, where sums change their order).
 MAY_DIFFER = {"resume", "overwrite", "out", "json", "device", "save_every", "max_per_question"}
-MAY_DIFFER |= {"pack_tokens", "rollout_batch", "max_batch"}
+MAY_DIFFER |= {"pack_tokens", "rollout_batch", "max_batch", "states_on", "checkpointing"}
+# And those that decide how long a run goes on, what it keeps, and how it is watched.
+MAY_DIFFER |= {"max_steps", "epochs", "stop_window", "stop_gain", "keep"}
+MAY_DIFFER |= {"eval_every", "eval_data", "eval_new_tokens"}
 
 
 # --- The config beside the results ---
@@ -70,15 +73,24 @@ def write_config(path: Path, config: dict) -> None:
     write_whole(path, json.dumps(config, indent=2).encode() + b"\n")
 
 
+def changed_options(before: dict, config: dict) -> dict:
+    """Returns the options of `config` that are not as in the config `before`. Whether results are
+    to be resumed or replaced is no such change."""
+    changed = {}
+    for name, value in config["options"].items():
+        if name not in ("resume", "overwrite") and before["options"].get(name) != value:
+            changed[name] = value
+    return changed
+
+
 def check_same(results: Path, config_path: Path, config: dict) -> None:
     """Raises InputError unless `config_path` holds the same options and checksums as `config`.
     The message names `results` and everything that differs."""
     before = {"options": {}, "crc32": {}} | read_json(config_path)
     changed = []
-    for name, value in config["options"].items():
-        old = before["options"].get(name)
-        if name not in MAY_DIFFER and old != value:
-            changed.append(f"--{name.replace('_', '-')} was {old!r}")
+    for name in changed_options(before, config):
+        if name not in MAY_DIFFER:
+            changed.append(f"--{name.replace('_', '-')} was {before['options'].get(name)!r}")
     if changed:
         raise InputError(f"{results}: cannot resume with other options: {'; '.join(changed)}")
     for path, crc in config["crc32"].items():
@@ -97,11 +109,11 @@ def json_lines(records: Iterable[dict]) -> bytes:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Replaces a file all at once: if the disk is full, the old file stays as it was."""
+    """Replaces a file all at once: if the disk is full or the power fails, the old file stays."""
     temporary = Path(f"{path}.tmp")
     try:
         temporary.write_bytes(content)
-        os.replace(temporary, path)
+        put_in_place(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -60,6 +60,18 @@ def mean_metrics(steps: list[dict]) -> dict:
     return means
 
 
+def reward_converged(rewards: list[float], window: int, gain: float) -> bool:
+    """Returns whether the reward of the steps so far has stopped rising.
+
+    That is: the mean of the last `window` steps is less than `gain` above the mean of the `window`
+    steps before them. Never with a window of 0. The paper trains until "the training reward
+    converges" and gives no criterion (section 3.2); this one is ours.
+    """
+    if window == 0 or len(rewards) < 2 * window:
+        return False
+    return fmean(rewards[-window:]) - fmean(rewards[-2 * window : -window]) < gain
+
+
 def sample_records(step: int, pairs: list[tuple], rewards: Tensor) -> list[dict]:
     """Returns a record per response: what was asked, answered, extracted and rewarded.
 

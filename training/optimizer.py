@@ -22,7 +22,7 @@ from hub.errors import InputError
 from model import Qwen2_5_VL
 from training import parallel
 from training.compact import CompactAdamW, off_the_grid
-from training.run import TrainOptions
+from training.options import TrainOptions
 
 
 class Diverged(InputError):

@@ -1,88 +1,62 @@
-"""A training run: the options that both stages share, the run folder, checkpoints, exact resume.
+"""A training run: its folder, its steps, exact resume.
 
 A run is a function of its options. Data order and sampling seeds are computed from (seed, step), so
 no random state outlives a step, and a checkpoint needs no more than the weights, the optimiser's
-state, and the number of steps done.
+state, and the number of steps done. Every process has a `Run`; the first one writes.
 """
 
-import json
 import os
 import shutil
-import zipfile
-from dataclasses import asdict, dataclass
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import nn
+from tqdm import tqdm
 
-from data.prompts import STYLES
-from hub.device import DTYPES
+from data.sequences import batches, num_steps
+from hub.disk import sync
 from hub.errors import InputError, read_json
-from hub.options import MICRO_BASE, option
-from hub.weights import copy_side_files, weight_files
+from hub.weights import copy_side_files, weight_files, write_model
 from model import Qwen2_5_VL
-from training.journal import append_records, check_same, make_config, read_records, write_config
+from training import checkpoint
+from training.journal import (
+    append_records,
+    changed_options,
+    check_same,
+    make_config,
+    read_records,
+    write_config,
+)
+from training.optimizer import Diverged
+from training.options import TrainOptions
+from training.parallel import any_rank, barrier, is_first, whole_weights, world_size
 
 JOURNALS = ("metrics.jsonl", "samples.jsonl")
-# checkpoint.old is complete where a crash came while checkpoint was replaced, checkpoint.tmp never.
-CHECKPOINTS = ("checkpoint", "checkpoint.old", "checkpoint.tmp")
-
-
-@dataclass
-class TrainOptions:
-    """The options that both training commands have."""
-
-    model: str = option(str(MICRO_BASE), "model folder to start from")
-    data: str = option("", "training data")
-    out: str = option("", "run folder")
-    resume: bool = option(False, "go on from the run folder's checkpoint")
-    overwrite: bool = option(False, "replace a run that the folder holds")
-    skip_bad_lines: bool = option(False, "leave bad records out, say how many they are, and go on")
-    prompt_style: str = option("direct", "how a question is asked", choices=STYLES)
-    epochs: int = option(1, "passes over the data", low=1)
-    max_steps: int | None = option(None, "stop after so many optimiser steps", low=1)
-    learning_rate: float = option(1e-5, "peak learning rate", low=0.0)
-    weight_decay: float = option(0.0, "weight decay of AdamW", low=0.0)
-    beta1: float = option(0.9, "decay of AdamW's first moment", low=0.0, high=0.999999)
-    beta2: float = option(0.999, "decay of AdamW's second moment", low=0.0, high=0.999999)
-    max_grad_norm: float = option(1.0, "longer gradients are scaled down to this norm", low=0.0)
-    pack_tokens: int = option(
-        4096, "tokens of one forward pass; changes memory, not results (but for rounding)", low=1
-    )
-    save_every: int = option(20, "steps between checkpoints; 0 is at the end only", low=0)
-    seed: int = option(0, "seed of the data order and of sampling", low=0)
-    device: str = option("auto", "auto, cpu or cuda")
-    dtype: str = option(
-        "auto", "of the weights in forward passes; auto: bfloat16 on a GPU", choices=DTYPES
-    )
-    states_on: str = option(
-        "auto",
-        "where a single GPU in bfloat16 keeps the optimiser's states; auto: where they fit",
-        choices=("auto", "device", "host"),
-    )
-    checkpointing: str = option(
-        "auto",
-        "compute each layer anew in the backward pass, which saves memory; "
-        "auto: on, but for models as small as the micro one",
-        choices=("auto", "on", "off"),
-    )
+FILES = ("config.json", "diverged.json", *JOURNALS)
+FOLDERS = ("checkpoint", "model", "best")
 
 
 class Run:
-    """A run folder, runs/NAME.
+    """A run folder, runs/NAME, and the loop over the steps.
 
         config.json     options, checksums of the data and of the starting weights, commit, versions
         metrics.jsonl   one record per step
         samples.jsonl   GRPO only: the responses that were sampled
-        checkpoint/     what --resume goes on from
+        checkpoint/     what --resume goes on from: for this run alone (training/checkpoint.py)
         model/          a model folder like the one that training started from
+        best/           with --eval-every: the same, of the step with the best validation
+        diverged.json   where training has diverged: the batch that did it
 
     `Run(options)` only checks, `begin` is the first to write. In between a command reads its data
     and loads its model: if either is bad, the folder is still as it was.
 
-    step: the number of steps already done. The training loop counts it up.
+    step: the number of steps done. records: their metrics, as in metrics.jsonl. warmup_steps: what
+    was given to `begin` at the run's first start.
     """
 
     def __init__(self, options: TrainOptions):
@@ -91,6 +65,7 @@ class Run:
         self.options = options
         self.folder = Path(options.out)
         self.step = 0
+        self.records: list[dict] = []
         start = Path(options.model).resolve()
         if not start.is_dir():
             hint = "grpo.py starts from what sft.py has trained"
@@ -106,55 +81,87 @@ class Run:
         self.config = make_config(asdict(options), inputs)
         if options.resume:
             check_same(self.folder, self.folder / "config.json", self.config)
-            self.step = self.read_step()
+            self.step = checkpoint.read_step(self.find_checkpoint())
 
     def check_unused(self) -> None:
         """Raises InputError unless the folder is free, or holds a run that may be replaced."""
-        names = ("config.json", "model", *JOURNALS, *CHECKPOINTS)
-        if not any((self.folder / name).exists() for name in names):
+        if not any((self.folder / name).exists() for name in (*FILES, *FOLDERS)):
             return
         config_path = self.folder / "config.json"
         # A model folder has a config.json as well, but there are no options in it.
         if not config_path.exists() or "options" not in read_json(config_path):
             raise InputError(f"{self.folder} holds something that is no run: use another --out")
-        if self.find_checkpoint() is not None and not self.options.overwrite:
+        if checkpoint.find_checkpoints(self.folder / "checkpoint") and not self.options.overwrite:
             raise InputError(
                 f"{self.folder} holds a run: use --resume, --overwrite, or another --out"
             )
 
-    def find_checkpoint(self) -> Path | None:
-        """Returns the newest complete checkpoint; None if there is none."""
-        for name in ("checkpoint", "checkpoint.old"):
-            if (self.folder / name).exists():
-                return self.folder / name
-        return None
-
-    def read_step(self) -> int:
-        """Returns the number of steps that the checkpoint holds."""
-        checkpoint = self.find_checkpoint()
-        if checkpoint is None:
+    def find_checkpoint(self) -> Path:
+        """Returns the newest checkpoint. Raises InputError if there is none."""
+        found = checkpoint.find_checkpoints(self.folder / "checkpoint")
+        if not found:
             raise InputError(f"{self.folder}: there is no checkpoint to resume from")
-        step = read_json(checkpoint / "state.json").get("step")
-        if not isinstance(step, int):
-            raise InputError(f"{checkpoint / 'state.json'}: field 'step' is missing or malformed")
-        return step
+        return found[0]
 
-    def begin(self) -> None:
-        """Makes the folder ready. What a run without --resume replaces is deleted here."""
+    # --- The beginning ---
+
+    def begin(self, model: Qwen2_5_VL, optimizer: torch.optim.Optimizer, warmup_steps=0) -> None:
+        """Makes the folder ready. With --resume, sets model and optimiser to what they were after
+        `self.step` steps; without, what the run replaces is deleted here.
+
+        Raises InputError where the disk has no room for what the run will write.
+        """
+        self.model, self.optimizer = model, optimizer
+        # 1. Once all processes have found the folder fit, the first one may write.
+        barrier()
+        state = checkpoint.training_state(model, optimizer)
+        if is_first():
+            self.check_disk(model, state)
+        # 2. Load before anything is changed: a checkpoint may be damaged.
+        if self.options.resume:
+            checkpoint.load_checkpoint(self.find_checkpoint(), state)
+        if is_first():
+            self.make_folder(warmup_steps)
+        barrier()
+        # 3. What the steps before have measured.
+        self.warmup_steps = read_json(self.folder / "config.json")["warmup_steps"]
+        metrics = self.folder / "metrics.jsonl"
+        if metrics.exists():
+            self.records = [record for record, _ in read_records(metrics, ("step",))]
+
+    def make_folder(self, warmup_steps: int) -> None:
+        """Writes config.json, and clears away what a new run replaces, or what an interrupted one
+        did after its last checkpoint."""
+        config_path = self.folder / "config.json"
         if self.options.resume:
             for name in JOURNALS:
                 self.drop_later_steps(self.folder / name)
+            checkpoint.remove_old(self.folder / "checkpoint", self.options.keep)
+            write_config(config_path, self.resumed_config(read_json(config_path)))
         else:
-            for name in ("model", *CHECKPOINTS):
+            for name in FOLDERS:
                 shutil.rmtree(self.folder / name, ignore_errors=True)
-            for name in JOURNALS:
+            for name in FILES:
                 (self.folder / name).unlink(missing_ok=True)
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_config(self.folder / "config.json", self.config)
+            processes = {"processes": world_size(), "warmup_steps": warmup_steps}
+            write_config(config_path, self.config | processes)
         # The tokenizer and its like, now: when the weights are saved, hours later, the folder that
         # training started from may be gone.
         (self.folder / "model").mkdir(exist_ok=True)
         copy_side_files(self.options.model, self.folder / "model")
+
+    def resumed_config(self, before: dict) -> dict:
+        """Returns a run's config with one more entry in its list "resumed": from which step, by
+        which version, and with which options other than at the first start."""
+        entry = {
+            "step": self.step,
+            "options": changed_options(before, self.config),
+            "commit": self.config["commit"],
+            "torch": self.config["torch"],
+            "processes": world_size(),
+        }
+        return before | {"resumed": [*before.get("resumed", []), entry]}
 
     def drop_later_steps(self, path: Path) -> None:
         """Cuts a journal off behind the last step that the checkpoint holds."""
@@ -167,54 +174,155 @@ class Run:
             kept = end
         os.truncate(path, kept)
 
+    def check_disk(self, model: Qwen2_5_VL, state: checkpoint.State) -> None:
+        """Raises InputError where there is no room for the checkpoints and models of a run.
+
+        While a new one is written, those before are still there.
+        """
+        options = self.options
+        in_checkpoint = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+        dtype = getattr(torch, model.config.torch_dtype)
+        in_model = sum(weight.numel() for weight in model.parameters()) * dtype.itemsize
+        # 1. With --save-every 0 a new run writes once, at its end.
+        once = options.save_every == 0 and not options.resume
+        needed = (
+            in_checkpoint + in_model if once else (options.keep + 1) * in_checkpoint + 2 * in_model
+        )
+        if options.eval_every:
+            needed += 2 * in_model
+        # 2. What is there already is replaced, or is part of it.
+        for name in FOLDERS:
+            for path in (self.folder / name).rglob("*"):
+                needed -= path.stat().st_size
+        # 3. The folder itself may be yet to be made.
+        place = self.folder.absolute()
+        while not place.exists():
+            place = place.parent
+        free = shutil.disk_usage(place).free
+        if needed > free:
+            raise InputError(
+                f"--out {options.out}: checkpoints and models need {needed / 1e9:.1f} GB more, and "
+                f"{place} has {free / 1e9:.1f} GB free: a lower --keep, --save-every 0 or another "
+                "--out would help"
+            )
+
+    # --- The steps ---
+
+    def steps(
+        self, num_items: int, size: int, stop: Callable[[], bool] = lambda: False
+    ) -> Iterator[tuple[int, list[int]]]:
+        """Yields (epoch, numbers of the batch's items) for each step that is yet to be done, and
+        saves the run every `save_every` steps and at the end.
+
+        The body of the loop takes the step and calls `finish_step`. The end is after --epochs,
+        after --max-steps, or as soon as `stop()` is true between two steps. At a SIGTERM (a cluster
+        wants its machine back) the step is finished, the run is saved, and the exit code is 143.
+        """
+        options = self.options
+        total = num_steps(num_items, size, options.epochs, options.max_steps)
+        stream = batches(num_items, size, options.seed, first_step=self.step)
+        stopped = False
+        finished = self.step >= total or stop()
+        bar = tqdm(
+            initial=self.step, total=total, desc="training", unit="step", disable=not is_first()
+        )
+        with bar, sigterm_noted() as sigterm:
+            while not finished and not stopped:
+                self.started = time.perf_counter()
+                self.epoch, chosen = next(stream)
+                yield self.epoch, chosen
+                bar.set_postfix(self.postfix(), refresh=False)
+                bar.update()
+                finished = self.step >= total or stop()
+                # A signal may reach one process a step before another: they agree here.
+                stopped = any_rank(bool(sigterm))
+                due = options.save_every and self.step % options.save_every == 0
+                if due or finished or stopped:
+                    self.save()
+        if stopped and not finished:
+            if is_first():
+                where = f"stopped by SIGTERM after step {self.step}: go on with --resume"
+                print(where, file=sys.stderr)
+            sys.exit(143)  # 128 + the number of the signal, as a shell says it
+
+    def seconds(self) -> float:
+        """Returns the seconds since the current step has begun."""
+        return time.perf_counter() - self.started
+
+    def finish_step(self, metrics: dict, samples: Iterable[dict] = ()) -> None:
+        """Counts a step, and logs its metrics and samples.
+
+        tokens_per_second and seconds are added. Seconds of validation do not count in them.
+        """
+        self.step += 1
+        seconds = self.seconds() - metrics.get("eval_seconds", 0.0)
+        speed = {"tokens_per_second": metrics["tokens"] / seconds, "seconds": seconds}
+        record = {"step": self.step, "epoch": self.epoch, **metrics, **speed}
+        self.records.append(record)
+        self.log("samples.jsonl", *samples)
+        self.log("metrics.jsonl", record)
+
+    def postfix(self) -> dict[str, str]:
+        """Returns what the progress bar shows beside steps and time left."""
+        name = "reward" if "reward" in self.records[-1] else "loss"
+        tokens = sum(record["tokens"] for record in self.records)
+        return {name: f"{self.records[-1][name]:.3f}", "tokens": tqdm.format_sizeof(tokens)}
+
     def log(self, name: str, *records: dict) -> None:
         """Appends records to metrics.jsonl or samples.jsonl."""
-        append_records(self.folder / name, records)
+        if is_first() and records:
+            append_records(self.folder / name, records)
 
-    def save(self, model: Qwen2_5_VL, optimizer: torch.optim.Optimizer, *, last: bool) -> None:
-        """Writes model/ and checkpoint/, every `save_every` steps and at the end."""
-        due = self.options.save_every and self.step % self.options.save_every == 0
-        if not due and not last:
-            return
-        # The model first: if this is interrupted, the older checkpoint makes it again.
-        dtype = getattr(torch, model.config.torch_dtype)  # that of the starting model's files
-        model.save_pretrained(self.folder / "model", dtype=dtype)
-        self.save_checkpoint(model, optimizer)
-
-    def save_checkpoint(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Replaces the checkpoint: at any moment checkpoint/ or checkpoint.old/ is complete."""
-        final, old, new = (self.folder / name for name in CHECKPOINTS)
-        # 1. The new one, under a name that is never read.
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir()
-        save_file(dict(model.state_dict()), new / "weights.safetensors")
-        torch.save(optimizer.state_dict(), new / "optimizer.pt")
-        (new / "state.json").write_text(json.dumps({"step": self.step}))
-        # 2. The one before steps aside. If there is none, a crash may have left checkpoint.old as
-        #    the only one, which has to stay until the new one is in place.
-        if final.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            final.rename(old)
-        # 3. The new one takes its place.
-        new.rename(final)
-        shutil.rmtree(old, ignore_errors=True)
-
-    def load_checkpoint(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Sets weights and optimiser state to what they were after `self.step` steps.
-
-        Raises InputError if a file is missing or was cut short. Other errors are passed on: running
-        out of memory, for one, says nothing against a checkpoint, and nobody should delete it.
-        """
-        checkpoint = self.find_checkpoint()
-        weights_path = checkpoint / "weights.safetensors"
-        optimizer_path = checkpoint / "optimizer.pt"
-        # A safetensors file begins with its length, and torch.save's zip archive ends with its
-        # table of contents. So opening them finds a cut one, without reading the tensors.
+    @contextmanager
+    def explaining_divergence(self, ids: list[str], learning_rate: float) -> Iterator[None]:
+        """Where the gradient of the step inside is not finite, writes diverged.json, with the ids
+        of the batch's examples, and raises an InputError that names it. Weights and checkpoint are
+        those before the step."""
         try:
-            with safe_open(weights_path, framework="pt"), zipfile.ZipFile(optimizer_path):
-                pass
-        except (OSError, SafetensorError, zipfile.BadZipFile) as error:
-            raise InputError(f"{checkpoint}: damaged ({error})") from None
-        model.load_state_dict(load_file(weights_path))
-        state = torch.load(optimizer_path, weights_only=True, map_location="cpu")
-        optimizer.load_state_dict(state)
+            yield
+        except Diverged as error:
+            path = self.folder / "diverged.json"
+            step = {"step": self.step + 1, "ids": ids, "learning_rate": learning_rate}
+            if is_first():
+                write_config(path, step | {"message": str(error)})
+            raise InputError(f"step {self.step + 1}: {error}; its batch is in {path}") from None
+
+    # --- Saving ---
+
+    def save(self) -> None:
+        """Writes model/ and checkpoint/. All processes must call it."""
+        # The model first: if this is interrupted, the older checkpoint makes it again. And no
+        # checkpoint is on the disk before what was logged up to it.
+        self.write_model(self.folder / "model")
+        for name in JOURNALS:
+            if is_first() and (self.folder / name).exists():
+                sync(self.folder / name)
+        state = checkpoint.training_state(self.model, self.optimizer)
+        folder = self.folder / "checkpoint"
+        checkpoint.save_checkpoint(folder, self.step, state, self.options.keep)
+
+    def write_model(self, folder: Path) -> None:
+        """Writes the model as it is now, in the precision of the starting model's files.
+
+        All processes take part in putting the weights together; the first one keeps them, on the
+        host, and writes.
+        """
+        dtype = getattr(torch, self.model.config.torch_dtype)
+        whole = {}
+        for name, weight in whole_weights(self.model, dtype):
+            if is_first():
+                whole[name] = weight.cpu()
+        if is_first():
+            write_model(folder, self.model.config, whole, dtype)
+        barrier()
+
+
+@contextmanager
+def sigterm_noted() -> Iterator[list]:
+    """Yields a list that is empty until a SIGTERM comes, which does nothing else meanwhile."""
+    noted = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: noted.append(number))
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGTERM, before)
