@@ -66,6 +66,7 @@ PAPER = {
     "questions_per_step": 128,
     "max_prompt_tokens": 2048,
     "max_new_tokens": 4096,
+    "eval_new_tokens": 4096,
     "pack_tokens": 6144,
     "learning_rate": 3e-6,
     "weight_decay": 1e-2,

@@ -34,6 +34,7 @@ PAPER = {
     "learning_rate": 1e-5,
     "lr_decay": 0.8,
     "save_every": 100,
+    "eval_new_tokens": 4096,
 }
 RECIPES = {
     "micro": {},

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,9 +37,10 @@ def options(tmp_path_factory) -> TrainOptions:
 def trained(options):
     """Makes a model and its optimiser after some steps on noise."""
 
-    def make(steps: int):
-        model = load_for_training(options)
-        optimizer = make_optimizer(model, options)
+    def make(steps: int, dtype: str = "float32"):
+        o = replace(options, dtype=dtype)
+        model = load_for_training(o)
+        optimizer = make_optimizer(model, o)
         for step in range(steps):
             update(model, optimizer, step)
         return model, optimizer
@@ -76,11 +78,12 @@ def test_a_state_comes_back_in_place_and_bit_for_bit(tmp_path):
     assert all(torch.equal(tensors[name], value) for name, value in numbers().items())
 
 
-def test_a_resumed_optimiser_takes_the_same_next_step(trained, tmp_path):
-    model, optimizer = trained(2)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_resumed_optimiser_takes_the_same_next_step(trained, tmp_path, dtype):
+    model, optimizer = trained(2, dtype)
     save_checkpoint(tmp_path, 2, training_state(model, optimizer), keep=1)
     update(model, optimizer, 2)
-    again, its_optimizer = trained(0)
+    again, its_optimizer = trained(0, dtype)
     load_checkpoint(find_checkpoints(tmp_path)[0], training_state(again, its_optimizer))
     update(again, its_optimizer, 2)
     for (name, weight), other in zip(model.named_parameters(), again.parameters()):
@@ -94,6 +97,12 @@ def test_the_frozen_tower_is_left_out_and_nothing_else(trained):
     wanted = {f"weights.{name}" for name in weights}
     wanted |= {f"optimizer.{name}.{key}" for name in weights for key in keys}
     assert training_state(model, optimizer).keys() == wanted
+
+
+def test_another_optimiser_cannot_go_on(trained, tmp_path):
+    save_checkpoint(tmp_path, 1, training_state(*trained(1, "bfloat16")), keep=1)
+    with pytest.raises(InputError, match="another optimiser .*--dtype"):
+        load_checkpoint(find_checkpoints(tmp_path)[0], training_state(*trained(0)))
 
 
 @pytest.mark.parametrize("keep, left", [(1, [4]), (3, [2, 3, 4]), (9, [1, 2, 3, 4])])

@@ -21,6 +21,7 @@ from training.journal import read_records  # noqa: E402
 # A field of metrics.jsonl -> its panel's title. A panel is drawn where some run has the field.
 PANELS = {
     "reward": "reward",
+    "eval_reward": "reward in validation",
     "loss": "loss",
     "response_length": "response length, tokens",
     "clipped_responses": "share of responses cut at the length limit",

@@ -68,9 +68,9 @@ def make_config(options: dict, inputs: Iterable[str | Path]) -> dict:
     }
 
 
-def write_config(path: Path, config: dict) -> None:
-    """Writes a config as JSON for people to read."""
-    write_whole(path, json.dumps(config, indent=2).encode() + b"\n")
+def write_json(path: Path, content: dict) -> None:
+    """Writes a JSON file that people read, too."""
+    write_whole(path, json.dumps(content, indent=2).encode() + b"\n")
 
 
 def changed_options(before: dict, config: dict) -> dict:

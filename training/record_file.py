@@ -11,7 +11,7 @@ from training.journal import (
     json_lines,
     make_config,
     read_records,
-    write_config,
+    write_json,
     write_whole,
 )
 
@@ -60,7 +60,7 @@ class RecordFile:
             config = make_config(options, inputs)
             # Before the config is written: records never stand beside another run's options.
             self.path.unlink(missing_ok=True)
-        write_config(config_path, config)
+        write_json(config_path, config)
 
     def key(self, record: dict) -> tuple:
         """Returns the values that all records of a group share."""

@@ -30,7 +30,7 @@ from training.journal import (
     check_same,
     make_config,
     read_records,
-    write_config,
+    write_json,
 )
 from training.optimizer import Diverged
 from training.options import TrainOptions
@@ -137,7 +137,7 @@ class Run:
             for name in JOURNALS:
                 self.drop_later_steps(self.folder / name)
             checkpoint.remove_old(self.folder / "checkpoint", self.options.keep)
-            write_config(config_path, self.resumed_config(read_json(config_path)))
+            write_json(config_path, self.resumed_config(read_json(config_path)))
         else:
             for name in FOLDERS:
                 shutil.rmtree(self.folder / name, ignore_errors=True)
@@ -145,7 +145,7 @@ class Run:
                 (self.folder / name).unlink(missing_ok=True)
             self.folder.mkdir(parents=True, exist_ok=True)
             processes = {"processes": world_size(), "warmup_steps": warmup_steps}
-            write_config(config_path, self.config | processes)
+            write_json(config_path, self.config | processes)
         # The tokenizer and its like, now: when the weights are saved, hours later, the folder that
         # training started from may be gone.
         (self.folder / "model").mkdir(exist_ok=True)
@@ -284,7 +284,7 @@ class Run:
             path = self.folder / "diverged.json"
             step = {"step": self.step + 1, "ids": ids, "learning_rate": learning_rate}
             if is_first():
-                write_config(path, step | {"message": str(error)})
+                write_json(path, step | {"message": str(error)})
             raise InputError(f"step {self.step + 1}: {error}; its batch is in {path}") from None
 
     # --- Saving ---

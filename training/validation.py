@@ -11,7 +11,7 @@ from data.tokenizer import Tokenizer
 from hub.config import Config
 from hub.errors import InputError
 from hub.weights import copy_side_files
-from training.journal import write_config
+from training.journal import write_json
 from training.optimizer import forward_dtype
 from training.options import TrainOptions
 from training.parallel import barrier, is_first
@@ -96,5 +96,5 @@ class Validation:
             copy_side_files(run.folder / "model", best)
         run.write_model(best)
         if is_first():
-            write_config(best / "best.json", {"step": step, "eval_reward": reward})
+            write_json(best / "best.json", {"step": step, "eval_reward": reward})
         barrier()
