@@ -161,7 +161,7 @@ def test_all_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     save_checkpoint(tmp_path / "checkpoint", 1, numbers(), keep=1)
     renamed = happened.index("-> step-000001")
     before = {name.removesuffix(".tmp") for name in happened[:renamed]}
-    assert before >= {"__0_0.distcp", ".metadata", "state.json", "step-000001"}
+    assert before >= {"__0_0.distcp", ".metadata", "state.json", "step-000001", tmp_path.name}
     assert happened[renamed + 1 :] == ["checkpoint"]
 
 

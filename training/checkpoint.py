@@ -64,6 +64,7 @@ def save_checkpoint(folder: Path, step: int, state: State, keep: int) -> None:
         for left in folder.glob("*.tmp"):
             shutil.rmtree(left)
         new.mkdir(parents=True)
+        sync(folder.parent)
     barrier()
     # 2. Every process writes its shards (and syncs its file).
     with quietly():

@@ -183,13 +183,13 @@ class Run:
         in_checkpoint = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
         dtype = getattr(torch, model.config.torch_dtype)
         in_model = sum(weight.numel() for weight in model.parameters()) * dtype.itemsize
-        # 1. With --save-every 0 a new run writes once, at its end.
-        once = options.save_every == 0 and not options.resume
-        needed = (
-            in_checkpoint + in_model if once else (options.keep + 1) * in_checkpoint + 2 * in_model
-        )
+        # 1. With --save-every 0 a new run writes once, at its end. Two more models are for best/.
+        checkpoints, models = options.keep + 1, 2
+        if options.save_every == 0 and not options.resume:
+            checkpoints, models = 1, 1
         if options.eval_every:
-            needed += 2 * in_model
+            models += 2
+        needed = checkpoints * in_checkpoint + models * in_model
         # 2. What is there already is replaced, or is part of it.
         for name in FOLDERS:
             for path in (self.folder / name).rglob("*"):
@@ -276,8 +276,7 @@ class Run:
     @contextmanager
     def explaining_divergence(self, ids: list[str], learning_rate: float) -> Iterator[None]:
         """Where the gradient of the step inside is not finite, writes diverged.json, with the ids
-        of the batch's examples, and raises an InputError that names it. Weights and checkpoint are
-        those before the step."""
+        of the batch's examples, and raises an InputError that names it. Nothing is saved."""
         try:
             yield
         except Diverged as error:
