@@ -33,6 +33,7 @@ from data.responses import (
 from data.sequences import Pack, num_steps
 from data.tokenizer import Tokenizer, check_vocabulary
 from hub.config import Config
+from hub.device import memory_phase
 from hub.errors import InputError
 from hub.options import MICRO_DATA, option, parse_options, run_command
 from model import Qwen2_5_VL, score
@@ -50,6 +51,7 @@ from training.optimizer import (
     load_for_training,
     make_optimizer,
     optimizer_step,
+    update_remedies,
     visiting,
 )
 from training.options import TrainOptions
@@ -77,6 +79,9 @@ RECIPES = {
     "paper": {"prompt_style": "train", **PAPER},
     "med": {"prompt_style": "mcq", **PAPER},
 }
+
+# What helps where a GPU's memory does not suffice to sample.
+ROLLOUT_REMEDIES = ("a lower --rollout-batch", "a lower --max-new-tokens")
 
 
 @dataclass
@@ -280,15 +285,16 @@ class Trainer:
             n=options.group_size,
             seed=options.seed * 1_000_003 + number,  # steps of two seeds do not meet
         )
-        groups, rewards = rollout(
-            self.model,
-            self.tokenizer,
-            [question.prompt for question in questions],
-            params,
-            dtype=self.dtype,
-            max_batch=options.rollout_batch,
-            judge=lambda i, completion: reward(questions[i].example, completion.text),
-        )
+        with memory_phase("the rollout", *ROLLOUT_REMEDIES):
+            groups, rewards = rollout(
+                self.model,
+                self.tokenizer,
+                [question.prompt for question in questions],
+                params,
+                dtype=self.dtype,
+                max_batch=options.rollout_batch,
+                judge=lambda i, completion: reward(questions[i].example, completion.text),
+            )
         rollout_seconds = time.perf_counter() - started
 
         # 3. Advantages [B, G]: how much better than its group's mean is each response?
@@ -301,7 +307,8 @@ class Trainer:
             for completion, advantage in zip(group, row):
                 responses.append(make_response(question.prompt, completion, advantage))
         metrics = rollout_metrics(groups, rewards, advantages, rollout_seconds)
-        metrics |= self.update(responses, learning_rate)
+        with memory_phase("the update", *update_remedies(options)):
+            metrics |= self.update(responses, learning_rate)
         metrics["tokens"] = sum(len(response.row.ids) for response in responses)
         return metrics, sample_records(number + 1, pairs, rewards)
 

@@ -17,10 +17,11 @@ from torch import Tensor
 from data.datasets import Example, load_examples
 from data.sequences import IDLE_ROW, Pack, Row, encode_example, make_pack, make_row, plan_packs
 from data.tokenizer import Tokenizer, check_vocabulary
+from hub.device import memory_phase
 from hub.options import MICRO_DATA, option, parse_options, run_command
 from model import Qwen2_5_VL, score
 from rewards import accuracy_reward
-from training.optimizer import load_for_training, make_optimizer, optimizer_step
+from training.optimizer import load_for_training, make_optimizer, optimizer_step, update_remedies
 from training.options import TrainOptions
 from training.parallel import deal, processes, total, training_device
 from training.run import Run
@@ -147,7 +148,8 @@ def train(options: SFTOptions) -> None:
         batch = [rows[i] for i in chosen]
         learning_rate = options.learning_rate * options.lr_decay**epoch
         with run.explaining_divergence([row.example for row in batch], learning_rate):
-            metrics = train_step(model, optimizer, batch, learning_rate, options)
+            with memory_phase("the training step", *update_remedies(options)):
+                metrics = train_step(model, optimizer, batch, learning_rate, options)
         run.finish_step(metrics | validation.after_step(run))
 
 

@@ -17,6 +17,7 @@ import grpo  # noqa: E402
 import sft  # noqa: E402
 from data.sequences import batches  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
+from hub.options import run_command  # noqa: E402
 from training import parallel  # noqa: E402
 from training.optimizer import load_for_training, make_optimizer  # noqa: E402
 
@@ -52,7 +53,8 @@ def grpo_steps(values: dict) -> dict:
     return {"metrics": metrics, "samples": samples, "weights": weights}
 
 
-def main(stage: str, out: str, values: str) -> None:
+def main(argv: list[str]) -> None:
+    stage, out, values = argv
     options = json.loads(values)
     with parallel.processes(parallel.training_device(options["device"])):
         result = {"sft": sft_steps, "grpo": grpo_steps}[stage](options)
@@ -62,4 +64,4 @@ def main(stage: str, out: str, values: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run_command(main)

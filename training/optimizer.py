@@ -172,3 +172,13 @@ def optimizer_step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm.item()
+
+
+def update_remedies(options: TrainOptions) -> list[str]:
+    """Returns the two options that would save most of an update's memory."""
+    remedies = []
+    if options.checkpointing == "off":
+        remedies.append("--checkpointing on")
+    if parallel.world_size() == 1 and options.states_on != "host":
+        remedies.append("--states-on host")
+    return [*remedies, "a lower --pack-tokens", "more GPUs"][:2]

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from data.prompts import STYLES
-from hub.device import DTYPES
+from hub.device import DEVICE_HELP, DTYPES
 from hub.options import MICRO_BASE, option
 
 
@@ -34,7 +34,7 @@ class TrainOptions:
     eval_data: str = option("", "questions with answers for validation")
     eval_new_tokens: int = option(256, "response length limit in validation", low=1)
     seed: int = option(0, "seed of the data order and of sampling", low=0)
-    device: str = option("auto", "auto, cpu or cuda")
+    device: str = option("auto", DEVICE_HELP)
     dtype: str = option(
         "auto", "of the weights in forward passes; auto: bfloat16 on a GPU", choices=DTYPES
     )
