@@ -113,10 +113,11 @@ def test_masters_begin_anywhere_within_the_step_of_a_weight_that_stays():
     assert len(low.unique()) == 256
     # 0 and -0 have no smaller magnitude, and remain exact.
     assert low[weights == 0].tolist() == [0, 0]
-    # It is the seed that decides.
-    (same,), first = make(weights)
+    # It is the seed that decides, and the number of the weight.
+    (same, neighbour), first = make(weights, weights)
     (other,), second = make(weights, seed=1)
     assert torch.equal(first.state[same]["low"], low)
+    assert not torch.equal(first.state[neighbour]["low"], low)
     assert not torch.equal(second.state[other]["low"], low)
 
 
@@ -132,8 +133,8 @@ def test_a_weight_of_zero_learns_and_never_becomes_nan():
 
 
 def test_off_the_grid_rounds_to_the_same_weights(monkeypatch):
-    monkeypatch.setattr(compact, "CHUNK", 1000)
-    grid = every_bfloat16().float().view(-1, 2)
+    monkeypatch.setattr(compact, "CHUNK", 100_000)
+    grid = every_bfloat16().float().repeat(20, 1)  # enough to meet the ends of the steps, too
     kept = grid.clone()
     moved = off_the_grid(grid, seeded())
     assert torch.equal(grid, kept)
@@ -170,7 +171,8 @@ def test_the_same_gradients_move_masters_as_adamw_moves_float32(decay):
     error = (moved - wanted).norm() / wanted.norm()
     slope = (moved * wanted).sum() / wanted.square().sum()
     assert error < 0.01 and abs(slope - 1) < 1e-3
-    # What the forward pass sees is the master, rounded.
+    # What the forward pass sees is the master, rounded; and it can see that it has changed.
+    assert weight._version > 0
     assert torch.equal(split(master(optimizer, weight), NEAREST)[0], weight)
     assert optimizer.state[weight]["step"].item() == 100
 

@@ -157,8 +157,8 @@ class CompactAdamW(torch.optim.Optimizer):
 
     def generator(self, number: int, weight: Tensor, step: int) -> torch.Generator:
         """Returns the source of random bits of a weight's step."""
-        generator = torch.Generator(weight.device)
-        return generator.manual_seed((self.seed * 1_000_003 + number) * 1_000_003 + step)
+        mixed = (self.seed * 1_000_003 + number) * 1_000_003 + step
+        return torch.Generator(weight.device).manual_seed(mixed % 2**63)
 
     @torch.no_grad()
     def clip(self, max_norm: float) -> Tensor:
@@ -218,7 +218,7 @@ class CompactAdamW(torch.optim.Optimizer):
         master = join(weight, low.to(device, non_blocking=True))
         gradient = grad.float()
         if self.clip_factor is not None:
-            gradient = gradient * self.clip_factor
+            gradient.mul_(self.clip_factor)
         m = exp_avg.to(device, non_blocking=True).float()
         v = exp_avg_sq.to(device, non_blocking=True).float()
 
