@@ -250,13 +250,18 @@ def test_a_low_rate_moves_as_many_visible_weights_as_it_should():
     assert (weight.detach() - before).float().mean() == pytest.approx(12 * 3e-6, rel=0.07)
 
 
-def test_a_low_rate_moves_masters_of_one():
+def test_a_low_rate_moves_masters_of_one(monkeypatch):
     # At 1 even a master's steps are 2^-15 = 3e-5, ten times the rate: chance has to decide.
     (weight,), optimizer = make(torch.ones(10_000), lr=3e-6)
     before = master(optimizer, weight)
     push(weight, optimizer, 40)
     moved = (master(optimizer, weight) - before).double().mean()
     assert moved.item() == pytest.approx(40 * 3e-6, rel=0.02)
+    # Rounded to the nearest, they never get anywhere.
+    monkeypatch.setattr(compact, "split", lambda whole, _: split(whole, NEAREST))
+    before = master(optimizer, weight)
+    push(weight, optimizer, 40)
+    assert torch.equal(master(optimizer, weight), before)
 
 
 # --- Clipping ---
