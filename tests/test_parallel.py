@@ -1,6 +1,7 @@
 """Several processes train as one does: FSDP2 over gloo, on a CPU."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -110,3 +111,28 @@ def test_on_one_process_nothing_is_shared():
     assert parallel.deal([1, 2], None) == [1, 2]
     assert parallel.total([1.5]) == [1.5] and parallel.exchange({1: 2}) == {1: 2}
     assert parallel.any_rank(True) and not parallel.any_rank(False)
+
+
+def test_a_killed_process_ends_all_and_the_run_can_go_on(tmp_path, data):
+    model, out = tiny.make_folder(tmp_path / "vl", "vl"), tmp_path / "run"
+    command = ["sft.py", "--model", str(model), "--data", str(data), "--out", str(out)]
+    command += ["--save-every", "1", "--batch-size", "3", "--epochs", "1000", "--max-steps", "1000"]
+    processes = ranks.start(2, command)
+    try:
+        metrics = out / "metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while not metrics.exists() or len(metrics.read_bytes().splitlines()) < 3:
+            assert time.monotonic() < deadline and processes[0].poll() is None
+            time.sleep(0.05)
+        processes[1].kill()
+        _, complaint = processes[0].communicate(timeout=60)
+    finally:
+        for process in processes:
+            process.kill()
+    assert processes[0].returncode == 2 and "Traceback" not in complaint
+    assert "sft.py: error: lost another process of this run" in complaint
+    # At least the step before the last that was logged is saved.
+    steps = len(metrics.read_bytes().splitlines())
+    [(code, _, complaint)] = ranks.run(1, [*command[:-1], str(steps + 1), "--resume"])
+    assert code == 0, complaint
+    assert len(metrics.read_bytes().splitlines()) == steps + 1
