@@ -56,6 +56,8 @@ from training.optimizer import (
 )
 from training.options import TrainOptions
 from training.parallel import deal, exchange, is_first, processes, rank, training_device
+from training.plan import print_plan, settle
+from training.rehearsal import NoTokenizer, Rehearsal
 from training.rollout import rollout
 from training.run import Run
 from training.validation import Validation
@@ -397,6 +399,12 @@ class Trainer:
 # --- The run --------------------------------------------------------------------------------------
 
 
+def rehearse(options: GRPOOptions, rehearsal: Rehearsal) -> None:
+    """Takes a step on responses as long as they may be, for the memory plan (training/plan.py)."""
+    trainer = Trainer(options, NoTokenizer())
+    rehearsal.grpo_step(trainer, rehearsal.longest_prompt(options, load_questions))
+
+
 def train(options: GRPOOptions) -> None:
     """Runs the whole stage: from the options to the run folder."""
     # 1. Refuse an occupied folder before anything is read; load; only then touch the disk.
@@ -430,6 +438,10 @@ def train(options: GRPOOptions) -> None:
 
 def main(argv: list[str]) -> None:
     options = parse_options(GRPOOptions, argv, RECIPES)
+    if options.plan:
+        print_plan(options, rehearse)
+        return
+    options = settle(options, rehearse)
     with processes(training_device(options.device)):
         train(options)
 

@@ -24,6 +24,8 @@ from rewards import accuracy_reward
 from training.optimizer import load_for_training, make_optimizer, optimizer_step, update_remedies
 from training.options import TrainOptions
 from training.parallel import deal, processes, total, training_device
+from training.plan import print_plan, settle
+from training.rehearsal import Rehearsal
 from training.run import Run
 from training.validation import Validation
 
@@ -131,6 +133,15 @@ def reward(example: Example, response: str) -> float:
     return accuracy_reward(response, example.truths, example.options, precision=example.precision)
 
 
+def rehearse(options: SFTOptions, rehearsal: Rehearsal) -> None:
+    """Takes a step on rows as long as they may be, for the memory plan (training/plan.py)."""
+    model = load_for_training(options)
+    optimizer = make_optimizer(model, options)
+    rehearsal.watch(model, optimizer)
+    rows = rehearsal.rows(max(options.pack_tokens, options.max_length))
+    train_step(model, optimizer, rows, options.learning_rate, options)
+
+
 def train(options: SFTOptions) -> None:
     """Runs the whole stage: from the options to the run folder."""
     # 1. Refuse an occupied folder before anything is read; load; only then touch the disk.
@@ -155,6 +166,10 @@ def train(options: SFTOptions) -> None:
 
 def main(argv: list[str]) -> None:
     options = parse_options(SFTOptions, argv, RECIPES)
+    if options.plan:
+        print_plan(options, rehearse)
+        return
+    options = settle(options, rehearse)
     with processes(training_device(options.device)):
         train(options)
 

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from kernels.triton_or_none import on_gpu
+
 ROWS = 16  # for which the blocks are chosen; they serve any number
 SMALLEST = 2**17  # elements: a call takes 12 us instead of 3, which small weights do not earn back
 
@@ -32,7 +34,7 @@ class Float32Logits(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(hidden, weight)
-        if hidden.is_cuda:
+        if on_gpu(hidden):
             return torch.mm(hidden, weight.T, out_dtype=torch.float32)
         return hidden.float() @ weight.float().T
 
@@ -63,7 +65,7 @@ def logits_float32(hidden: Tensor, weight: Tensor) -> Tensor:
 def gains_by_blocks(weight: Tensor, dtype: torch.dtype) -> bool:
     """Returns whether a weight is large enough, and whether torch and the processor can multiply
     it in this dtype."""
-    if weight.numel() < SMALLEST or weight.device.type != "cpu":
+    if weight.numel() < SMALLEST or weight.device.type != "cpu" or on_gpu(weight):
         return False
     if dtype == torch.bfloat16:  # it takes more than AVX2
         return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()

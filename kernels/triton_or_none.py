@@ -5,8 +5,11 @@ import. TRITON_INTERPRET=1, set before the first import, runs kernels on CPU ten
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -25,6 +28,33 @@ except ImportError:
 else:
     AVAILABLE = True
 INTERPRETED = AVAILABLE and os.environ.get("TRITON_INTERPRET") == "1"
+
+standing_in = False  # set by `standing_for_a_gpu`
+
+
+@contextmanager
+def standing_for_a_gpu() -> Iterator[None]:
+    """Inside, tensors on the CPU stand for a GPU's: what would run there is chosen, but no kernel
+    of ours is launched. It is for the memory plan, whose tensors have shapes and no contents."""
+    global standing_in
+
+    def launch_nothing(kernel, grid):
+        return lambda *args, **options: None
+
+    standing_in = True
+    try:
+        if AVAILABLE:
+            with patch.object(triton.runtime.jit.KernelInterface, "__getitem__", launch_nothing):
+                yield
+        else:
+            yield
+    finally:
+        standing_in = False
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Returns whether a tensor is on a GPU, or stands for one that is."""
+    return x.is_cuda or standing_in
 
 
 class WrongKernels(OSError, ValueError):
@@ -57,7 +87,7 @@ def triton_runs_on(x: Tensor) -> bool:
     """Returns whether our kernels can compute with this tensor. They keep their sums in float32."""
     if not AVAILABLE or x.dtype == torch.float64:
         return False
-    return INTERPRETED or (x.is_cuda and is_supported(x.device))
+    return INTERPRETED or standing_in or (x.is_cuda and is_supported(x.device))
 
 
 def use_triton(x: Tensor, *, instead_of_torch: bool) -> bool:
@@ -68,4 +98,4 @@ def use_triton(x: Tensor, *, instead_of_torch: bool) -> bool:
     if not triton_runs_on(x):
         return False
     wanted = wanted_kernels()
-    return wanted == "triton" or (wanted == "auto" and x.is_cuda and instead_of_torch)
+    return wanted == "triton" or (wanted == "auto" and on_gpu(x) and instead_of_torch)

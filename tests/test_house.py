@@ -13,7 +13,7 @@ ROOMS = {  # each room, and what it may import of ours besides itself
     "model.py": {"hub", "kernels", "vision.py"},
     "rewards.py": {"answers"},
     "sample.py": {"hub", "kernels", "data", "model.py"},
-    "training": {"hub", "data", "model.py", "rewards.py", "sample.py"},
+    "training": {"hub", "kernels", "data", "model.py", "rewards.py", "sample.py"},
     "sft.py": {"hub", "data", "model.py", "training", "rewards.py"},
     "grpo.py": {"hub", "data", "model.py", "training", "sample.py", "rewards.py"},
     "evaluate.py": {"hub", "data", "training", "sample.py", "rewards.py"},

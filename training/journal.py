@@ -29,6 +29,8 @@ MAY_DIFFER |= {"pack_tokens", "rollout_batch", "max_batch", "states_on", "checkp
 # And those that decide how long a run goes on, what it keeps, and how it is watched.
 MAY_DIFFER |= {"max_steps", "epochs", "stop_window", "stop_gain", "keep"}
 MAY_DIFFER |= {"eval_every", "eval_data", "eval_new_tokens"}
+# And what only the memory plan looks at.
+MAY_DIFFER |= {"plan", "gpus", "gpu_gib"}
 
 
 # --- The config beside the results ---

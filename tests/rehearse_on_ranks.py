@@ -1,0 +1,31 @@
+"""Rehearses a GRPO step with real tensors on one of several processes, for tests/test_plan.py.
+
+    python tests/rehearse_on_ranks.py OUT.json '{"model": ..., ...}'
+
+The first rank writes the peaks of each phase, in bytes by kind.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import grpo  # noqa: E402
+from training import parallel  # noqa: E402
+from training.rehearsal import Rehearsal  # noqa: E402
+
+
+def main(out: str, values: str) -> None:
+    options = grpo.GRPOOptions(**json.loads(values))
+    rehearsal = Rehearsal()
+    with parallel.processes(parallel.training_device(options.device)):
+        with rehearsal.memory:
+            grpo.rehearse(options, rehearsal)
+        if parallel.is_first():
+            Path(out).write_text(json.dumps(rehearsal.memory.peaks))
+        parallel.barrier()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
