@@ -94,10 +94,11 @@ def visiting(model: Qwen2_5_VL, device: torch.device) -> Iterator[None]:
 
     Shards, and weights that are there already, stay where they are.
     """
-    home = {name: tensor for name, tensor in model.state_dict().items() if "visual." not in name}
     if parallel.world_size() > 1:
         yield
+        model.reshard()  # without a backward pass, embedding and head would stay whole
         return
+    home = {name: tensor for name, tensor in model.state_dict().items() if "visual." not in name}
     there = {name: tensor.to(device) for name, tensor in home.items()}
     model.load_state_dict(there, assign=True, strict=False)
     del there
