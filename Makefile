@@ -22,17 +22,40 @@ runs/reproduce/grpo/model: | .venv/installed
 test: .venv/installed
 	.venv/bin/python -m pytest -q tests
 
-# Shows everything, and keeps the last line, the figures as JSON. PEER="--peer PEER/bin/python" runs the peers too.
-KEEP = | tee benchmarks/last-gpu-output.txt && tail -n 1 benchmarks/last-gpu-output.txt > benchmarks/$(1)-gpu.json
-BENCH_GPU = .venv/bin/python benchmarks/rollout.py --device cuda --dtype bfloat16 --samples 1 --json --repeats 2
-gpu: .venv/installed
-	.venv/bin/python -m pytest -q tests/test_triton_*.py
-	.venv/bin/python -m pytest -q tests -k gpu
-	.venv/bin/python benchmarks/attention.py --device cuda --json $(call KEEP,attention)
-	.venv/bin/python benchmarks/logprob.py --device cuda --json $(PEER) $(call KEEP,logprob)
-	$(BENCH_GPU) --shape 3b --prompts 1 --new-tokens 256 $(PEER) $(call KEEP,rollout-3b-batch1)
-	$(BENCH_GPU) --shape 7b --prompts 1 --new-tokens 256 $(PEER) $(call KEEP,rollout-7b-batch1)
-	$(BENCH_GPU) --shape 7b --prompts 128 --slots 128 --prompt-tokens 1920 --new-tokens 256 $(PEER) $(call KEEP,rollout-7b-batch128)
+# What a GPU must answer, the most important first. What is in benchmarks/gpu is not asked again: an
+# interrupted run goes on, and a file that is deleted is made anew. A bench shows everything, and keeps it in
+# NAME.txt, and its last line, the figures, in NAME.json. PEER="--peer PEER/bin/python" runs the peers too.
+G = benchmarks/gpu
+KEEP = | tee $(@:.json=.txt) && tail -n 1 $(@:.json=.txt) > $@.new && mv $@.new $@
+KEEP_TESTS = | tee $@.new && mv $@.new $@
+STEP = .venv/bin/python benchmarks/train_step.py --device cuda --json
+ROLLOUT = .venv/bin/python benchmarks/rollout.py --device cuda --dtype bfloat16 --samples 1 --json --repeats 2
+
+gpu: $(addprefix $(G)/, kernels-tests.txt gpu-tests.txt \
+	sft-3b.json grpo-3b.json sft-7b.json grpo-7b.json sft-7b-states-on-host.json \
+	rollout-3b-batch1.json rollout-7b-batch1.json rollout-7b-batch128.json attention.json logprob.json)
+
+$(G): .venv/installed
+	mkdir -p $@
+
+$(G)/kernels-tests.txt: | $(G)
+	.venv/bin/python -m pytest -q tests/test_triton_*.py $(KEEP_TESTS)
+$(G)/gpu-tests.txt: | $(G)
+	.venv/bin/python -m pytest -q tests -k gpu $(KEEP_TESTS)
+$(G)/sft-%-states-on-host.json: | $(G)
+	$(STEP) --stage sft --shape $* --states-on host $(KEEP)
+$(G)/sft-%.json: | $(G)
+	$(STEP) --stage sft --shape $* $(KEEP)
+$(G)/grpo-%.json: | $(G)
+	$(STEP) --stage grpo --shape $* $(KEEP)
+$(G)/rollout-%-batch1.json: | $(G)
+	$(ROLLOUT) --shape $* --prompts 1 --new-tokens 256 $(PEER) $(KEEP)
+$(G)/rollout-%-batch128.json: | $(G)
+	$(ROLLOUT) --shape $* --prompts 128 --slots 128 --prompt-tokens 1920 --new-tokens 256 $(PEER) $(KEEP)
+$(G)/attention.json: | $(G)
+	.venv/bin/python benchmarks/attention.py --device cuda --json $(KEEP)
+$(G)/logprob.json: | $(G)
+	.venv/bin/python benchmarks/logprob.py --device cuda --json $(PEER) $(KEEP)
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -22,8 +22,18 @@ QWEN = {
     "max_position_embeddings": 32768,
     "torch_dtype": "float32",
 }
-# The decoders of Qwen2.5-0.5B, Qwen2.5-VL-3B and Qwen2.5-VL-7B.
+# The decoders of Qwen2.5-0.5B, Qwen2.5-VL-3B and Qwen2.5-VL-7B, and one to try the benches with.
 SHAPES = {
+    "tiny": QWEN
+    | {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 96,
+        "vocab_size": 2048,
+        "tie_word_embeddings": True,
+    },
     "0.5b": QWEN
     | {
         "hidden_size": 896,

@@ -47,6 +47,18 @@ def test_rollout_without_a_peer():
     assert 1 <= result["natural"]["ours"]["mean_length"] <= 6 and "ratio" not in result["full"]
 
 
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_train_step_on_a_cpu(stage):
+    sizes = "--pack-tokens 128 --packs 2 --prompts 2 --prompt-tokens 20 --new-tokens 8".split()
+    done = bench(
+        "train_step", "--shape", "tiny", "--stage", stage, "--device", "cpu", *sizes, "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["metrics"]["grad_norm"] > 0 and result["tokens_per_second"] > 0
+    assert {"forward and backward", "optimiser step"} <= set(result["planned_gib"])
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
