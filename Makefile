@@ -1,7 +1,7 @@
 # make reproduce [SEED=1]   base -> SFT -> GRPO -> evaluation on the micro world, on a CPU; prints the table
 # make med [SEED=1]         X-Reasoner-Med: on from there, on a second domain's text; prints the table before and after
 # make test                 all tests
-# make gpu                  what needs a GPU: the tests of it, and the benches
+# make gpu                  what needs a GPU: the tests of it, and the benches; -k goes on after a failure
 # Both set up .venv on first use; PYTHON=python3.12 picks another interpreter for it.
 PYTHON ?= python3
 SEED ?= 0
@@ -26,22 +26,24 @@ test: .venv/installed
 # interrupted run goes on, and a file that is deleted is made anew. A bench shows everything, and keeps it in
 # NAME.txt, and its last line, the figures, in NAME.json. PEER="--peer PEER/bin/python" runs the peers too.
 G = benchmarks/gpu
+# Another interpreter, which has torch and pytest already: make gpu RUN=python3
+RUN = .venv/bin/python
 KEEP = | tee $(@:.json=.txt) && tail -n 1 $(@:.json=.txt) > $@.new && mv $@.new $@
 KEEP_TESTS = | tee $@.new && mv $@.new $@
-STEP = .venv/bin/python benchmarks/train_step.py --device cuda --json
-ROLLOUT = .venv/bin/python benchmarks/rollout.py --device cuda --dtype bfloat16 --samples 1 --json --repeats 2
+STEP = $(RUN) benchmarks/train_step.py --device cuda --json
+ROLLOUT = $(RUN) benchmarks/rollout.py --device cuda --dtype bfloat16 --samples 1 --json --repeats 2
 
 gpu: $(addprefix $(G)/, kernels-tests.txt gpu-tests.txt \
 	sft-3b.json grpo-3b.json sft-7b.json grpo-7b.json sft-7b-states-on-host.json \
 	rollout-3b-batch1.json rollout-7b-batch1.json rollout-7b-batch128.json attention.json logprob.json)
 
-$(G): .venv/installed
+$(G): $(if $(filter .venv/%,$(RUN)),.venv/installed)
 	mkdir -p $@
 
 $(G)/kernels-tests.txt: | $(G)
-	.venv/bin/python -m pytest -q tests/test_triton_*.py $(KEEP_TESTS)
+	$(RUN) -m pytest -q tests/test_triton_*.py $(KEEP_TESTS)
 $(G)/gpu-tests.txt: | $(G)
-	.venv/bin/python -m pytest -q tests -k gpu $(KEEP_TESTS)
+	$(RUN) -m pytest -q tests -k gpu $(KEEP_TESTS)
 $(G)/sft-%-states-on-host.json: | $(G)
 	$(STEP) --stage sft --shape $* --states-on host $(KEEP)
 $(G)/sft-%.json: | $(G)
@@ -53,9 +55,9 @@ $(G)/rollout-%-batch1.json: | $(G)
 $(G)/rollout-%-batch128.json: | $(G)
 	$(ROLLOUT) --shape $* --prompts 128 --slots 128 --prompt-tokens 1920 --new-tokens 256 $(PEER) $(KEEP)
 $(G)/attention.json: | $(G)
-	.venv/bin/python benchmarks/attention.py --device cuda --json $(KEEP)
+	$(RUN) benchmarks/attention.py --device cuda --json $(KEEP)
 $(G)/logprob.json: | $(G)
-	.venv/bin/python benchmarks/logprob.py --device cuda --json $(PEER) $(KEEP)
+	$(RUN) benchmarks/logprob.py --device cuda --json $(PEER) $(KEEP)
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

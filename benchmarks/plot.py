@@ -1,5 +1,5 @@
-"""Plots what `make gpu` recorded: benchmarks/attention-gpu.json and logprob-gpu.json, as .png
-beside them. Needs matplotlib.
+"""Plots what `make gpu` recorded: attention.json and logprob.json in benchmarks/gpu, as .png beside
+them. Needs matplotlib.
 
     python benchmarks/plot.py
 """
@@ -12,7 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-FOLDER = Path(__file__).resolve().parent
+FOLDER = Path(__file__).resolve().parent / "gpu"
 
 
 def about(result: dict) -> str:
@@ -75,7 +75,7 @@ def plot_logprob(path: Path) -> None:
 
 if __name__ == "__main__":
     for name, plot in (("attention", plot_attention), ("logprob", plot_logprob)):
-        path = FOLDER / f"{name}-gpu.json"
+        path = FOLDER / f"{name}.json"
         if path.exists():
             plot(path)
             print(path.with_suffix(".png"))
