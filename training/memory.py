@@ -62,8 +62,8 @@ class Memory(TorchDispatchMode):
     # --- What torch says ---
 
     def __enter__(self):
-        # FSDP frees and fills a gathered weight by resizing its storage, which is no operation.
         self.fake_mode = active_fake_mode()
+        # FSDP frees and fills a gathered weight by resizing its storage, which is no operation.
         self.resize = torch.UntypedStorage.resize_
         memory = self
 
@@ -83,13 +83,15 @@ class Memory(TorchDispatchMode):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented
         results = func(*args, **(kwargs or {}))
-        # DTensor finds an operation's shapes by trying it on fake tensors of its own.
-        if active_fake_mode() is not self.fake_mode:
-            return results
-        for result in tree_iter(results):
-            if isinstance(result, Tensor):
+        for result in [results] if isinstance(results, Tensor) else tree_iter(results):
+            if isinstance(result, Tensor) and not self.is_shape_inference():
                 self.count(result)
         return results
+
+    def is_shape_inference(self) -> bool:
+        """Returns whether DTensor is only trying an operation out, for the shapes of its results:
+        on fake tensors of its own, as large as all ranks' parts together."""
+        return active_fake_mode() is not self.fake_mode
 
     # --- The books ---
 

@@ -75,10 +75,11 @@ class HostSide(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        tensors = [x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)]
-        if tensors and not any(isinstance(x, FakeTensor) for x in tensors):
-            with unset_fake_temporarily():
-                return func(*args, **kwargs)
+        if FakeTensor not in types:
+            # Real tensors give real ones. Out of nothing, torch.zeros and the like make fake ones.
+            if any(isinstance(x, Tensor) for x in tree_iter((args, kwargs))):
+                with unset_fake_temporarily():
+                    return func(*args, **kwargs)
         try:
             return func(*args, **kwargs)
         except DataDependentOutputException:
