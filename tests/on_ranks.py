@@ -26,12 +26,13 @@ RATES = {"sft": 2e-4, "grpo": 3e-5}  # the micro recipe's
 
 
 def sft_steps(values: dict) -> dict:
+    steps = values.pop("steps", STEPS)
     options = sft.SFTOptions(**values)
     rows = sft.load_rows(options, Tokenizer.from_pretrained(options.model))
     model = load_for_training(options)
     optimizer = make_optimizer(model, options)
     stream, metrics = batches(len(rows), options.batch_size, options.seed), []
-    for _, (_, chosen) in zip(range(STEPS), stream):
+    for _, (_, chosen) in zip(range(steps), stream):
         batch = [rows[i] for i in chosen]
         metrics.append(sft.train_step(model, optimizer, batch, RATES["sft"], options))
     return {"metrics": metrics, "weights": dict(parallel.whole_weights(model, torch.float32))}

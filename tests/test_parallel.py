@@ -9,6 +9,7 @@ import torch
 
 import ranks
 import tiny
+from model import Qwen2_5_VL
 from training import parallel
 
 
@@ -95,6 +96,23 @@ def test_grpo_on_several_processes_is_that_of_one(trained, variant, options):
         for one, other in zip(alone["metrics"], together["metrics"], strict=True):
             for name in one.keys() - {"rollout_seconds", "rollout_tokens_per_second"}:
                 assert other[name] == pytest.approx(one[name], rel=1e-3, abs=1e-6), name
+
+
+def test_in_bfloat16_the_shards_are_finer_than_what_is_seen_of_them(trained, tmp_path):
+    """On several GPUs the masters are float32, and lie off the grid that the folder's are on."""
+    model = Qwen2_5_VL.from_pretrained(tiny.make_folder(tmp_path / "vl", "vl"))
+    model.save_pretrained(tmp_path / "vl", dtype=torch.bfloat16)
+    options = {**SFT, "pack_tokens": 160, "dtype": "bfloat16"}
+    start = trained("sft", 2, "vl", **options, steps=0)
+    files = {name: weight.bfloat16() for name, weight in model.state_dict().items()}
+    finer = 0
+    for name, master in start["weights"].items():
+        assert torch.equal(master.bfloat16(), files[name]), name
+        finer += (master != files[name].float()).float().mean().item() > 0.9
+    assert finer > 20
+    two, three = trained("sft", 2, "vl", **options), trained("sft", 3, "vl", **options)
+    for one, other in zip(two["metrics"], three["metrics"], strict=True):
+        assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-2)
 
 
 def test_work_is_dealt_out_evenly(monkeypatch):
