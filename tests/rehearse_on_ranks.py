@@ -13,12 +13,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import grpo  # noqa: E402
 from training import parallel  # noqa: E402
-from training.rehearsal import Rehearsal  # noqa: E402
+from training.rehearsal import Rehearsal, pretence  # noqa: E402
 
 
 def main(out: str, values: str) -> None:
     options = grpo.GRPOOptions(**json.loads(values))
     rehearsal = Rehearsal()
+    # As a command does it: first the plan, then the processes that it pretended to be.
+    with pretence(parallel.world_size()):
+        pass
     with parallel.processes(parallel.training_device(options.device)):
         with rehearsal.memory:
             grpo.rehearse(options, rehearsal)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from dataclasses import replace
 
 import pytest
@@ -12,8 +13,11 @@ import grpo
 import ranks
 import sft
 import tiny
+from hub.config import Config
 from hub.errors import InputError
 from kernels import triton_or_none
+from model import Qwen2_5_VL
+from tools import plan_table
 from training import plan as planning
 from training.memory import ACTIVATIONS, HOST, Memory, on_card
 from training.plan import RESERVE, describe, plan_of, rehearsed, remedies
@@ -313,3 +317,17 @@ def test_a_gpu_refuses_what_does_not_fit(config_only, monkeypatch):
     assert "\n" not in str(e.value)
     settled = planning.settle(replace(options, gpu_gib=8.0), sft.rehearse)
     assert settled == replace(options, gpu_gib=8.0, states_on="device")
+
+
+def test_the_table_has_the_published_models(monkeypatch, capsys):
+    counts = {"3B": 3_754_622_976, "7B": 8_292_166_656, "72B": 73_410_777_344}
+    for name, count in counts.items():
+        with torch.device("meta"):
+            model = Qwen2_5_VL(Config.from_dict(plan_table.config_of(name)))
+        assert sum(weight.numel() for weight in model.parameters()) == count
+    # A row of a model that is small enough: the width has to be a multiple of 128 for each head.
+    monkeypatch.setattr(plan_table, "SHAPES", {"tiny": (256, 1, 2, 1, 64, 512, True, 64)})
+    plan_table.main(["--models", "tiny", "--gpus", "1", "8"])
+    heading, _, row = capsys.readouterr().out.splitlines()
+    assert heading == "| SFT / GRPO (slots) | 1 x 24 GB | 1 x 80 GB | 8 x 80 GB |"
+    assert re.fullmatch(r"\| tiny \| \d / \d \(256\) \| \d / \d \(256\) \| \d / \d \(128\) \|", row)

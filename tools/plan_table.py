@@ -2,10 +2,10 @@
 
     python tools/plan_table.py [--models 3B 7B] [--gpus 1 2]
 
-Each row is a model and a stage of the paper's recipe, each column a number of GPUs and their size.
-A cell has the GiB that the fullest phase needs of a GPU, and for GRPO how many slots the KV cache
-has then. It is planned, not measured. No model folder is needed: the published shapes stand here.
-All of it takes some twenty minutes on a CPU.
+Each row is a model, each column a number of GPUs and their size. A cell has the GiB that the
+fullest phase of the paper's recipe needs of a GPU, in SFT / in GRPO, and how many slots the KV
+cache has then. A star: with the optimiser's states on the host. It is planned, not measured. No
+model folder is needed: the published shapes stand here. All of it takes half an hour on a CPU.
 """
 
 import json
@@ -70,42 +70,42 @@ def config_of(name: str) -> dict:
     }
 
 
-def cell(plan: Plan) -> str:
+def describe(plan: Plan) -> str:
     """Returns what the table says of a plan."""
     text = f"{plan.needed(plan.fullest_phase) / GIB:.0f}"
     if not plan.fits:
         return f"no ({text})"
-    if plan.wanted_slots:
-        text += f", {plan.slots} slots"
     if plan.options.states_on == "host":
-        text += ", states on the host"
+        text += "*"
+    if plan.wanted_slots:
+        text += f" ({plan.slots})"
     return text
 
 
-def cells(stage: str, model: str, gpus: list[int]) -> list[str]:
-    """Returns the cells of a row."""
+def columns_of(stage: str, model: str, gpus: list[int]) -> list[str]:
+    """Returns what a stage takes, column by column."""
     module, options_class = STAGES[stage]
     options = options_class(model=model, **module.RECIPES["paper"])
-    row = []
+    found = []
     for count in gpus:
         rehearsal = rehearsed(options, module.rehearse, count)
         for size in SIZES[count]:
-            row.append(cell(plan_of(rehearsal, options, count, size * GIB)))
-    return row
+            found.append(describe(plan_of(rehearsal, options, count, size * GIB)))
+    return found
 
 
 def main(argv: list[str]) -> None:
     options = parse_options(Options, argv)
     gpus = [int(count) for count in options.gpus]
     columns = [f"{count} x {size} GB" for count in gpus for size in SIZES[count]]
-    print(f"| GiB of each GPU | {' | '.join(columns)} |")
+    print(f"| SFT / GRPO (slots) | {' | '.join(columns)} |")
     print(f"| --- | {' | '.join('---' for _ in columns)} |", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         for name in options.models:
             (Path(folder) / "config.json").write_text(json.dumps(config_of(name)))
-            for stage in STAGES:
-                row = cells(stage, folder, gpus)
-                print(f"| {name} {stage} | {' | '.join(row)} |", flush=True)
+            stages = [columns_of(stage, folder, gpus) for stage in STAGES]
+            cells = [" / ".join(pair) for pair in zip(*stages)]
+            print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
