@@ -20,6 +20,7 @@ READING_PATH = (
     "data/images.py",
     "data/prompts.py",
     "data/sequences.py",
+    "data/responses.py",
     "data/completions.py",
     "sample.py",
     "sft.py",
