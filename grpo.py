@@ -12,15 +12,14 @@ Shapes: B questions, G responses per question (a group), N tokens that are score
 
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 
 import torch
 from torch import Tensor
 
-from data.datasets import Example, load_examples
-from data.images import ImageConfig
-from data.prompts import Question, format_prompt, make_prompt
+from data.datasets import Example
+from data.prompts import Question, load_text_questions
 from data.responses import (
     IDLE_RESPONSE,
     Response,
@@ -34,7 +33,6 @@ from data.sequences import Pack, num_steps
 from data.tokenizer import Tokenizer, check_vocabulary
 from hub.config import Config
 from hub.device import memory_phase
-from hub.errors import InputError
 from hub.options import MICRO_DATA, option, parse_options, run_command
 from model import Qwen2_5_VL, score
 from rewards import accuracy_reward
@@ -237,20 +235,13 @@ def load_questions(options: GRPOOptions, tokenizer: Tokenizer) -> list[Question]
     limit = Config.from_pretrained(options.model).max_position_embeddings - 1
     if options.max_prompt_tokens is not None:
         limit = min(limit, options.max_prompt_tokens)
-
-    def convert(example: Example) -> Question | None:
-        if example.images:
-            raise InputError(f"question {example.id} has an image: training is on text only")
-        text = format_prompt(example, options.prompt_style)
-        prompt = make_prompt(text, [], tokenizer, ImageConfig())
-        if len(prompt.ids) > limit:
-            return None
-        return Question(replace(example, response=None, meta={}), prompt)
-
-    too_long = f"the prompt is over {limit} tokens"
-    return load_examples(
-        options.data, convert, skip_bad=options.skip_bad_lines, too_long=too_long
-    ).items
+    return load_text_questions(
+        options.data,
+        tokenizer,
+        style=options.prompt_style,
+        limit=limit,
+        skip_bad=options.skip_bad_lines,
+    )
 
 
 # --- A step ---------------------------------------------------------------------------------------
@@ -407,12 +398,21 @@ def rehearse(options: GRPOOptions, rehearsal: Rehearsal) -> None:
 
 def train(options: GRPOOptions) -> None:
     """Runs the whole stage: from the options to the run folder."""
-    # 1. Refuse an occupied folder before anything is read; load; only then touch the disk.
+    # Refuse an occupied folder and what does not fit a GPU, before anything is loaded.
     run = Run(options)
+    options = settle(options, rehearse)
+    with processes(training_device(options.device)):
+        train_on_ranks(options, run)
+
+
+def train_on_ranks(options: GRPOOptions, run: Run) -> None:
+    """The same, on every one of the processes."""
+    # 1. Load; only then touch the disk.
     tokenizer = Tokenizer.from_pretrained(options.model)
     questions = load_questions(options, tokenizer)
     validation = Validation(options, tokenizer, reward)
-    trainer = Trainer(options, tokenizer)
+    with memory_phase("loading", *update_remedies(options)):
+        trainer = Trainer(options, tokenizer)
     size = options.questions_per_step
     total_steps = num_steps(len(questions), size, options.epochs, options.max_steps)
     warmup_steps = max(1, round(options.warmup_ratio * total_steps))
@@ -441,9 +441,7 @@ def main(argv: list[str]) -> None:
     if options.plan:
         print_plan(options, rehearse)
         return
-    options = settle(options, rehearse)
-    with processes(training_device(options.device)):
-        train(options)
+    train(options)
 
 
 if __name__ == "__main__":

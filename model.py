@@ -157,7 +157,8 @@ class DecoderLayer(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache=None, cu_seqlens=None) -> Tensor:
         """x [B, T, C] -> [B, T, C]."""
         if self.checkpointed and torch.is_grad_enabled():
-            return checkpoint(self.block, x, cos, sin, cache, cu_seqlens, use_reentrant=False)
+            options = {"use_reentrant": False, "preserve_rng_state": False}  # nothing is random
+            return checkpoint(self.block, x, cos, sin, cache, cu_seqlens, **options)
         return self.block(x, cos, sin, cache, cu_seqlens)
 
     def block(self, x: Tensor, cos: Tensor, sin: Tensor, cache, cu_seqlens) -> Tensor:
@@ -206,6 +207,11 @@ class Qwen2_5_VL(nn.Module):
         if self.config.tie_word_embeddings:
             return self.model.embed_tokens.weight
         return self.lm_head.weight
+
+    def decoder_weights(self) -> dict[str, nn.Parameter]:
+        """Returns all weights but the vision tower's, by name."""
+        named = self.named_parameters()
+        return {name: weight for name, weight in named if not name.startswith("visual.")}
 
     def forward(
         self,

@@ -18,6 +18,7 @@ same, faster, with any number of slots and in any order (tests/test_sample.py co
 Shapes: B slots, L layers, K key/value heads, D head dim, T prompt tokens, C width, V vocabulary.
 """
 
+import os
 import sys
 import time
 from collections import deque
@@ -241,7 +242,7 @@ class Rollout:
                 f"sampling {length} in a single slot takes {needed}, and {there}; "
                 "what helps: a lower --max-new-tokens, shorter prompts"
             )
-        if slots < wanted and not Rollout.said:
+        if slots < wanted and not Rollout.said and os.environ.get("RANK", "0") == "0":
             Rollout.said = True
             tqdm.write(f"sampling in {slots} slots of {length}: {there}", file=sys.stderr)
         return slots

@@ -21,13 +21,19 @@ from hub.device import memory_phase
 from hub.options import MICRO_DATA, option, parse_options, run_command
 from model import Qwen2_5_VL, score
 from rewards import accuracy_reward
-from training.optimizer import load_for_training, make_optimizer, optimizer_step, update_remedies
+from training.optimizer import (
+    forward_dtype,
+    load_for_training,
+    make_optimizer,
+    optimizer_step,
+    update_remedies,
+)
 from training.options import TrainOptions
 from training.parallel import deal, processes, total, training_device
 from training.plan import print_plan, settle
 from training.rehearsal import Rehearsal
 from training.run import Run
-from training.validation import Validation
+from training.validation import MAX_BATCH, Validation
 
 PAPER = {
     "epochs": 4,
@@ -138,21 +144,32 @@ def rehearse(options: SFTOptions, rehearsal: Rehearsal) -> None:
     model = load_for_training(options)
     optimizer = make_optimizer(model, options)
     rehearsal.watch(model, optimizer)
+    if options.eval_every:
+        rehearsal.rollout(model, forward_dtype(options), 2048, options.eval_new_tokens, MAX_BATCH)
     rows = rehearsal.rows(max(options.pack_tokens, options.max_length))
     train_step(model, optimizer, rows, options.learning_rate, options)
 
 
 def train(options: SFTOptions) -> None:
     """Runs the whole stage: from the options to the run folder."""
-    # 1. Refuse an occupied folder before anything is read; load; only then touch the disk.
+    # Refuse an occupied folder and what does not fit a GPU, before anything is loaded.
     run = Run(options)
+    options = settle(options, rehearse)
+    with processes(training_device(options.device)):
+        train_on_ranks(options, run)
+
+
+def train_on_ranks(options: SFTOptions, run: Run) -> None:
+    """The same, on every one of the processes."""
+    # 1. Load; only then touch the disk.
     tokenizer = Tokenizer.from_pretrained(options.model)
     rows = load_rows(options, tokenizer)
     validation = Validation(options, tokenizer, reward)
-    model = load_for_training(options)
-    check_vocabulary(tokenizer, model.config)
-    optimizer = make_optimizer(model, options)
-    run.begin(model, optimizer)
+    with memory_phase("loading", *update_remedies(options)):
+        model = load_for_training(options)
+        check_vocabulary(tokenizer, model.config)
+        optimizer = make_optimizer(model, options)
+        run.begin(model, optimizer)
 
     # 2. Steps. The learning rate falls after each epoch.
     for epoch, chosen in run.steps(len(rows), options.batch_size):
@@ -169,9 +186,7 @@ def main(argv: list[str]) -> None:
     if options.plan:
         print_plan(options, rehearse)
         return
-    options = settle(options, rehearse)
-    with processes(training_device(options.device)):
-        train(options)
+    train(options)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import random
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 
@@ -158,8 +158,14 @@ def planned(options: sft.SFTOptions | grpo.GRPOOptions, stage: str) -> dict[str,
     return {phase: on_card(peak) / GIB for phase, peak in plan.peaks.items()}
 
 
-def make_folder(folder: str, shape: str, device: torch.device) -> None:
-    """Writes a model folder with random weights, in bfloat16."""
+def write_config(folder: str, shape: str) -> None:
+    """Writes a model folder's config.json, of which a plan is made."""
+    config = SHAPES[shape] | {"torch_dtype": "bfloat16"}
+    (Path(folder) / "config.json").write_text(json.dumps(config))
+
+
+def write_weights(folder: str, shape: str, device: torch.device) -> None:
+    """Makes a model folder of it, with random weights in bfloat16."""
     model = random_model(shape, device, torch.bfloat16)
     model.save_pretrained(folder)
     copy_side_files(MICRO_BASE, folder)
@@ -168,21 +174,25 @@ def make_folder(folder: str, shape: str, device: torch.device) -> None:
 def main(argv: list[str]) -> None:
     options = parse_options(TrainStepOptions, argv)
     device = parallel.training_device(options.device)
-    with tempfile.TemporaryDirectory() as folder, parallel.processes(device):
-        # The first process's folder is that of all: they are on one machine.
-        if parallel.is_first():
-            make_folder(folder, options.shape, device)
-        folder = parallel.exchange({"folder": folder} if parallel.is_first() else {})["folder"]
+    with tempfile.TemporaryDirectory() as folder:
+        # 1. The plan, before the processes are connected: it connects to others that are not there.
+        write_config(folder, options.shape)
         training = training_options(options, folder)
         plan = planned(training, options.stage)
         training = settle(training, {"sft": sft, "grpo": grpo}[options.stage].rehearse)
-        watch = Watch(device)
-        if options.stage == "sft":
-            found = measure_sft(training, options.packs, watch)
-        else:
-            tokenizer = Tokenizer.from_pretrained(folder)
-            found = measure_grpo(training, tokenizer, options.prompt_tokens, watch)
-        parallel.barrier()
+        # 2. The steps. The first process's folder is that of all: they are on one machine.
+        with parallel.processes(device):
+            if parallel.is_first():
+                write_weights(folder, options.shape, device)
+            folder = parallel.exchange({"folder": folder} if parallel.is_first() else {})["folder"]
+            training = replace(training, model=folder)
+            watch = Watch(device)
+            if options.stage == "sft":
+                found = measure_sft(training, options.packs, watch)
+            else:
+                tokenizer = Tokenizer.from_pretrained(folder)
+                found = measure_grpo(training, tokenizer, options.prompt_tokens, watch)
+            parallel.barrier()
         if parallel.is_first():
             report(options, training, plan, watch, found)
 

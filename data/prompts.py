@@ -1,13 +1,14 @@
 """The paper's prompts, and a question with its images as the model gets it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from data.datasets import Example
+from data.datasets import Example, load_examples
 from data.images import ImageConfig, ImageSource, image_grid, load_image, preprocess_image
 from data.tokenizer import DEFAULT_SYSTEM, Tokenizer, render_chat
 from hub.config import MERGE, Grid
@@ -119,3 +120,23 @@ def make_prompt(
         {"role": "user", "content": content},
     ]
     return chat_prompt(messages, images, tokenizer, image_config)
+
+
+def load_text_questions(
+    path: str | Path, tokenizer: Tokenizer, *, style: str, limit: int, skip_bad: bool = False
+) -> list[Question]:
+    """Returns a file's questions for training, which is on text only.
+
+    Those whose prompt has over `limit` tokens are dropped and counted.
+    """
+
+    def convert(example: Example) -> Question | None:
+        if example.images:
+            raise InputError(f"question {example.id} has an image: training is on text only")
+        prompt = make_prompt(format_prompt(example, style), [], tokenizer, ImageConfig())
+        if len(prompt.ids) > limit:
+            return None
+        return Question(replace(example, response=None, meta={}), prompt)
+
+    too_long = f"the prompt is over {limit} tokens"
+    return load_examples(path, convert, skip_bad=skip_bad, too_long=too_long).items

@@ -59,6 +59,11 @@ class Config:
         """Returns D, the width of one head."""
         return self.hidden_size // self.num_attention_heads
 
+    @property
+    def is_small(self) -> bool:
+        """Returns whether the model is as small as the micro one: it fits anywhere."""
+        return self.hidden_size <= 256
+
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Config":
         """Reads a model folder's config.json; see `from_dict`."""

@@ -62,7 +62,7 @@ def limit_threads(config: Config) -> None:
     Their matrix products are over before a second thread has begun; and on a busy machine, threads
     that wait for one another are many times slower (docs/log.md).
     """
-    if config.hidden_size <= 256:
+    if config.is_small:
         torch.set_num_threads(1)
 
 

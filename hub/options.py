@@ -16,6 +16,7 @@ import math
 import os
 import sys
 import time
+import traceback
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -152,6 +153,12 @@ def run_command(main: Callable[[list[str]], None]) -> None:
         code = 130
     except SystemExit as error:
         code = error.code or 0
+    except BaseException:
+        # One of several processes must not wait for the others at its end.
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            raise
+        traceback.print_exc()
+        code = 1
     leave(code)
 
 

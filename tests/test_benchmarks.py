@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import ranks
 from hub.options import run_command
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,3 +80,12 @@ def test_what_is_wrong_is_said_in_one_line(arguments, message, monkeypatch, caps
     error = capsys.readouterr().err
     assert caught.value.code == 2 and message in error, error
     assert len(error.splitlines()) == 1, error
+
+
+def test_train_step_on_two_processes():
+    sizes = "--pack-tokens 128 --packs 3 --device cpu --json".split()
+    command = ["benchmarks/train_step.py", "--shape", "tiny", "--stage", "sft", *sizes]
+    done = ranks.run(2, command)
+    assert [code for code, _, _ in done] == [0, 0], done
+    result = json.loads(done[0][1].splitlines()[-1])
+    assert result["processes"] == 2 and result["metrics"]["grad_norm"] > 0 and not done[1][1]

@@ -107,7 +107,7 @@ def test_the_best_model_by_validation_is_kept(stage, odd_is_right, monkeypatch, 
     out = Path(o.out)
     found = {record["step"]: record.get("eval_reward") for record in records(out / "metrics.jsonl")}
     assert found == {1: None, 2: 0.25, 3: None, 4: 0.75, 5: None, 6: 0.5}
-    assert json.loads((out / "best" / "best.json").read_text()) == {"step": 4, "eval_reward": 0.75}
+    assert best_of(o) == (4, 0.75)
     # What was really measured is a mean over the six questions.
     assert all(6 * value == pytest.approx(round(6 * value)) for value in asked)
     # It is the model of step 4, in a folder like any other.
@@ -121,16 +121,25 @@ def test_the_best_model_by_validation_is_kept(stage, odd_is_right, monkeypatch, 
     }
 
 
-def test_the_best_so_far_survives_a_resume(stage, monkeypatch):
-    scores = iter([0.75, 0.5, 0.6, 0.8])
+def best_of(o) -> tuple[int, float]:
+    best = json.loads((Path(o.out) / "best" / "best.json").read_text())
+    return best["step"], best["eval_reward"]
+
+
+def test_the_best_so_far_survives_a_resume(stage, monkeypatch, tmp_path):
+    scores = iter([0.75, 0.5, 0.6, 0.8, 0.1])
     monkeypatch.setattr(Validation, "measure", lambda validation, model: next(scores))
     o = stage(sft, eval_every=1, eval_data=stage(sft).data, max_steps=2)
     sft.train(o)
-    best = Path(o.out) / "best" / "best.json"
     sft.train(replace(o, resume=True, max_steps=3))
-    assert json.loads(best.read_text()) == {"step": 1, "eval_reward": 0.75}
+    assert best_of(o) == (1, 0.75)
     sft.train(replace(o, resume=True, max_steps=4))
-    assert json.loads(best.read_text()) == {"step": 4, "eval_reward": 0.8}
+    assert best_of(o) == (4, 0.8)
+    # Rewards on other questions are not comparable.
+    other = tmp_path / "other.jsonl"
+    other.write_text(Path(o.data).read_text() + "\n")
+    sft.train(replace(o, resume=True, max_steps=5, eval_data=str(other)))
+    assert best_of(o) == (5, 0.1)
 
 
 def test_validation_changes_no_step(stage, odd_is_right, tmp_path):

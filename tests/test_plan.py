@@ -254,7 +254,7 @@ def test_remedies_are_the_fewest_gpus_and_shorter_packs(config_only):
     assert not tight.fits and tight.wanted_slots == 0
     assert remedies(tight, sft.rehearse) == [
         "2 GPUs (torchrun --nproc_per_node 2)",
-        "a smaller --pack-tokens",
+        "a lower --pack-tokens",
     ]
     # Nothing helps where not even an eighth of the states fits.
     assert remedies(plan_of(rehearsal, options, 1, 1000), sft.rehearse) == []

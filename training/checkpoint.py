@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
@@ -39,6 +40,14 @@ def training_state(model: nn.Module, optimizer) -> State:
     for name, tensor in named_states(model, optimizer).items():
         state[f"optimizer.{name}"] = tensor
     return state
+
+
+def sizes(model: nn.Module, state: State) -> tuple[int, int]:
+    """Returns the bytes that a checkpoint and model/ take on the disk, of all ranks together."""
+    in_checkpoint = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    dtype = getattr(torch, model.config.torch_dtype)
+    in_model = sum(weight.numel() for weight in model.parameters()) * dtype.itemsize
+    return in_checkpoint, in_model
 
 
 def find_checkpoints(folder: Path) -> list[Path]:

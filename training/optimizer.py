@@ -67,10 +67,10 @@ def load_for_training(options: TrainOptions, *, frozen: bool = False) -> Qwen2_5
             return tensor.to(device="cpu" if frozen else device, dtype=dtype)
         if frozen:
             return parallel.own_rows(tensor.to(dtype), mesh)
-        master = tensor.float()
-        if dtype == tensor.dtype == torch.bfloat16:
+        master = tensor.to(device).float()
+        if dtype == tensor.dtype == torch.bfloat16 and not options.resume:
             seed = zlib.crc32(f"{options.seed}/{name}".encode())
-            master = off_the_grid(master, torch.Generator().manual_seed(seed))
+            master = off_the_grid(master, torch.Generator(device).manual_seed(seed))
         return parallel.own_rows(master, mesh)
 
     model.load_weights(options.model, place)
@@ -84,21 +84,22 @@ def recomputes_layers(options: TrainOptions, config: Config) -> bool:
     8 to 30% more time on a CPU (docs/log.md), and without it the 7B keeps 7 MB a token.
     """
     if options.checkpointing == "auto":
-        return config.hidden_size > 256
+        return not config.is_small
     return options.checkpointing == "on"
 
 
 @contextmanager
 def visiting(model: Qwen2_5_VL, device: torch.device) -> Iterator[None]:
-    """Brings the weights of a plain model to the device, and drops them there afterwards.
+    """Brings the weights of the reference to the device, and drops them there afterwards.
 
-    Shards, and weights that are there already, stay where they are.
+    One in shards is there already. It is only put back into shards: without a backward pass its
+    embedding and head would stay whole.
     """
     if parallel.world_size() > 1:
         yield
-        model.reshard()  # without a backward pass, embedding and head would stay whole
+        model.reshard()
         return
-    home = {name: tensor for name, tensor in model.state_dict().items() if "visual." not in name}
+    home = {name: weight.data for name, weight in model.decoder_weights().items()}
     there = {name: tensor.to(device) for name, tensor in home.items()}
     model.load_state_dict(there, assign=True, strict=False)
     del there
@@ -176,10 +177,11 @@ def optimizer_step(
 
 
 def update_remedies(options: TrainOptions) -> list[str]:
-    """Returns the two options that would save most of an update's memory."""
+    """Returns what would save most of an update's memory, the first two that are left."""
     remedies = []
     if options.checkpointing == "off":
         remedies.append("--checkpointing on")
     if parallel.world_size() == 1 and options.states_on != "host":
         remedies.append("--states-on host")
-    return [*remedies, "a lower --pack-tokens", "more GPUs"][:2]
+    # A row that is longer than a pack gets one of its own, so both must be short.
+    return [*remedies, "more GPUs", "a lower --pack-tokens with shorter rows"][:2]

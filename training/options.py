@@ -29,7 +29,7 @@ class TrainOptions:
         4096, "tokens of one forward pass; changes memory, not results (but for rounding)", low=1
     )
     save_every: int = option(20, "steps between checkpoints; 0 is at the end only", low=0)
-    keep: int = option(1, "checkpoints to keep, the last ones", low=1)
+    keep: int = option(1, "checkpoints to keep, the last ones; 0 writes none", low=0)
     eval_every: int = option(0, "steps between validations, the best is kept; 0 is never", low=0)
     eval_data: str = option("", "questions with answers for validation")
     eval_new_tokens: int = option(256, "response length limit in validation", low=1)

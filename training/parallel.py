@@ -61,8 +61,10 @@ def is_first() -> bool:
 def training_device(name: str) -> torch.device:
     """Returns the device of --device for this process: of several, each has a GPU of its own.
 
-    Raises InputError where there are fewer GPUs than processes.
+    Raises InputError where there are fewer GPUs than processes, or where all were to share one.
     """
+    if world_size() > 1 and name not in ("auto", "cpu", "cuda"):
+        raise InputError(f"--device {name}: each of several processes has a GPU of its own")
     if name in ("auto", "cuda") and world_size() > 1 and torch.cuda.is_available():
         count = torch.cuda.device_count()
         if local_rank() >= count:
@@ -75,7 +77,8 @@ def training_device(name: str) -> torch.device:
 def processes(device: torch.device) -> Iterator[None]:
     """Connects the ranks, for training on devices like this one.
 
-    Raises InputError where another rank has gone: its own line says why, and torchrun ends all.
+    Raises InputError where a collective has failed since another rank has gone. (On GPUs a rank may
+    wait in one instead: then torchrun ends it after 30 seconds, and torchrun's report says why.)
     """
     if world_size() == 1:
         yield
@@ -91,8 +94,8 @@ def processes(device: torch.device) -> Iterator[None]:
             raise
         what = "lost another process of this run; --resume goes on from the last checkpoint"
         raise InputError(what) from None
-    finally:
-        dist.destroy_process_group()
+    # Not where this rank alone has failed: it is a collective of NCCL's, and would wait for ever.
+    dist.destroy_process_group()
 
 
 def lost_another(error: RuntimeError) -> bool:
@@ -197,8 +200,7 @@ def gather(model: Qwen2_5_VL, dtype: torch.dtype) -> Qwen2_5_VL:
         return model
     with torch.device("meta"):
         copy = Qwen2_5_VL(replace(model.config, vision=None))
-    weights = whole_weights(model, dtype)
-    copy.load_state_dict(
-        {name: weight for name, weight in weights if not name.startswith("visual.")}, assign=True
-    )
+    ours = copy.state_dict()
+    weights = {name: whole for name, whole in whole_weights(model, dtype) if name in ours}
+    copy.load_state_dict(weights, assign=True)
     return copy.requires_grad_(False).eval()

@@ -9,6 +9,7 @@ commands do this before anything is loaded, and refuse what cannot fit. --gpu-gi
 card says of itself.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -73,6 +74,11 @@ class Plan:
     def fits(self) -> bool:
         """Returns whether all phases fit."""
         return self.needed(self.fullest_phase) + RESERVE <= self.gpu_bytes
+
+    @property
+    def host_bytes(self) -> int:
+        """Returns what each process keeps in the host's memory."""
+        return max(peak.get(HOST, 0) for peak in self.peaks.values())
 
     def verdict(self) -> str:
         """Returns what is needed, and what is there, as a sentence without its end."""
@@ -172,11 +178,11 @@ def remedies(plan: Plan, rehearse: Rehearse) -> list[str]:
     # 3. Shorter packs (as long as the longest row) and responses, which take fewer activations.
     if standing + RESERVE <= plan.gpu_bytes:
         if fits(plan.num_gpus, pack_tokens=1):
-            helpful.append("a smaller --pack-tokens")
+            helpful.append("a lower --pack-tokens")
         elif hasattr(options, "max_new_tokens"):
             half = options.max_new_tokens // 2
             if half and fits(plan.num_gpus, max_new_tokens=half, pack_tokens=1):
-                helpful.append(f"--max-new-tokens {half} and a smaller --pack-tokens")
+                helpful.append(f"--max-new-tokens {half} and a lower --pack-tokens")
     return helpful
 
 
@@ -198,8 +204,8 @@ def describe(plan: Plan) -> str:
     """Returns the plan as text."""
     options, rehearsal = plan.options, plan.rehearsal
     gpus = "1 GPU" if plan.num_gpus == 1 else f"each of {plan.num_gpus} GPUs"
-    on_host = max(peak.get(HOST, 0) for peak in plan.peaks.values())
     checkpoint, saved = rehearsal.checkpoint_bytes / 1e9, rehearsal.model_bytes / 1e9
+    on_host, saving = plan.host_bytes / GIB, rehearsal.model_bytes / GIB
     lines = [f"{options.model} on {gpus}: planned, not measured", "", *table(plan), ""]
     lines.append(f"{'It fits' if plan.fits else 'It does not fit'}: {plan.verdict()}.")
     if plan.wanted_slots:
@@ -210,8 +216,8 @@ def describe(plan: Plan) -> str:
     if plan.num_gpus == 1 and options.dtype == "bfloat16":
         lines.append(f"The optimiser's states are on the {options.states_on} (--states-on).")
     lines += [
-        f"Host: {on_host / GIB:.1f} GiB for each process, and {rehearsal.model_bytes / GIB:.1f} "
-        "for the first one while it saves model/.",
+        f"Host: {on_host:.1f} GiB for each process, and {saving:.1f} for the first one while it "
+        "saves model/.",
         f"Disk: {checkpoint:.1f} GB for a checkpoint (--keep {options.keep}, and the next one), "
         f"{saved:.1f} GB for model/ (twice, while it is replaced).",
         f"Assumed: {options.dtype}; {'; '.join(rehearsal.assumed)}.",
@@ -227,7 +233,8 @@ def memory_of_gpu(options: TrainOptions) -> int:
     if options.gpu_gib is not None:
         return int(options.gpu_gib * GIB)
     if torch.cuda.is_available():
-        return torch.cuda.get_device_properties(0).total_memory
+        device = training_device(options.device)
+        return torch.cuda.get_device_properties(device).total_memory
     return DEFAULT_GIB * GIB
 
 
@@ -246,7 +253,7 @@ def print_plan(options: TrainOptions, rehearse: Rehearse) -> None:
 def settle(options: TrainOptions, rehearse: Rehearse) -> TrainOptions:
     """Returns the options for a run on this machine's GPUs, with --states-on auto decided.
 
-    On a CPU they stay as they are. Raises InputError for what cannot fit.
+    On a CPU they stay as they are. Raises InputError for what cannot fit, on GPUs or host.
     """
     if training_device(options.device).type != "cuda":
         return options
@@ -256,5 +263,12 @@ def settle(options: TrainOptions, rehearse: Rehearse) -> TrainOptions:
         helpful = ", or ".join(remedies(plan, rehearse)) or NOTHING
         raise InputError(
             f"this does not fit: {plan.verdict()}; what would help: {helpful} (--plan shows more)"
+        )
+    on_host = (plan.host_bytes * world_size()) + rehearsal.model_bytes
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if on_host > there:
+        raise InputError(
+            f"this does not fit: the host needs {on_host / GIB:.1f} GiB (--plan shows more), "
+            f"and has {there / GIB:.1f}"
         )
     return replace(options, states_on=plan.options.states_on)

@@ -44,6 +44,7 @@ from kernels.triton_or_none import standing_for_a_gpu
 from model import Qwen2_5_VL
 from sample import PREFILL_TOKENS, Rollout, Sampler
 from training import parallel
+from training.checkpoint import sizes, training_state
 from training.memory import ACTIVATIONS, HOST, Memory
 from training.optimizer import named_states, trained_weights
 from training.options import TrainOptions
@@ -229,10 +230,7 @@ class Rehearsal:
             reference.register_forward_pre_hook(before_reference, prepend=True)
 
         # 3. What is saved. A tensor in shards counts as a whole.
-        saved = [*weights.values(), *states.values()]
-        self.checkpoint_bytes = sum(tensor.numel() * tensor.itemsize for tensor in saved)
-        itemsize = getattr(torch, model.config.torch_dtype).itemsize
-        self.model_bytes = sum(weight.numel() for weight in model.parameters()) * itemsize
+        self.checkpoint_bytes, self.model_bytes = sizes(model, training_state(model, optimizer))
 
     def rows(self, tokens: int) -> list[Row]:
         """Returns rows that fill two packs of so many tokens on each rank: gradients add up."""
@@ -260,21 +258,19 @@ class Rehearsal:
         """Takes a step with grpo.Trainer, on prompts of this length and the longest responses."""
         options = trainer.options
         self.watch(trainer.model, trainer.optimizer, trainer.reference)
-        self.rollout(trainer.model, trainer.dtype, options, prompt_tokens)
+        questions = -(-options.questions_per_step // parallel.world_size())
+        slots = min(questions * options.group_size, options.rollout_batch)
+        self.rollout(trainer.model, trainer.dtype, prompt_tokens, options.max_new_tokens, slots)
         responses = []
         for row in self.rows(max(options.pack_tokens, prompt_tokens + options.max_new_tokens)):
             responses.append(Response(row, torch.zeros(len(row.ids) - 1), advantage=1.0))
         trainer.update(responses, options.learning_rate)
 
     def rollout(
-        self, model: Qwen2_5_VL, dtype: torch.dtype, options: TrainOptions, prompt_tokens: int
+        self, model: Qwen2_5_VL, dtype: torch.dtype, prompt_tokens: int, new_tokens: int, slots: int
     ) -> None:
-        """Samples a token in as many slots as this rank has a use for."""
-        self.assumed.append(
-            f"prompts of {prompt_tokens:,} tokens and responses of {options.max_new_tokens:,}"
-        )
-        questions = -(-options.questions_per_step // parallel.world_size())
-        slots = min(questions * options.group_size, options.rollout_batch)
+        """Samples a token in each slot, of which this rank has a use for so many."""
+        self.assumed.append(f"prompts of {prompt_tokens:,} tokens and responses of {new_tokens:,}")
         with self.memory.phase(ROLLOUT), torch.no_grad():
             plain = parallel.gather(model, dtype)
             if plain is not model:
@@ -282,7 +278,7 @@ class Rehearsal:
             # The prompts of one prefill, with so many samples of each that all slots are in use.
             prompts = [Prompt([0] * prompt_tokens)] * max(1, PREFILL_TOKENS // prompt_tokens)
             samples = -(-slots // len(prompts))
-            params = SamplingParams(max_new_tokens=options.max_new_tokens, n=samples)
+            params = SamplingParams(max_new_tokens=new_tokens, n=samples)
             sampler = Sampler(plain, NoTokenizer(), max_batch=slots)
             turn = Rollout(sampler, prompts, params, streams=[0] * len(prompts))
             cache = turn.slots.cache
@@ -303,5 +299,4 @@ def tower_weights(model: Qwen2_5_VL) -> list[Tensor]:
 
 def decoder_weights(model: Qwen2_5_VL) -> list[Tensor]:
     """Returns all other weights."""
-    named = model.named_parameters()
-    return [weight for name, weight in named if not name.startswith("visual.")]
+    return list(model.decoder_weights().values())

@@ -39,6 +39,10 @@ def rollout(
     groups = sampler.generate(
         [prompts[i] for i in mine], params, streams=[streams[i] for i in mine]
     )
+    # The copy's memory goes back to the GPU: the update asks for other sizes.
+    del sampler
+    if model.head_weight.is_cuda:
+        torch.cuda.empty_cache()
     judged = {}
     for i, group in zip(mine, groups):
         judged[i] = (group, [judge(i, completion) for completion in group])

@@ -32,7 +32,7 @@ from training.journal import (
     read_records,
     write_json,
 )
-from training.optimizer import Diverged
+from training.optimizer import Diverged, forward_dtype
 from training.options import TrainOptions
 from training.parallel import any_rank, barrier, is_first, whole_weights, world_size
 
@@ -78,7 +78,9 @@ class Run:
             self.check_unused()
         # The starting weights count too: in GRPO they are the reference of the KL penalty.
         inputs = [options.data, *weight_files(Path(options.model))]
-        self.config = make_config(asdict(options), inputs)
+        # "auto" may be another precision on another machine: what it is here is written down.
+        dtype = str(forward_dtype(options)).removeprefix("torch.")
+        self.config = make_config(asdict(options) | {"dtype": dtype}, inputs)
         if options.resume:
             check_same(self.folder, self.folder / "config.json", self.config)
             self.step = checkpoint.read_step(self.find_checkpoint())
@@ -91,7 +93,12 @@ class Run:
         # A model folder has a config.json as well, but there are no options in it.
         if not config_path.exists() or "options" not in read_json(config_path):
             raise InputError(f"{self.folder} holds something that is no run: use another --out")
-        if checkpoint.find_checkpoints(self.folder / "checkpoint") and not self.options.overwrite:
+        # A finished run may have lost its checkpoint, which is large; its models count as well.
+        models = [self.folder / name / "model.safetensors" for name in ("model", "best")]
+        held = checkpoint.find_checkpoints(self.folder / "checkpoint") or any(
+            path.exists() for path in models
+        )
+        if held and not self.options.overwrite:
             raise InputError(
                 f"{self.folder} holds a run: use --resume, --overwrite, or another --out"
             )
@@ -180,13 +187,13 @@ class Run:
         While a new one is written, those before are still there.
         """
         options = self.options
-        in_checkpoint = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
-        dtype = getattr(torch, model.config.torch_dtype)
-        in_model = sum(weight.numel() for weight in model.parameters()) * dtype.itemsize
+        in_checkpoint, in_model = checkpoint.sizes(model, state)
         # 1. With --save-every 0 a new run writes once, at its end. Two more models are for best/.
         checkpoints, models = options.keep + 1, 2
         if options.save_every == 0 and not options.resume:
             checkpoints, models = 1, 1
+        if options.keep == 0:
+            checkpoints = 0
         if options.eval_every:
             models += 2
         needed = checkpoints * in_checkpoint + models * in_model
@@ -202,8 +209,8 @@ class Run:
         if needed > free:
             raise InputError(
                 f"--out {options.out}: checkpoints and models need {needed / 1e9:.1f} GB more, and "
-                f"{place} has {free / 1e9:.1f} GB free: a lower --keep, --save-every 0 or another "
-                "--out would help"
+                f"{place} has {free / 1e9:.1f} GB free: --keep 0 (no checkpoints), --save-every 0 "
+                "or another --out would help"
             )
 
     # --- The steps ---
@@ -289,16 +296,17 @@ class Run:
     # --- Saving ---
 
     def save(self) -> None:
-        """Writes model/ and checkpoint/. All processes must call it."""
+        """Writes model/ and, but for --keep 0, checkpoint/. All processes must call it."""
         # The model first: if this is interrupted, the older checkpoint makes it again. And no
         # checkpoint is on the disk before what was logged up to it.
         self.write_model(self.folder / "model")
         for name in JOURNALS:
             if is_first() and (self.folder / name).exists():
                 sync(self.folder / name)
-        state = checkpoint.training_state(self.model, self.optimizer)
-        folder = self.folder / "checkpoint"
-        checkpoint.save_checkpoint(folder, self.step, state, self.options.keep)
+        if self.options.keep > 0:
+            state = checkpoint.training_state(self.model, self.optimizer)
+            folder = self.folder / "checkpoint"
+            checkpoint.save_checkpoint(folder, self.step, state, self.options.keep)
 
     def write_model(self, folder: Path) -> None:
         """Writes the model as it is now, in the precision of the starting model's files.

@@ -1,17 +1,18 @@
 """Validation during training: greedy answers to questions that are not trained on."""
 
+import math
 import time
 from collections.abc import Callable
 
 from data.completions import Completion, SamplingParams
-from data.datasets import Example, load_examples
-from data.images import ImageConfig
-from data.prompts import Question, format_prompt, make_prompt
+from data.datasets import Example
+from data.prompts import Question, load_text_questions
 from data.tokenizer import Tokenizer
 from hub.config import Config
-from hub.errors import InputError
+from hub.device import memory_phase
+from hub.errors import InputError, read_json
 from hub.weights import copy_side_files
-from training.journal import write_json
+from training.journal import checksum, write_json
 from training.optimizer import forward_dtype
 from training.options import TrainOptions
 from training.parallel import barrier, is_first
@@ -39,20 +40,13 @@ class Validation:
         if not options.eval_data:
             raise InputError("--eval-every needs --eval-data")
         self.questions = self.load_questions()
+        self.checksum = checksum(options.eval_data)
 
     def load_questions(self) -> list[Question]:
         """Returns the questions. Those whose prompt fills the context are dropped and counted."""
         limit = Config.from_pretrained(self.options.model).max_position_embeddings - 1
-
-        def convert(example: Example) -> Question | None:
-            if example.images:
-                raise InputError(f"question {example.id} has an image: validation is on text only")
-            text = format_prompt(example, self.options.prompt_style)
-            prompt = make_prompt(text, [], self.tokenizer, ImageConfig())
-            return Question(example, prompt) if len(prompt.ids) <= limit else None
-
-        too_long = f"the prompt is over {limit} tokens"
-        return load_examples(self.options.eval_data, convert, too_long=too_long).items
+        style = self.options.prompt_style
+        return load_text_questions(self.options.eval_data, self.tokenizer, style=style, limit=limit)
 
     def after_step(self, run: Run) -> dict[str, float]:
         """Returns what metrics.jsonl is to say about the step that was just taken: nothing, or
@@ -65,10 +59,17 @@ class Validation:
             return {}
         started = time.perf_counter()
         reward = self.measure(run.model)
-        earlier = [record["eval_reward"] for record in run.records if "eval_reward" in record]
-        if not earlier or reward > max(earlier):
+        if reward > self.best_so_far(run):
             self.keep(run, step, reward)
         return {"eval_reward": reward, "eval_seconds": time.perf_counter() - started}
+
+    def best_so_far(self, run: Run) -> float:
+        """Returns the reward of RUN/best/; minus infinity if there is none, or on other data."""
+        path = run.folder / "best" / "best.json"
+        best = read_json(path) if path.exists() else {}
+        if best.get("eval_data_crc32") != self.checksum:
+            return -math.inf
+        return best["eval_reward"]
 
     def measure(self, model) -> float:
         """Returns the mean reward of one greedy answer to each question."""
@@ -77,15 +78,16 @@ class Validation:
         def judge(i: int, completion: Completion) -> float:
             return self.judge(self.questions[i].example, completion.text)
 
-        _, rewards = rollout(
-            model,
-            self.tokenizer,
-            [question.prompt for question in self.questions],
-            params,
-            max_batch=MAX_BATCH,
-            dtype=forward_dtype(self.options),
-            judge=judge,
-        )
+        with memory_phase("the validation", "a lower --eval-new-tokens", "fewer questions"):
+            _, rewards = rollout(
+                model,
+                self.tokenizer,
+                [question.prompt for question in self.questions],
+                params,
+                max_batch=MAX_BATCH,
+                dtype=forward_dtype(self.options),
+                judge=judge,
+            )
         return rewards.mean().item()
 
     def keep(self, run: Run, step: int, reward: float) -> None:
@@ -96,5 +98,6 @@ class Validation:
             copy_side_files(run.folder / "model", best)
         run.write_model(best)
         if is_first():
-            write_json(best / "best.json", {"step": step, "eval_reward": reward})
+            about = {"step": step, "eval_reward": reward, "eval_data_crc32": self.checksum}
+            write_json(best / "best.json", about)
         barrier()
