@@ -224,7 +224,7 @@ def test_slots_take_what_is_left(grpo_options, seen):
     assert small.needed(ROLLOUT) == base + small.slot_bytes
 
 
-def test_auto_puts_the_states_on_the_host_where_they_do_not_fit(grpo_options, seen):
+def test_auto_puts_the_states_on_the_host_where_they_do_not_fit(grpo_options, seen, monkeypatch):
     on_device = plan_of(seen, grpo_options, 1, 80 * 2**30)
     needed = on_device.needed(on_device.fullest_phase)
     states = on_device.peaks[UPDATE][STATES]
@@ -233,10 +233,11 @@ def test_auto_puts_the_states_on_the_host_where_they_do_not_fit(grpo_options, se
     assert on_host.options.states_on == "host" and on_host.fits
     assert on_host.needed(UPDATE) == on_device.needed(UPDATE) - states
     assert on_host.peaks[UPDATE][HOST] == on_device.peaks[UPDATE][HOST] + states
-    # Asked for the device, it does not fit, and says what would do.
+    # Asked for the device, it does not fit, and says what would do. (As if more GPUs did not.)
+    monkeypatch.setattr(planning, "rehearsed", lambda *_: seen)
     asked = replace(grpo_options, states_on="device")
     plan = plan_of(seen, asked, 1, RESERVE + needed - 1)
-    assert not plan.fits and "--states-on host" in remedies(plan, grpo.rehearse)
+    assert not plan.fits and remedies(plan, grpo.rehearse) == ["--states-on host"]
     # Float32 weights have no compact states that could move.
     in_float32 = replace(grpo_options, dtype="float32", states_on="host")
     assert plan_of(seen, in_float32, 1, RESERVE + needed - 1).options.states_on == "device"
