@@ -26,7 +26,7 @@ RATES = {"sft": 2e-4, "grpo": 3e-5}  # the micro recipe's
 
 
 def sft_steps(values: dict) -> dict:
-    steps = values.pop("steps", STEPS)
+    steps, fails = values.pop("steps", STEPS), values.pop("fails", None)
     options = sft.SFTOptions(**values)
     rows = sft.load_rows(options, Tokenizer.from_pretrained(options.model))
     model = load_for_training(options)
@@ -34,6 +34,8 @@ def sft_steps(values: dict) -> dict:
     stream, metrics = batches(len(rows), options.batch_size, options.seed), []
     for _, (_, chosen) in zip(range(steps), stream):
         batch = [rows[i] for i in chosen]
+        if fails == parallel.rank() and metrics:
+            raise ValueError(f"a bug of rank {fails}")
         metrics.append(sft.train_step(model, optimizer, batch, RATES["sft"], options))
     return {"metrics": metrics, "weights": dict(parallel.whole_weights(model, torch.float32))}
 

@@ -154,3 +154,41 @@ def test_a_killed_process_ends_all_and_the_run_can_go_on(tmp_path, data):
     [(code, _, complaint)] = ranks.run(1, [*command[:-1], str(steps + 1), "--resume"])
     assert code == 0, complaint
     assert len(metrics.read_bytes().splitlines()) == steps + 1
+
+
+def test_a_sigterm_to_one_process_stops_all_after_their_step(tmp_path, data):
+    model, out = tiny.make_folder(tmp_path / "vl", "vl"), tmp_path / "run"
+    command = ["sft.py", "--model", str(model), "--data", str(data), "--out", str(out)]
+    command += ["--save-every", "0", "--batch-size", "3", "--epochs", "1000", "--max-steps", "1000"]
+    command += ["--eval-every", "2", "--eval-data", str(data), "--eval-new-tokens", "4"]
+    processes = ranks.start(2, command)
+    try:
+        metrics = out / "metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while not metrics.exists() or len(metrics.read_bytes().splitlines()) < 3:
+            assert time.monotonic() < deadline and processes[0].poll() is None
+            time.sleep(0.05)
+        processes[1].terminate()
+        complaints = [process.communicate(timeout=60)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [143, 143], complaints
+    assert "stopped by SIGTERM after step" in complaints[0] and "SIGTERM" not in complaints[1]
+    steps = len(metrics.read_bytes().splitlines())
+    assert (out / "checkpoint" / f"step-{steps:06d}" / "state.json").exists()
+    # Validation is shared, too, and its best model is written once.
+    assert json.loads((out / "best" / "best.json").read_text())["step"] == 2
+    best = Qwen2_5_VL.from_pretrained(out / "best")
+    assert best.state_dict().keys() == Qwen2_5_VL.from_pretrained(model).state_dict().keys()
+
+
+def test_a_process_that_fails_alone_ends_all(tmp_path, data):
+    """It does not wait for the others, which wait for it."""
+    model, out = tiny.make_folder(tmp_path / "vl", "vl"), tmp_path / "out.pt"
+    options = {"model": str(model), "data": str(data), "device": "cpu", "fails": 1, **SFT}
+    command = ["tests/on_ranks.py", "sft", str(out), json.dumps(options)]
+    done = ranks.run(2, command, timeout=60)
+    (code, _, complaint), (failed_code, _, failed) = done
+    assert failed_code == 1 and "a bug of rank 1" in failed and "Traceback" in failed
+    assert code == 2 and "lost another process of this run" in complaint

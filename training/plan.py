@@ -3,10 +3,11 @@
     python grpo.py --recipe paper --model Qwen2.5-VL-7B-Instruct --plan
     python sft.py --recipe paper --model Qwen2.5-VL-72B-Instruct --plan --gpus 8 --gpu-gib 80
 
-Of the model folder only config.json is read. The plan is no formula: a step of the real code runs
-on tensors without contents (training/rehearsal.py), and what it makes is counted. On a GPU both
-commands do this before anything is loaded, and refuse what cannot fit. --gpu-gib overrules what the
-card says of itself.
+Of the model folder only config.json is read (and where --max-prompt-tokens is None the tokenizer,
+for the longest question of the data, if both are there). The plan is no formula: a step of the real
+code runs on tensors without contents (training/rehearsal.py), and what it makes is counted. On a
+GPU both commands do this before anything is loaded, and refuse what cannot fit. --gpu-gib overrules
+what the card says of itself.
 """
 
 import os
