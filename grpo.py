@@ -315,8 +315,8 @@ class Trainer:
         options = self.options
         shares = split_evenly(responses, options.updates_per_rollout)
 
-        # 1. Packs. A response without an advantage has no gradient: it need not be run. Several
-        #    GPUs take turns in dealing the packs out.
+        # 1. Packs. A response without an advantage has no gradient: it need not be run. Of
+        #    several processes each takes its share of the packs.
         packs_of = []
         for share in shares:
             if self.reference is None:
@@ -406,7 +406,7 @@ def train(options: GRPOOptions) -> None:
 
 
 def train_on_ranks(options: GRPOOptions, run: Run) -> None:
-    """The same, on every one of the processes."""
+    """Loads, and takes all steps. Every process runs this."""
     # 1. Load; only then touch the disk.
     tokenizer = Tokenizer.from_pretrained(options.model)
     questions = load_questions(options, tokenizer)

@@ -90,8 +90,8 @@ def train_step(
     # 1. The loss is a mean over all response tokens of the batch, however it is packed.
     num_tokens = sum(int(row.scored.sum()) for row in rows)
     own_loss = 0.0
-    # 2. Packs are as many forward and backward passes as memory asks for; gradients add up. Several
-    #    GPUs take turns in dealing them out.
+    # 2. Packs are as many forward and backward passes as memory asks for; gradients add up. Of
+    #    several processes each takes its share of the packs.
     packs = []
     for chosen in plan_packs([len(row.ids) for row in rows], options.pack_tokens):
         packs.append([rows[i] for i in chosen])
@@ -160,7 +160,7 @@ def train(options: SFTOptions) -> None:
 
 
 def train_on_ranks(options: SFTOptions, run: Run) -> None:
-    """The same, on every one of the processes."""
+    """Loads, and takes all steps. Every process runs this."""
     # 1. Load; only then touch the disk.
     tokenizer = Tokenizer.from_pretrained(options.model)
     rows = load_rows(options, tokenizer)
