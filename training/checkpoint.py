@@ -4,9 +4,11 @@
         .metadata               which tensor, or shard of one, lies where in them
         state.json              the number of steps, and the length of every file
 
-One format for every number of processes: what N have written, M can read. `.metadata` is a pickle,
-which can run any code when it is read: go on from checkpoints of your own. To share, there is the
-run's model/.
+One format for every number of processes: what N have written, M can read. In bfloat16 a single
+process has another optimiser than several have; what the other one has written is converted.
+
+`.metadata` is a pickle, which can run any code when it is read: go on from checkpoints of your own.
+To share, there is the run's model/.
 """
 
 import json
@@ -14,6 +16,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -24,10 +27,13 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from hub.disk import put_in_place, sync
 from hub.errors import InputError, read_json
+from training.compact import chunks, join, split
 from training.optimizer import named_states, trained_weights
-from training.parallel import barrier, is_first, rank, world_size
+from training.parallel import barrier, is_first, own_part, rank, world_size
 
 State = dict[str, Tensor]  # each may be a plain tensor or a DTensor, in shards
+Dtypes = dict[str, torch.dtype]  # of what an optimiser keeps of each weight, by key
+Layout = dict[str, tuple[torch.Size, torch.dtype]]  # of each tensor its whole shape, and its dtype
 
 
 def training_state(model: nn.Module, optimizer) -> State:
@@ -98,6 +104,17 @@ def remove_old(folder: Path, keep: int) -> None:
 # --- Reading ---
 
 
+class Reader(FileSystemReader):
+    """Reads .metadata once. DCP asks for it in each load, of which a conversion makes hundreds."""
+
+    @cached_property
+    def metadata(self) -> Metadata:
+        return super().read_metadata()
+
+    def read_metadata(self, *_, **__) -> Metadata:
+        return self.metadata
+
+
 def read_step(checkpoint: Path) -> int:
     """Returns the number of steps that a checkpoint holds."""
     step = read_json(checkpoint / "state.json").get("step")
@@ -107,15 +124,35 @@ def read_step(checkpoint: Path) -> int:
 
 
 def load_checkpoint(checkpoint: Path, state: State) -> None:
-    """Sets the tensors of `state`, in place, to what a checkpoint holds.
+    """Sets the tensors of `state`, in place, to what a checkpoint holds. All processes must call
+    it. What the other of bfloat16's two optimisers has written is converted.
 
     Raises InputError if a file is missing or was cut short, or if the checkpoint has other tensors.
     Other errors are passed on: running out of memory, for one, says nothing against a checkpoint,
     and nobody should delete it.
     """
     check_whole(checkpoint)
-    reader = FileSystemReader(checkpoint)
-    check_same_tensors(checkpoint, reader.read_metadata(), state)
+    reader = Reader(checkpoint)
+    entries = reader.metadata.state_dict_metadata
+    saved = {name: (entry.size, entry.properties.dtype) for name, entry in entries.items()}
+    ours = {name: (tensor.shape, tensor.dtype) for name, tensor in state.items()}
+    if saved == ours:
+        read(reader, state)
+    elif saved == layout(state, COMPACT) and ours == layout(state, FULL):
+        load_converted(reader, state, saved=COMPACT, ours=FULL)
+    elif saved == layout(state, FULL) and ours == layout(state, COMPACT):
+        load_converted(reader, state, saved=FULL, ours=COMPACT)
+    else:
+        names = saved.keys() | ours.keys()
+        differing = sorted(name for name in names if saved.get(name) != ours.get(name))
+        raise InputError(
+            f"{checkpoint}: is of another model or another version of this program "
+            f"({len(differing)} tensors differ, the first is {differing[0]})"
+        )
+
+
+def read(reader: Reader, state: State) -> None:
+    """Fills tensors, each of which the checkpoint has under the same name, shape and dtype."""
     with quietly():
         dcp.load(state, storage_reader=reader, no_dist=world_size() == 1)
 
@@ -134,27 +171,6 @@ def check_whole(checkpoint: Path) -> None:
             raise InputError(f"{checkpoint}: damaged ({name} has {found} bytes of {length})")
 
 
-def check_same_tensors(checkpoint: Path, metadata: Metadata, state: State) -> None:
-    """Raises InputError unless a checkpoint has the same tensors as `state`.
-
-    They differ where the optimiser does: a single process in bfloat16 has a CompactAdamW, several
-    have AdamW on float32 shards.
-    """
-    saved = {}
-    for name, entry in metadata.state_dict_metadata.items():
-        saved[name] = (tuple(entry.size), entry.properties.dtype)
-    ours = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
-    differing = sorted(
-        name for name in saved.keys() | ours.keys() if saved.get(name) != ours.get(name)
-    )
-    if differing:
-        raise InputError(
-            f"{checkpoint}: was written by another optimiser or in another precision "
-            f"({len(differing)} tensors differ, the first is {differing[0]}): go on with the same "
-            "--dtype and, in bfloat16, on one process if it was one, else on several"
-        )
-
-
 @contextmanager
 def quietly() -> Iterator[None]:
     """Raises what goes wrong inside DCP, such as an OSError of a full disk, as it was.
@@ -169,3 +185,72 @@ def quietly() -> Iterator[None]:
     except CheckpointException as error:
         failures = {number: failure for number, (failure, _) in error.failures.items()}
         raise failures.get(rank()) or next(iter(failures.values())) from None
+
+
+# --- From one optimiser to the other ---
+
+# What AdamW on float32 weights or shards keeps of each weight, and what CompactAdamW keeps.
+FULL = dict.fromkeys(("weight", "exp_avg", "exp_avg_sq", "step"), torch.float32)
+COMPACT = dict.fromkeys(("weight", "exp_avg", "exp_avg_sq"), torch.bfloat16)
+COMPACT |= {"low": torch.int8, "step": torch.float32}
+
+
+def names_of(weight: str, dtypes: Dtypes) -> dict[str, str]:
+    """Returns the names in a state of what an optimiser keeps of a weight, by key."""
+    names = {key: f"optimizer.{weight}.{key}" for key in dtypes}
+    return names | {"weight": f"weights.{weight}"}
+
+
+def weights_of(state: State) -> list[str]:
+    """Returns the names of the weights in a state."""
+    return [name.removeprefix("weights.") for name in state if name.startswith("weights.")]
+
+
+def layout(state: State, dtypes: Dtypes) -> Layout:
+    """Returns what an optimiser, FULL or COMPACT, keeps of the weights in `state`."""
+    found = {}
+    for weight in weights_of(state):
+        shape = state[f"weights.{weight}"].shape
+        for key, name in names_of(weight, dtypes).items():
+            found[name] = (torch.Size() if key == "step" else shape, dtypes[key])
+    return found
+
+
+def load_converted(reader: Reader, state: State, saved: Dtypes, ours: Dtypes) -> None:
+    """Sets the tensors of `state`, whose dtypes are `ours`, to what the other optimiser has saved.
+
+    One weight after the other, so that no more than one is there twice.
+    """
+    for weight in weights_of(state):
+        target = {key: state[name] for key, name in names_of(weight, ours).items()}
+        # 1. What was saved, on the devices and in the shards that our tensors have.
+        source = {}
+        for key, dtype in saved.items():
+            like = target.get(key, target["weight"])  # we may have no "low"
+            source[key] = torch.empty_like(like, dtype=dtype)
+        read(reader, {name: source[key] for key, name in names_of(weight, saved).items()})
+        # 2. No element needs another one: each process converts its own shards.
+        convert(
+            {key: own_part(tensor) for key, tensor in source.items()},
+            {key: own_part(tensor) for key, tensor in target.items()},
+        )
+
+
+def convert(source: State, target: State) -> None:
+    """Sets what one optimiser keeps of a weight to what the other one kept.
+
+    Float32 takes all of the compact bits. The other way everything is rounded to the nearest, the
+    second moment too: what is rounded once, and not at each step, does not drift.
+    """
+    if "low" in source:
+        tensors = target["weight"], source["weight"], source["low"]
+        for master, high, low in zip(*map(chunks, tensors)):
+            master.copy_(join(high, low))
+    else:
+        tensors = source["weight"], target["weight"], target["low"]
+        for master, high, low in zip(*map(chunks, tensors)):
+            nearest_high, nearest_low = split(master, 0x80)
+            high.copy_(nearest_high)
+            low.copy_(nearest_low)
+    for key in ("exp_avg", "exp_avg_sq", "step"):
+        target[key].copy_(source[key])
