@@ -1,12 +1,18 @@
 """The compact optimiser beside AdamW in float32: the micro recipe under both, over some seeds.
 
     python micro/compact.py --seeds 0 1 2      # half an hour a seed on one core; can be resumed
-    python micro/compact.py --summary          # the table again, without running anything
+    python micro/compact.py --summary          # the tables again, without running anything
 
-Nothing is simulated: with --dtype bfloat16 sft.py and grpo.py hold bfloat16 weights alone, forward,
-backward and sampling compute with them, and CompactAdamW updates them. (On a processor without
-bfloat16 instructions that is slow.) All models are then evaluated greedily, 500 questions a cell,
-in float32; the compact ones also in bfloat16, as a GPU would run them.
+Three ways to train, told apart by where bfloat16 comes in:
+
+    float32              nowhere: AdamW on float32 weights
+    compact, in float32  in the weights, gradients and moments that CompactAdamW keeps; but forward,
+                         backward and sampling compute with these weights in float32
+    compact              everywhere, as on a GPU: sft.py and grpo.py with --dtype bfloat16 (slow on
+                         a processor without bfloat16 instructions)
+
+All models are then evaluated greedily in float32, 500 questions a cell, and the last also in
+bfloat16.
 """
 
 import argparse
@@ -14,40 +20,98 @@ import json
 import sys
 from pathlib import Path
 from statistics import fmean, stdev
+from types import ModuleType
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import torch
+from torch import Tensor, nn
+
+import grpo
+import sft
 from hub.options import MICRO_BASE
-from micro.reproduce import Table, measure, run
+from micro.reproduce import Table, measure
+from training.compact import CompactAdamW
 from training.journal import read_records
+from training.optimizer import make_optimizer, trained_weights
+from training.options import TrainOptions
 
 COLUMNS = ("A text", "A image", "L text", "L image", "reading")
 STAGES = {"SFT": "sft", "SFT + GRPO": "grpo"}
-DTYPES = {"float32": "float32", "compact": "bfloat16"}  # of training, by optimiser
-SPANS = {
+# The way to train -> the name of its folder, --dtype.
+WAYS = {
+    "float32": ("float32", "float32"),
+    "compact, in float32": ("compact-in-float32", "float32"),
+    "compact": ("compact", "bfloat16"),
+}
+SPANS = {  # of steps, first and last included
     "SFT": ("loss", (1, 10), (11, 20), (41, 80)),
     "SFT + GRPO": ("reward", (1, 20), (21, 60), (161, 200)),
 }
 
 
+class InFloat32(CompactAdamW):
+    """CompactAdamW for a float32 model: it holds bfloat16 weights of its own, and the model is
+    shown their values. Such a run keeps no optimiser state in its checkpoint."""
+
+    def __init__(self, model: nn.Module, options: TrainOptions):
+        self.shown = list(trained_weights(model).values())
+        super().__init__(
+            [nn.Parameter(weight.detach().to(torch.bfloat16)) for weight in self.shown],
+            lr=options.learning_rate,
+            betas=(options.beta1, options.beta2),
+            weight_decay=options.weight_decay,
+            seed=options.seed,
+        )
+        self.show()
+
+    @torch.no_grad()
+    def show(self) -> None:
+        for shown, (_, weight, _) in zip(self.shown, self.weights()):
+            shown.copy_(weight)
+
+    def clip(self, max_norm: float) -> Tensor:
+        """Takes the model's gradients, in bfloat16. Returns their norm."""
+        for shown, (_, weight, _) in zip(self.shown, self.weights()):
+            weight.grad = None if shown.grad is None else shown.grad.to(torch.bfloat16)
+        return super().clip(max_norm)
+
+    def step(self) -> None:
+        super().step()
+        self.show()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        for shown in self.shown:
+            shown.grad = None
+
+
+def train(stage: ModuleType, way: str, start: Path, out: Path, seed: int) -> Path:
+    """Runs sft.py or grpo.py. Returns the folder of the model that it makes."""
+    stage.make_optimizer = InFloat32 if way == "compact, in float32" else make_optimizer
+    arguments = f"--device cpu --dtype {WAYS[way][1]} --seed {seed} --overwrite --save-every 0"
+    stage.main(["--model", str(start), "--out", str(out), *arguments.split()])
+    return out / "model"
+
+
 def run_seed(seed: int, out: Path) -> None:
-    """Runs both stages under both optimisers, and writes OUT/table.json."""
+    """Runs both stages in each way, and writes OUT/table.json."""
     table: Table = {}
-    for name, dtype in DTYPES.items():
-        sft, grpo = out / name / "sft", out / name / "grpo"
-        options = {"seed": seed, "dtype": dtype, "device": "cpu", "overwrite": True}
-        run("sft.py", model=MICRO_BASE, out=sft, **options)
-        run("grpo.py", model=sft / "model", out=grpo, **options)
-        for stage, folder in STAGES.items():
-            model = out / name / folder / "model"
-            table[f"{stage}, {name}"] = measure(model, dtype="float32")
-            if name == "compact":
-                table[f"{stage}, {name}, run in bfloat16"] = measure(model, dtype="bfloat16")
+    for way, (folder, _) in WAYS.items():
+        model = MICRO_BASE
+        for stage, module in {"SFT": sft, "SFT + GRPO": grpo}.items():
+            model = train(module, way, model, out / folder / STAGES[stage], seed)
+            table[f"{stage}, {way}"] = measure(model, dtype="float32")
+            if way == "compact":
+                table[f"{stage}, {way}, run in bfloat16"] = measure(model, dtype="bfloat16")
     (out / "table.json").write_text(json.dumps(table, indent=1) + "\n")
 
 
+# --- The tables -----------------------------------------------------------------------------------
+
+
 def curve(metrics: Path, key: str, spans: list[tuple[int, int]]) -> list[float]:
-    """Returns the means of a metric over spans of steps, first and last included."""
+    """Returns the means of a metric over spans of steps."""
     values = [record[key] for record, _ in read_records(metrics, ("step", key))]
     return [fmean(values[first - 1 : last]) for first, last in spans]
 
@@ -68,7 +132,7 @@ def print_header(*cells: str) -> None:
 
 
 def summary(out: Path, seeds: list[int]) -> None:
-    """Prints two tables for docs/results.md: accuracy at the end, and the curves until there."""
+    """Prints the tables of docs/results.md: accuracy at the end, and the curves until there."""
     folders = [out / str(seed) for seed in seeds]
     tables = [json.loads((folder / "table.json").read_text()) for folder in folders]
 
@@ -78,19 +142,21 @@ def summary(out: Path, seeds: list[int]) -> None:
     for name in tables[0]:
         percent[name] = [[100 * table[name][c]["accuracy"] for table in tables] for c in COLUMNS]
         print_line(name, *(cell(values, 1) for values in percent[name]))
-    # Both optimisers of a seed see the same batches, so their difference is taken seed by seed.
+    # All ways of a seed see the same batches, so differences are taken seed by seed.
     for stage in STAGES:
-        pairs = zip(percent[f"{stage}, compact"], percent[f"{stage}, float32"])
-        differences = [[a - b for a, b in zip(*pair)] for pair in pairs]
-        print_line(f"{stage}: compact - float32", *(cell(values, 1) for values in differences))
+        for way in list(WAYS)[1:]:
+            pairs = zip(percent[f"{stage}, {way}"], percent[f"{stage}, float32"])
+            differences = [[a - b for a, b in zip(*pair)] for pair in pairs]
+            name = f"{stage}: {way} - float32"
+            print_line(name, *(cell(values, 1) for values in differences))
 
     for stage, (key, *spans) in SPANS.items():
         print(f"\n{key} of {stage}\n")
         print_header("", *(f"steps {first} to {last}" for first, last in spans))
-        for name in DTYPES:
+        for way, (name, _) in WAYS.items():
             path = Path(name) / STAGES[stage] / "metrics.jsonl"
             curves = [curve(folder / path, key, spans) for folder in folders]
-            print_line(name, *(cell(list(values), 4) for values in zip(*curves)))
+            print_line(way, *(cell(list(values), 4) for values in zip(*curves)))
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from micro import compact, conversations, med, pretrain, reproduce, study, why, 
 from model import Qwen2_5_VL
 from sample import Sampler
 from tools import distill
+from training.optimizer import make_optimizer, optimizer_step
 
 
 @pytest.fixture(scope="module")
@@ -355,14 +356,19 @@ def test_med_runs_end_to_end(tmp_path, monkeypatch, capfd):
 
 
 def test_the_summary_compares_the_optimisers_seed_by_seed(tmp_path, capsys):
-    reached = {"float32": (0.90, 0.80), "compact": (0.92, 0.83)}  # of seed 0 and 1, in every cell
+    reached = {  # of seed 0 and 1, in every cell
+        "float32": (0.90, 0.80),
+        "compact, in float32": (0.90, 0.80),
+        "compact": (0.92, 0.83),
+    }
     for seed in (0, 1):
         accuracies = {}
         for name, values in reached.items():
             for stage, folder in compact.STAGES.items():
                 cells = {column: {"accuracy": values[seed]} for column in compact.COLUMNS}
                 accuracies[f"{stage}, {name}"] = cells
-                metrics = tmp_path / str(seed) / name / folder / "metrics.jsonl"
+                way = compact.WAYS[name][0]
+                metrics = tmp_path / str(seed) / way / folder / "metrics.jsonl"
                 metrics.parent.mkdir(parents=True)
                 records = [{"step": i, "loss": i + seed, "reward": i} for i in range(1, 201)]
                 metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -374,3 +380,23 @@ def test_the_summary_compares_the_optimisers_seed_by_seed(tmp_path, capsys):
     assert "| SFT: compact - float32 | " + " | ".join(["2.5 +- 0.5"] * 5) + " |" in printed
     assert "| compact | 6.0000 +- 0.5000 | 16.0000 +- 0.5000 | 61.0000 +- 0.5000 |" in printed
     assert "| float32 | 10.5000 +- 0.0000 | 40.5000 +- 0.0000 | 180.5000 +- 0.0000 |" in printed
+
+
+def test_in_float32_the_model_is_shown_what_the_compact_optimiser_holds():
+    options = sft.SFTOptions(learning_rate=0.01, seed=3)
+    shown, plain = torch.nn.Linear(30, 20), torch.nn.Linear(30, 20)
+    plain.load_state_dict(shown.state_dict())
+    plain.to(torch.bfloat16)
+    beside = compact.InFloat32(shown, options)
+    alone = make_optimizer(plain, options)
+    for step in range(4):
+        generator = torch.Generator().manual_seed(step)
+        for a, b in zip(shown.parameters(), plain.parameters()):
+            assert torch.equal(a, b.float())
+            a.grad = torch.randn(a.shape, generator=generator)
+            b.grad = a.grad.to(torch.bfloat16)
+        norms = [
+            optimizer_step(model, o, 0.01, 1.0) for model, o in ((shown, beside), (plain, alone))
+        ]
+        assert norms[0] == norms[1] and shown.weight.grad is None
+    assert torch.equal(shown.weight, plain.weight.float())
