@@ -231,7 +231,11 @@ class Run:
         stopped = False
         finished = self.step >= total or stop()
         bar = tqdm(
-            initial=self.step, total=total, desc=self.folder.name, unit="step", disable=not is_first()
+            initial=self.step,
+            total=total,
+            desc=self.folder.name,
+            unit="step",
+            disable=not is_first(),
         )
         with bar, sigterm_noted() as sigterm:
             while not finished and not stopped:
