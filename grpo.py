@@ -433,7 +433,8 @@ def train_on_ranks(options: GRPOOptions, run: Run) -> None:
         metrics["train_seconds"] = run.seconds() - metrics["rollout_seconds"]
         run.finish_step(metrics | validation.after_step(run), samples)
     if converged() and is_first():
-        print(f"stopped after step {run.step}: the reward has converged", file=sys.stderr)
+        risen = f"the reward has not risen by {options.stop_gain} in {options.stop_window} steps"
+        print(f"stopped after step {run.step}: {risen}", file=sys.stderr)
 
 
 def main(argv: list[str]) -> None:

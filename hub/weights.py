@@ -157,6 +157,7 @@ def write_model(
     new_weights = folder / "model.safetensors.tmp"
     new_config.write_text(json.dumps(raw, indent=2) + "\n")
     save_file(stored, new_weights, metadata={"format": "pt"})
+    new_weights.chmod(new_config.stat().st_mode)  # others may read the one as the other
     put_in_place(new_weights, folder / "model.safetensors")
     put_in_place(new_config, folder / "config.json")
     # An index of shards that stood here before would be read in preference.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -158,6 +159,16 @@ def test_all_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     before = {name.removesuffix(".tmp") for name in happened[:renamed]}
     assert before >= {"__0_0.distcp", ".metadata", "state.json", "step-000001", tmp_path.name}
     assert happened[renamed + 1 :] == ["checkpoint"]
+
+
+def test_metadata_of_other_bytes_is_called_damaged(tmp_path):
+    save_checkpoint(tmp_path, 1, numbers(), keep=1)
+    [path] = find_checkpoints(tmp_path)
+    length = len((path / ".metadata").read_bytes())
+    for seed in range(20):
+        (path / ".metadata").write_bytes(random.Random(seed).randbytes(length))
+        with pytest.raises(InputError, match=r"damaged \(.metadata"):
+            load_checkpoint(path, numbers(2))
 
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "state.json"])

@@ -290,7 +290,9 @@ def test_plan_prints_and_stops(config_only, tmp_path, capsys):
     sft.main(argv)
     printed = capsys.readouterr().out
     assert "each of 2 GPUs" in printed and "a GPU has 80.0" in printed and not out.exists()
-    sft.main([*argv, "--gpu-gib", "4"])
+    with pytest.raises(SystemExit) as ended:
+        sft.main([*argv, "--gpu-gib", "4"])
+    assert ended.value.code == 1
     printed = capsys.readouterr().out
     assert "It does not fit" in printed and f"What would help: {planning.NOTHING}." in printed
 

@@ -378,6 +378,28 @@ def test_sigterm_in_the_last_step_changes_nothing(options):
     assert Run(options(resume=True)).step == 1
 
 
+def test_keep_0_writes_no_checkpoint_and_deletes_none(options):
+    run = begun(options(save_every=1, keep=0, max_steps=2))
+    take_steps(run)
+    out = run.folder
+    assert (out / "model" / "model.safetensors").exists() and not (out / "checkpoint").exists()
+    with pytest.raises(InputError, match="holds a run"):  # its model would be lost
+        Run(options())
+    take_steps(begun(options(save_every=1, keep=2, max_steps=2, overwrite=True)))
+    take_steps(begun(options(save_every=1, keep=0, max_steps=4, resume=True)))
+    assert sorted(p.name for p in (out / "checkpoint").iterdir()) == ["step-000002"]
+
+
+def test_a_full_disk_while_saving_is_one_line(options, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    run = begun(options(max_steps=1))
+    monkeypatch.setattr(Run, "write", full)
+    with pytest.raises(InputError, match="step 1 cannot be saved .No space left on device"):
+        take_steps(run)
+
+
 def test_ctrl_c_saves_nothing_and_gives_the_signal_back(options):
     def interrupt(run: Run) -> None:
         raise KeyboardInterrupt

@@ -76,7 +76,7 @@ def describe(plan: Plan) -> str:
     if not plan.fits:
         return f"no ({text})"
     if plan.options.states_on == "host":
-        text += "*"
+        text += ", host"
     if plan.wanted_slots:
         text += f" ({plan.slots})"
     return text

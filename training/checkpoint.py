@@ -96,8 +96,8 @@ def save_checkpoint(folder: Path, step: int, state: State, keep: int) -> None:
 
 
 def remove_old(folder: Path, keep: int) -> None:
-    """Removes all checkpoints but the last `keep`."""
-    for old in find_checkpoints(folder)[keep:]:
+    """Removes all checkpoints but the last `keep`. The last one stays: --resume needs it."""
+    for old in find_checkpoints(folder)[max(1, keep) :]:
         shutil.rmtree(old)
 
 
@@ -109,7 +109,12 @@ class Reader(FileSystemReader):
 
     @cached_property
     def metadata(self) -> Metadata:
-        return super().read_metadata()
+        try:
+            return super().read_metadata()
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:  # what a pickle of other bytes may raise is anything
+            raise InputError(f"{self.path}: damaged (.metadata: {error})") from None
 
     def read_metadata(self, *_, **__) -> Metadata:
         return self.metadata

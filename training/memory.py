@@ -18,8 +18,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-# What no one has marked: activations, logits, temporaries.
-ACTIVATIONS = "activations"
+# What no one has marked: activations, logits, temporaries, layers that FSDP2 has put together.
+ACTIVATIONS = "other"
 # What lies in the host's memory. It does not count as memory of the card.
 HOST = "host"
 

@@ -49,7 +49,7 @@ class TrainOptions:
         "auto: on, but for models as small as the micro one",
         choices=("auto", "on", "off"),
     )
-    plan: bool = option(False, "say what a step takes of each GPU, and stop")
+    plan: bool = option(False, "say what a step takes of each GPU (in a minute or a few), and stop")
     gpus: int | None = option(None, "--plan: of so many; None: as many as torchrun starts", low=1)
     gpu_gib: float | None = option(
         None, "memory of a GPU in GiB; None: that of this machine's, or 80", low=1.0

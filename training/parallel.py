@@ -94,18 +94,20 @@ def processes(device: torch.device) -> Iterator[None]:
             raise
         what = "lost another process of this run; --resume goes on from the last checkpoint"
         raise InputError(what) from None
-    # Not where this rank alone has failed: it is a collective of NCCL's, and would wait for ever.
+    # Only after a success. After a failure of this rank alone the others are not here, and NCCL
+    # would wait for them.
     dist.destroy_process_group()
 
 
 def lost_another(error: RuntimeError) -> bool:
     """Returns whether a collective has failed since another process has ended."""
+    # gloo raises a plain RuntimeError, with what the operating system has said of the connection.
     signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
     return isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
 
 
 def barrier() -> None:
-    """Waits until all ranks are here."""
+    """Waits until all ranks are here, by gloo: no GPU is involved."""
     total([0.0])
 
 
@@ -136,8 +138,8 @@ def exchange(mine: dict) -> dict:
 
 
 def deal(items: Sequence, idle: object) -> list:
-    """Returns this rank's share of the items: every world_size-th, and `idle` where it has fewer
-    than others, so that all ranks have equally many."""
+    """Returns this rank's share of the items (packs): every world_size-th, and `idle` in place of
+    one where it has fewer than others, so that all ranks have equally many."""
     mine = list(items[rank() :: world_size()])
     most = -(-len(items) // world_size())
     return mine + [idle] * (most - len(mine))

@@ -11,6 +11,7 @@ what the card says of itself.
 """
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -37,7 +38,7 @@ GIB = 2**30
 # the gaps that the allocator leaves. A guess, which no GPU has confirmed yet.
 RESERVE = 4 * GIB
 DEFAULT_GIB = 80  # of a GPU that is not there
-NOTHING = "nothing that was tried, up to 8 GPUs"
+NOTHING = "none of 2, 4 or 8 GPUs, --states-on host, and shorter packs"
 
 Rehearse = Callable[[TrainOptions, Rehearsal], None]  # sft.rehearse, grpo.rehearse
 
@@ -84,9 +85,10 @@ class Plan:
     def verdict(self) -> str:
         """Returns what is needed, and what is there, as a sentence without its end."""
         needed = self.needed(self.fullest_phase) / GIB
+        single = " with a single slot" if self.fullest_phase == ROLLOUT else ""
         return (
-            f"{self.fullest_phase} needs {needed:.1f} GiB, and {RESERVE // GIB} more are set aside "
-            f"for CUDA, NCCL and gaps; a GPU has {self.gpu_bytes / GIB:.1f}"
+            f"{self.fullest_phase} needs {needed:.1f} GiB{single}, and {RESERVE // GIB} more are "
+            f"set aside for CUDA, NCCL and gaps; a GPU has {self.gpu_bytes / GIB:.1f}"
         )
 
 
@@ -215,12 +217,17 @@ def describe(plan: Plan) -> str:
             f"{plan.wanted_slots} are of use."
         )
     if plan.num_gpus == 1 and options.dtype == "bfloat16":
-        lines.append(f"The optimiser's states are on the {options.states_on} (--states-on).")
+        lines.append(
+            f"The optimiser's states are on the {options.states_on} (--states-on; auto is the "
+            "device where they fit, which is faster)."
+        )
     lines += [
         f"Host: {on_host:.1f} GiB for each process, and {saving:.1f} for the first one while it "
         "saves model/.",
-        f"Disk: {checkpoint:.1f} GB for a checkpoint (--keep {options.keep}, and the next one), "
-        f"{saved:.1f} GB for model/ (twice, while it is replaced).",
+        f"Disk: {(options.keep + 1) * checkpoint + 2 * saved:.1f} GB: a checkpoint has "
+        f"{checkpoint:.1f} (--keep {options.keep}, and the next one), model/ {saved:.1f} (twice, "
+        "while it is replaced).",
+        "other: activations, logits, temporary tensors, and layers while they are put together.",
         f"Assumed: {options.dtype}; {'; '.join(rehearsal.assumed)}.",
     ]
     return "\n".join(lines)
@@ -240,7 +247,7 @@ def memory_of_gpu(options: TrainOptions) -> int:
 
 
 def print_plan(options: TrainOptions, rehearse: Rehearse) -> None:
-    """Prints the plan of --plan; where it does not fit, with what would help."""
+    """Prints the plan of --plan; where it does not fit, with what would help, and exit code 1."""
     if not is_first():
         return
     num_gpus = options.gpus or world_size()
@@ -249,6 +256,7 @@ def print_plan(options: TrainOptions, rehearse: Rehearse) -> None:
     print(describe(plan))
     if not plan.fits:
         print(f"What would help: {', or '.join(remedies(plan, rehearse)) or NOTHING}.")
+        sys.exit(1)
 
 
 def settle(options: TrainOptions, rehearse: Rehearse) -> TrainOptions:

@@ -234,7 +234,9 @@ class Rehearsal:
 
     def rows(self, tokens: int) -> list[Row]:
         """Returns rows that fill two packs of so many tokens on each rank: gradients add up."""
-        self.assumed.append(f"packs of {tokens:,} tokens, every one of them scored")
+        self.assumed.append(
+            f"packs of {tokens:,} tokens (--pack-tokens, or the longest row), all of them scored"
+        )
         with unset_fake_temporarily():  # the host's data is real
             row = make_row([0] * tokens, [True] * tokens)
         return [row] * (2 * parallel.world_size())

@@ -126,7 +126,12 @@ class Run:
             self.check_disk(model, state)
         # 2. Load before anything is changed: a checkpoint may be damaged.
         if self.options.resume:
-            checkpoint.load_checkpoint(self.find_checkpoint(), state)
+            try:
+                checkpoint.load_checkpoint(self.find_checkpoint(), state)
+            except InputError as error:
+                older = checkpoint.find_checkpoints(self.folder / "checkpoint")[1:]
+                hint = f"; without it --resume goes on from {older[0].name}" if older else ""
+                raise InputError(f"{error}{hint}") from None
         if is_first():
             self.make_folder(warmup_steps)
         barrier()
@@ -207,10 +212,10 @@ class Run:
             place = place.parent
         free = shutil.disk_usage(place).free
         if needed > free:
+            helpful = "--save-every 0, or for a new run --keep 0 (no checkpoints) or another --out"
             raise InputError(
-                f"--out {options.out}: checkpoints and models need {needed / 1e9:.1f} GB more, and "
-                f"{place} has {free / 1e9:.1f} GB free: --keep 0 (no checkpoints), --save-every 0 "
-                "or another --out would help"
+                f"--out {options.out}: checkpoints and models need {needed / 1e9:.3f} GB more, and "
+                f"{place} has {free / 1e9:.3f} GB free; what helps: {helpful}"
             )
 
     # --- The steps ---
@@ -230,6 +235,8 @@ class Run:
         stream = batches(num_items, size, options.seed, first_step=self.step)
         stopped = False
         finished = self.step >= total or stop()
+        if finished and is_first():
+            print(f"{self.folder}: all of {self.step} steps are done", file=sys.stderr)
         bar = tqdm(
             initial=self.step,
             total=total,
@@ -300,7 +307,19 @@ class Run:
     # --- Saving ---
 
     def save(self) -> None:
-        """Writes model/ and, but for --keep 0, checkpoint/. All processes must call it."""
+        """Writes model/ and, but for --keep 0, checkpoint/. All processes must call it.
+
+        Raises InputError where the disk is full or fails.
+        """
+        try:
+            self.write()
+        except OSError as error:
+            raise InputError(
+                f"{self.folder}: step {self.step} cannot be saved ({error.strerror or error}); "
+                "--resume goes on from the last checkpoint"
+            ) from None
+
+    def write(self) -> None:
         # The model first: if this is interrupted, the older checkpoint makes it again. And no
         # checkpoint is on the disk before what was logged up to it.
         self.write_model(self.folder / "model")
