@@ -18,7 +18,6 @@ same, faster, with any number of slots and in any order (tests/test_sample.py co
 Shapes: B slots, L layers, K key/value heads, D head dim, T prompt tokens, C width, V vocabulary.
 """
 
-import os
 import sys
 import time
 from collections import deque
@@ -44,6 +43,7 @@ from data.completions import (
 from hub.config import Config
 from hub.device import DEVICE_HELP, DTYPE_HELP, DTYPES, free_memory, in_gib, memory_phase, prepare
 from hub.options import MICRO_BASE, option, parse_options, run_command
+from hub.ranks import rank
 from kernels import fast_linears, sampling_step, widest_float
 from kernels.graphs import Graphs
 from model import KVCache, PromptCache, Qwen2_5_VL, prefill_memory, rope_positions, slots_that_fit
@@ -242,7 +242,7 @@ class Rollout:
                 f"sampling {length} in a single slot takes {needed}, and {there}; "
                 "what helps: a lower --max-new-tokens, shorter prompts"
             )
-        if slots < wanted and not Rollout.said and os.environ.get("RANK", "0") == "0":
+        if slots < wanted and not Rollout.said and rank() == 0:
             Rollout.said = True
             tqdm.write(f"sampling in {slots} slots of {length}: {there}", file=sys.stderr)
         return slots
