@@ -46,6 +46,7 @@ from hub.options import MICRO_BASE, option, parse_options, run_command
 from hub.ranks import rank
 from kernels import fast_linears, sampling_step, widest_float
 from kernels.graphs import Graphs
+from kernels.triton_or_none import wanted_kernels
 from model import KVCache, PromptCache, Qwen2_5_VL, prefill_memory, rope_positions, slots_that_fit
 
 PREFILL_TOKENS = 4096  # of the prompts that are run in one pass, image tokens included
@@ -414,6 +415,7 @@ class SampleOptions(SamplingParams):
 
 def load_sampler(folder: str, device: str, dtype: str, **options) -> tuple[Sampler, ImageConfig]:
     """Loads a model folder to be sampled from, and its bounds on images."""
+    wanted_kernels()  # a bad value is said before anything is sampled, or replaced
     config = Config.from_pretrained(folder)
     torch_device, torch_dtype = prepare(config, device, dtype)
     tokenizer = Tokenizer.from_pretrained(folder)

@@ -184,7 +184,7 @@ def mend_streams() -> None:
             # It takes the number of the closed one: no file of ours shall, which C code may write
             # its messages to.
             setattr(sys, name, open(os.devnull, mode))
-        elif mode == "w" and getattr(stream, "errors", None) == "strict":
+        elif mode == "w" and getattr(stream, "errors", None) in ("strict", "surrogateescape"):
             stream.reconfigure(errors="backslashreplace")
 
 

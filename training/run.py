@@ -22,6 +22,7 @@ from data.sequences import batches, num_steps
 from hub.disk import follow_links, sync
 from hub.errors import InputError, read_json
 from hub.weights import copy_side_files, weight_files, write_model
+from kernels.triton_or_none import wanted_kernels
 from model import Qwen2_5_VL
 from training import checkpoint
 from training.journal import (
@@ -62,6 +63,7 @@ class Run:
     def __init__(self, options: TrainOptions):
         """Raises InputError if the folder holds what would be lost, or what --resume cannot go on
         from: no checkpoint, or a run with other options, other data or another starting model."""
+        wanted_kernels()  # a bad value is said before anything is replaced
         self.options = options
         self.folder = Path(options.out)
         self.step = 0
