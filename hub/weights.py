@@ -142,7 +142,8 @@ def opened(path: Path) -> Iterator[safe_open]:
         with safe_open(path, framework="pt") as file:
             yield file
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
+        named = "" if path.name == "model.safetensors" else f", though {INDEX} names it"
+        raise InputError(f"{path}: no such file{named}") from None
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: not a readable safetensors file: {error}") from None
 
