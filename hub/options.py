@@ -159,7 +159,8 @@ def run_command(main: Callable[[list[str]], None]) -> None:
             raise
         traceback.print_exc()
         code = 1
-    code = flush_streams() or code
+    flushed = flush_streams()
+    code = code or flushed
     # One of several that were connected ends at once, without Python's clean-up: threads of
     # torch.distributed that are still there then abort it now and then (gloo, torch 2.13: 2 of 25
     # runs of three processes), after all was done.
