@@ -37,12 +37,13 @@ from data import (
     make_prompt,
 )
 from hub.device import DEVICE_HELP, DTYPE_HELP, DTYPES, memory_phase
+from hub.disk import follow_links
 from hub.errors import InputError
 from hub.options import MICRO_BASE, MICRO_DATA, option, parse_options, run_command
 from hub.weights import weight_files
 from rewards import accuracy_reward, extract_answer, is_equivalent
 from sample import Completion, Sampler, SamplingParams, load_sampler
-from training.record_file import RecordFile, when_all_are_there
+from training.record_file import RecordFile, out_file, when_all_are_there
 
 MICRO_TESTS = ("test_text", "test_image", "test_text_other", "test_image_other")
 MICRO_FILES = [str(MICRO_DATA / f"{name}.jsonl") for name in MICRO_TESTS]
@@ -290,7 +291,7 @@ def check_options(options: EvaluateOptions) -> None:
     for path in options.data:  # said before a model is loaded
         if not Path(path).exists():
             raise InputError(f"{path}: cannot be read (No such file or directory)")
-        if options.out and Path(options.out).resolve() == Path(path).resolve():
+        if options.out and out_file(options.out) == follow_links(path):
             raise InputError(f"--out {options.out} is one of the question files")
     if options.resume and not options.out:
         raise InputError("--resume needs the --out to go on with")

@@ -18,7 +18,6 @@ same, faster, with any number of slots and in any order (tests/test_sample.py co
 Shapes: B slots, L layers, K key/value heads, D head dim, T prompt tokens, C width, V vocabulary.
 """
 
-import os
 import sys
 import time
 from collections import deque
@@ -44,8 +43,10 @@ from data.completions import (
 from hub.config import Config
 from hub.device import DEVICE_HELP, DTYPE_HELP, DTYPES, free_memory, in_gib, memory_phase, prepare
 from hub.options import MICRO_BASE, option, parse_options, run_command
+from hub.ranks import rank
 from kernels import fast_linears, sampling_step, widest_float
 from kernels.graphs import Graphs
+from kernels.triton_or_none import wanted_kernels
 from model import KVCache, PromptCache, Qwen2_5_VL, prefill_memory, rope_positions, slots_that_fit
 
 PREFILL_TOKENS = 4096  # of the prompts that are run in one pass, image tokens included
@@ -242,7 +243,7 @@ class Rollout:
                 f"sampling {length} in a single slot takes {needed}, and {there}; "
                 "what helps: a lower --max-new-tokens, shorter prompts"
             )
-        if slots < wanted and not Rollout.said and os.environ.get("RANK", "0") == "0":
+        if slots < wanted and not Rollout.said and rank() == 0:
             Rollout.said = True
             tqdm.write(f"sampling in {slots} slots of {length}: {there}", file=sys.stderr)
         return slots
@@ -414,6 +415,7 @@ class SampleOptions(SamplingParams):
 
 def load_sampler(folder: str, device: str, dtype: str, **options) -> tuple[Sampler, ImageConfig]:
     """Loads a model folder to be sampled from, and its bounds on images."""
+    wanted_kernels()  # a bad value is said before anything is sampled, or replaced
     config = Config.from_pretrained(folder)
     torch_device, torch_dtype = prepare(config, device, dtype)
     tokenizer = Tokenizer.from_pretrained(folder)

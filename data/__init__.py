@@ -1,7 +1,8 @@
 """Everything between a file on disk and the tensors of the model.
 
 tokenizer (and chat template), images, prompts, sequences (packs), completions (what is sampled);
-and, aside from the reading path, datasets (readers) and schemas (published forms of records).
+and, aside from the reading path, datasets (readers), schemas (published forms of records) and uris
+(of images).
 """
 
 # ruff: noqa: F401

@@ -4,7 +4,6 @@ An image is resized to a multiple of 28 pixels in both directions, normalised, a
 of 14 x 14 pixels. Four patches, a cell of 2 x 2, become one token of the decoder.
 """
 
-import base64
 import io
 import math
 from dataclasses import dataclass
@@ -15,7 +14,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from hub.config import MERGE, PATCH, PATCH_DIM, TEMPORAL, Grid
+from data.uris import follow_uri, is_uri
+from hub.config import MERGE, PATCH, PATCH_DIM, TEMPORAL, Grid, find
 from hub.errors import InputError, read_json
 
 # Not all that PIL knows: for EPS, one, it runs another program on the file.
@@ -23,7 +23,21 @@ IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
-# A path or a data URI, a path, a file's bytes, or pixels.
+# What a folder may say of its images, since nothing else is done to them.
+FIXED = {
+    "patch_size": PATCH,
+    "merge_size": MERGE,
+    "temporal_patch_size": TEMPORAL,
+    "image_mean": list(IMAGE_MEAN),
+    "image_std": list(IMAGE_STD),
+    "do_resize": True,
+    "do_rescale": True,
+    "do_normalize": True,
+    "rescale_factor": 1 / 255,
+    "resample": Image.Resampling.BICUBIC,
+}
+
+# A path or a URI (data:, file:), a path, a file's bytes, or pixels.
 ImageSource = str | Path | bytes | Image.Image
 
 
@@ -35,10 +49,13 @@ def load_image(source: ImageSource) -> Image.Image:
     and for shapes that the model does not take.
     """
     name = str(source) if isinstance(source, str | Path) else "image"
+    if len(name) > 400:
+        name = f"{name[:80]}..."
     try:
-        if name.startswith("data:"):
-            name = "data URI"
-            source = base64.b64decode(source.split(";base64,")[-1], validate=True)
+        if isinstance(source, str) and is_uri(source):
+            if name[:5].lower() == "data:":
+                name = "data URI"
+            source = follow_uri(source)
         if isinstance(source, bytes):
             source = io.BytesIO(source)
         image = source
@@ -97,28 +114,31 @@ class ImageConfig:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "ImageConfig":
-        """Reads preprocessor_config.json, or what transformers 5 writes in its place.
+        """Reads the `image_processor` of processor_config.json, as transformers 5 writes it, or
+        preprocessor_config.json, where there is none. (transformers has the same order.)
 
         The bounds stand there under their older or newer names. Raises InputError for a file that
         lacks them, and for images that are to be cut or normalised otherwise than here.
         """
-        path = Path(folder) / "preprocessor_config.json"
-        newer = Path(folder) / "processor_config.json"
-        if newer.exists() and not path.exists():
-            path = newer
-        raw = read_json(path)
-        raw = raw.get("image_processor", raw)
-        fixed = {"patch_size": PATCH, "merge_size": MERGE, "temporal_patch_size": TEMPORAL}
-        fixed |= {"image_mean": list(IMAGE_MEAN), "image_std": list(IMAGE_STD)}
-        for key, value in fixed.items():
-            if raw.get(key, value) != value:
+        path = Path(folder) / "processor_config.json"
+        raw = read_json(path).get("image_processor") if path.exists() else None
+        if raw is None:
+            path = Path(folder) / "preprocessor_config.json"
+            raw = read_json(path)
+        if not isinstance(raw, dict):
+            raise InputError(f"{path}: image_processor is not a JSON object")
+        for key, value in FIXED.items():
+            if raw.get(key) not in (None, value):
                 raise InputError(f"{path}: {key} {raw[key]} is not supported (only {value})")
-        size = raw.get("size") or {}
-        low = raw.get("min_pixels") or size.get("shortest_edge")
-        high = raw.get("max_pixels") or size.get("longest_edge")
-        if not low or not high:
-            raise InputError(f"{path}: field 'min_pixels' or 'max_pixels' is missing")
-        return cls(low, high)
+        bounds = []
+        for key, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+            bound = raw.get(key) or find(raw, f"size.{edge}")
+            if bound is None:
+                raise InputError(f"{path}: field 'min_pixels' or 'max_pixels' is missing")
+            if not isinstance(bound, int) or bound < 1:
+                raise InputError(f"{path}: {key} must be a whole number above 0, not {bound!r}")
+            bounds.append(bound)
+        return cls(*bounds)
 
 
 def image_grid(image: Image.Image, config: ImageConfig = ImageConfig()) -> Grid:

@@ -18,6 +18,7 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import NamedTuple
 
+from data.uris import is_uri
 from hub.errors import InputError
 
 PLAIN_FIELDS = (
@@ -164,7 +165,7 @@ def read_images(record: dict, where: str, folder: Path) -> list[str | Path | byt
                 one = one.get("bytes") or one.get("path")
             if is_empty(one):
                 continue
-            if isinstance(one, bytes) or isinstance(one, str) and one.startswith("data:"):
+            if isinstance(one, bytes) or isinstance(one, str) and is_uri(one):
                 images.append(one)
             elif isinstance(one, str) and len(one) < 4096:
                 images.append(folder / one)

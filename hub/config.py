@@ -82,9 +82,11 @@ class Config:
         kind = raw.get("model_type")
         if kind not in ("qwen2_5_vl", "qwen2"):
             raise InputError(f"{name}: model_type {kind!r} is not supported (qwen2_5_vl or qwen2)")
-        if "quantization_config" in raw:
-            raise InputError(f"{name}: quantised weights are not supported (quantization_config)")
         flat = flatten(raw)
+        quantised = flat.get("quantization_config") or flat.get("compression_config")
+        if quantised:
+            method = find(flat, "quantization_config.quant_method") or "quantization_config"
+            raise quantised_weights(name, method)
         for field, values in SUPPORTED.items():
             value = find(flat, field)
             if value is not None and value not in values:
@@ -175,6 +177,14 @@ def flatten(raw: dict) -> dict:
     if isinstance(flat.get("eos_token_id"), list):
         flat["eos_token_id"] = flat["eos_token_id"][0]
     return flat
+
+
+def quantised_weights(name: str, kind: str) -> InputError:
+    """Returns the complaint about a folder whose weights were quantised: what it is, what to do."""
+    return InputError(
+        f"{name}: quantised weights ({kind}) are not supported: take the model that they were "
+        "made from, or save them dequantised, in bfloat16"
+    )
 
 
 def find(raw: dict, place: str):

@@ -13,6 +13,12 @@ def sync(path: str | Path) -> None:
         os.close(descriptor)
 
 
+def follow_links(path: str | Path) -> Path:
+    """Returns the file or folder that a path means, behind symbolic links, whether it is there or
+    not. What is written as --out is written there: a link stays a link."""
+    return Path(os.path.realpath(path))
+
+
 def put_in_place(new: Path, final: Path) -> None:
     """Gives the file or folder `new` the name `final`, at once: a reader sees the old or the new.
 

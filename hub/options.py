@@ -19,11 +19,13 @@ import time
 import traceback
 import types
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from hub.errors import InputError
+from hub.ranks import rank, world_size
 
 ROOT = Path(__file__).resolve().parent.parent
 MICRO_BASE = ROOT / "micro" / "base"
@@ -133,21 +135,19 @@ def run_command(main: Callable[[list[str]], None]) -> None:
     way; kernels/ raises one for an environment variable with a bad value. Ctrl-C is exit code 130.
     Any other exception is a bug of ours and keeps its traceback.
     """
-    code = 0
+    mend_streams()
+    number, count, code = 0, 1, 0
     try:
+        number, count = rank(), world_size()
         main(sys.argv[1:])
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # The reader of `... | head` has seen enough. Python would complain once more at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader of `... | head` has seen enough
         code = 1
     except (InputError, OSError, SafetensorError) as error:
         # Of several processes that refuse the same, one shall say so: the others wait, and torchrun
         # ends them as soon as the first has ended.
-        if int(os.environ.get("RANK", 0)) > 0:
+        if number > 0:
             time.sleep(2)
-        line = " ".join(str(error).split())
-        print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
+        complain(error)
         code = 2
     except KeyboardInterrupt:
         code = 130
@@ -155,22 +155,52 @@ def run_command(main: Callable[[list[str]], None]) -> None:
         code = error.code or 0
     except BaseException:
         # One of several processes must not wait for the others at its end.
-        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        if count == 1:
             raise
         traceback.print_exc()
         code = 1
-    leave(code)
-
-
-def leave(code: int) -> None:
-    """Ends the process.
-
-    One of several that were connected ends at once, without Python's clean-up: threads of
-    torch.distributed that are still there then abort it now and then (gloo, torch 2.13: 2 of 25
-    runs of three processes), after all was done.
-    """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
+    flushed = flush_streams()
+    code = code or flushed
+    # One of several that were connected ends at once, without Python's clean-up: threads of
+    # torch.distributed that are still there then abort it now and then (gloo, torch 2.13: 2 of 25
+    # runs of three processes), after all was done.
+    if count > 1:
         os._exit(code)
     sys.exit(code)
+
+
+def complain(error: Exception) -> None:
+    """Says in one line on stderr what is wrong. Where nobody can hear it, the exit code tells."""
+    line = " ".join(str(error).split())
+    with suppress(OSError):
+        print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
+
+
+def mend_streams() -> None:
+    """A standard stream that is closed is one to nowhere, not an error; and a character that the
+    terminal's encoding lacks is printed as its number, as in \\u4e2d."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            # It takes the number of the closed one: no file of ours shall, which C code may write
+            # its messages to.
+            setattr(sys, name, open(os.devnull, mode))
+        elif mode == "w" and getattr(stream, "errors", None) in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def flush_streams() -> int:
+    """Writes out what stdout and stderr still hold. Returns an exit code, which is 0 if that went
+    well, 1 if the reader has gone, and 2 for what else can go wrong, as on a full disk."""
+    code = 0
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError as error:
+            # Python would try once more at its end, and complain.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            code = 1
+            if not isinstance(error, BrokenPipeError):
+                complain(error)
+                code = 2
+    return code

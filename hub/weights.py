@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hub.config import Config
+from hub.config import Config, quantised_weights
 from hub.disk import put_in_place
 from hub.errors import InputError, read_json
 
@@ -22,13 +23,27 @@ SIDE_FILES = (
     "vocab.json",
     "merges.txt",
     "preprocessor_config.json",
-    "processor_config.json",  # what transformers 5 writes in its place
+    "video_preprocessor_config.json",
+    "processor_config.json",  # what transformers 5 writes in place of both
     "generation_config.json",
     "chat_template.json",
     "chat_template.jinja",
 )
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+INDEX = "model.safetensors.index.json"
+# Weights in any other dtype (safetensors' names) have been quantised.
+STORED_DTYPES = ("F64", "F32", "F16", "BF16")
+# What quantisers put in place of a weight or beside it, by the last part of its name.
+QUANTISERS = {
+    "qweight": "AWQ or GPTQ",
+    "qzeros": "AWQ or GPTQ",
+    "SCB": "bitsandbytes, 8 bits",
+    "absmax": "bitsandbytes, 4 bits",
+    "weight_packed": "compressed-tensors",
+}
+# What older versions saved although it is computed: tables of the rotary embedding.
+BUFFERS = ("inv_freq", "original_inv_freq", "cos_cached", "sin_cached")
 
 
 def copy_side_files(source: str | Path, folder: str | Path) -> None:
@@ -52,19 +67,24 @@ def read_weights(
     device will do). `place(name, tensor)` gets each as it was read, on the host, and returns what
     is to be kept of it: on which device, in which precision, how much. So the host never holds more
     than what `place` keeps there. Raises one InputError that lists whatever is missing, unexpected,
-    misshapen, or not finite.
+    there twice, misshapen, or not finite; and another one for quantised weights.
     """
+    index = read_index(folder)
+    files = weight_files(folder)
+    check_not_quantised(files, index)
     # A model whose head is its embedding has no tensor for the head, but some re-saves write one.
     tied = HEAD not in expected
     allowed = expected | {HEAD: expected[EMBEDDING]} if tied else expected
 
     # 1. Take what is there, file by file.
-    state, twins, seen, problems = {}, {}, set(), []
-    for path in weight_files(folder):
-        for key, tensor in read_tensors(path):
+    state, twins, seen, problems = {}, {}, {}, []
+    for path in files:
+        for key, tensor in read_tensors(path, index):
             name = published_name(key)
-            seen.add(name)
             problem = find_problem(key, tensor, allowed.get(name))
+            if name in seen:
+                problem = f"{key} is {seen[name]} once more"
+            seen[name] = key
             if problem is not None:
                 problems.append(f"{path.name}: {problem}")
                 continue
@@ -73,7 +93,11 @@ def read_weights(
             if name in expected:
                 state[name] = place(name, tensor)
 
-    # 2. What is not there?
+    # 2. What is not there, though the index says so, or the model needs it?
+    for key, file in (index or {}).items():
+        if not is_buffer(key) and published_name(key) not in seen:
+            problems.append(f"{file}: missing {key}, which {INDEX} assigns to it")
+            seen[published_name(key)] = key
     problems += [f"missing {name}" for name in expected if name not in seen]
 
     # 3. A tied head that was written all the same must be the embedding.
@@ -88,29 +112,76 @@ def read_weights(
     return state
 
 
+def read_index(folder: Path) -> dict[str, str] | None:
+    """Returns which file has which tensor, by the folder's index; None where there is no index.
+
+    The index decides: a tensor in a file that it does not assign to that file is left over from
+    another save, and is not read.
+    """
+    path = folder / INDEX
+    if not path.exists():
+        return None
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{path}: weight_map is missing or malformed")
+    # Only the last part of a path counts: nothing is read outside the folder.
+    return {key: Path(str(file)).name for key, file in weight_map.items()}
+
+
 def weight_files(folder: Path) -> list[Path]:
     """Returns the folder's safetensors files: a single one, or the shards that its index names."""
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return [folder / "model.safetensors"]
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{index}: weight_map is missing or malformed")
-    # Only the last part of a path counts: nothing is read outside the folder.
-    names = {Path(str(name)).name for name in weight_map.values()}
-    return [folder / name for name in sorted(names)]
+    index = read_index(folder)
+    names = ["model.safetensors"] if index is None else sorted(set(index.values()))
+    return [folder / name for name in names]
 
 
-def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yields the tensors of a safetensors file, one at a time. Raises InputError."""
+@contextmanager
+def opened(path: Path) -> Iterator[safe_open]:
+    """Yields a safetensors file. Raises InputError if it cannot be read."""
     try:
         with safe_open(path, framework="pt") as file:
-            for key in file.keys():
-                yield key, file.get_tensor(key)
+            yield file
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
+        named = "" if path.name == "model.safetensors" else f", though {INDEX} names it"
+        raise InputError(f"{path}: no such file{named}") from None
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: not a readable safetensors file: {error}") from None
+
+
+def assigned(file: safe_open, path: Path, index: dict[str, str] | None) -> list[str]:
+    """Returns the names of a file's tensors that are to be read."""
+    keys = [key for key in file.keys() if not is_buffer(key)]
+    if index is None:
+        return keys
+    return [key for key in keys if index.get(key) == path.name]
+
+
+def read_tensors(path: Path, index: dict[str, str] | None) -> Iterator[tuple[str, Tensor]]:
+    """Yields a file's tensors that are to be read, one at a time. Raises InputError."""
+    with opened(path) as file:
+        for key in assigned(file, path, index):
+            yield key, file.get_tensor(key)
+
+
+def check_not_quantised(files: list[Path], index: dict[str, str] | None) -> None:
+    """Raises InputError for quantised weights: names tell who made them, dtypes that they are.
+
+    Only the files' headers are read.
+    """
+    for path in files:
+        with opened(path) as file:
+            keys = assigned(file, path, index)
+            dtypes = [file.get_slice(key).get_dtype() for key in keys]
+        kinds = [QUANTISERS.get(key.rpartition(".")[2]) for key in keys]
+        kinds += ["FP8" if dtype.startswith("F8") else dtype for dtype in dtypes]
+        for kind in kinds:
+            if kind is not None and kind not in STORED_DTYPES:
+                raise quantised_weights(str(path), kind)
+
+
+def is_buffer(key: str) -> bool:
+    """Returns whether a tensor is one that is computed here, whatever a file says of it."""
+    return key.rpartition(".")[2] in BUFFERS
 
 
 def published_name(key: str) -> str:
@@ -161,4 +232,4 @@ def write_model(
     put_in_place(new_weights, folder / "model.safetensors")
     put_in_place(new_config, folder / "config.json")
     # An index of shards that stood here before would be read in preference.
-    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+    (folder / INDEX).unlink(missing_ok=True)

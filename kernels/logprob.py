@@ -85,7 +85,7 @@ def token_log_probs(
     """
     if wanted_kernels() == "reference":
         path = token_log_probs_reference
-    elif len(hidden) > 0 and use_triton(hidden, instead_of_torch=True):
+    elif use_triton(hidden, instead_of_torch=True):
         path = token_log_probs_triton
     else:
         path = token_log_probs_torch

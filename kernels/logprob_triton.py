@@ -221,7 +221,11 @@ def token_log_probs_triton(
     temperature: float = 1.0,
     masked_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Returns what `token_log_probs_reference` does. A target that does not exist gives NaN."""
+    """Returns what `token_log_probs_reference` does, of no tokens too. A target that does not exist
+    gives NaN."""
+    if len(hidden) == 0:  # an empty grid cannot be launched; the gradients are zeros
+        nothing = (hidden @ weight.T).sum(-1).float()
+        return nothing, nothing.detach()
     masked = torch.zeros(len(weight), dtype=torch.uint8, device=weight.device)
     if masked_ids is not None:
         masked.index_fill_(0, masked_ids, 1)

@@ -71,7 +71,7 @@ def wanted_kernels() -> str:
     triton, sdpa (torch's own), reference (the definitions): that one, for all that it can compute.
     Raises WrongKernels for any other word.
     """
-    wanted = os.environ.get("KERNELS", "auto")
+    wanted = os.environ.get("KERNELS") or "auto"  # an empty one counts as not set
     if wanted not in ("auto", "triton", "sdpa", "reference"):
         raise WrongKernels(f"KERNELS must be auto, triton, sdpa or reference, not {wanted}")
     return wanted

@@ -6,6 +6,7 @@ import random
 import struct
 import zlib
 from pathlib import Path
+from urllib.parse import quote
 
 import PIL
 import pytest
@@ -310,6 +311,51 @@ def test_load_image_sources_agree(tmp_path):
     assert {data.load_image(source).tobytes() for source in sources} == {picture(30, 40).tobytes()}
 
 
+FILE_URIS = {  # what stands for the folder, and for the file's name
+    "empty host": ("file://{}", "a.png"),
+    "localhost": ("file://localhost{}", "a.png"),
+    "one slash": ("file:{}", "a.png"),
+    "capitals": ("FILE://{}", "a.png"),
+    "as it stands": ("file://{}", "a b%20é.png"),
+    "percent-encoded": ("file://{}", "a%20b%C3%A9.png"),
+}
+
+
+@pytest.mark.parametrize("name", FILE_URIS)
+def test_images_by_file_uris(tmp_path, name):
+    form, file = FILE_URIS[name]
+    stored = "a bé.png" if name == "percent-encoded" else file
+    (tmp_path / stored).write_bytes(encoded(picture(30, 40)))
+    uri = form.format(f"{tmp_path}/{file}")
+    assert data.load_image(uri).tobytes() == picture(30, 40).tobytes()
+
+
+def test_a_records_file_uri_is_no_path_from_its_folder_on(tmp_path):
+    (tmp_path / "a.png").write_bytes(encoded(picture(30, 40)))
+    record = {"question": "?", "answer": "1", "image": f"file://{tmp_path}/a.png"}
+    (tmp_path / "x.jsonl").write_text(json.dumps(record) + "\n")
+    [example] = data.read_examples(tmp_path / "x.jsonl")
+    assert data.load_image(example.images[0]).size == (40, 30)
+
+
+def test_data_uris_as_they_are_written_in_the_wild():
+    content = encoded(picture(30, 40))
+    text = base64.b64encode(content).decode()
+    lines = "\r\n".join(text[i : i + 76] for i in range(0, len(text), 76))
+    url_safe = base64.urlsafe_b64encode(content).decode().rstrip("=")
+    assert set("+/") & set(text) and set("-_") & set(url_safe)
+    for uri in (
+        f"data:;base64,{text}",
+        f"data:image/png;charset=utf-8;base64,{text}",
+        f"DATA:image/png;BASE64,{text}",
+        f"data:image/png;base64, {lines}\n",
+        f"data:image/png;base64,{url_safe}",
+        f"data:image/png;base64,{quote(text, safe='')}",
+        f"data:image/png,{quote(content)}",
+    ):
+        assert data.load_image(uri).tobytes() == picture(30, 40).tobytes(), uri[:40]
+
+
 PNG = encoded(picture(30, 40))
 BAD_IMAGES = {
     "empty": (b"", "not an image of a known format"),
@@ -338,7 +384,15 @@ def test_bad_images_are_refused_by_name(tmp_path, name):
     "source, expected",
     [
         ("data:image/png;base64,AA*A", "data URI: image cannot be read"),
-        ("data:image/png,abc", "data URI: image cannot be read"),
+        ("data:image/png,abc", "data URI: not an image of a known format"),
+        ("data:image/png;base64,", "data URI: not an image of a known format"),
+        ("data:image/png;base64", "data URI: a data URI must have a comma"),
+        ("data:image/png;base64,A", "data URI: image cannot be read"),
+        ("DATA:,%FF%00", "data URI: not an image of a known format"),
+        ("file:///no/such/a.png", "file:///no/such/a.png: image cannot be read (No such file"),
+        ("file://", "file://: image cannot be read (No such file"),
+        ("https://a.org/b.png", "https://a.org/b.png: images are not downloaded"),
+        ("x" * 5000, f"{'x' * 80}...: image cannot be read (File name too long)"),
         ("data:image/png;base64,aGVsbG8=", "data URI: not an image"),
         ("no/such/file.png", "no/such/file.png: image cannot be read (No such file or directory)"),
         (Path("."), ".: image cannot be read (Is a directory)"),
@@ -384,6 +438,27 @@ def test_image_config_of_newer_folders(tmp_path):
     raw = {"image_processor": bounds, "processor_class": "Qwen2_5_VLProcessor"}
     (tmp_path / "processor_config.json").write_text(json.dumps(raw))
     assert ImageConfig.from_pretrained(tmp_path) == ImageConfig(3136, 50000)
+    # Beside an older file, the newer one counts, as in transformers ...
+    older = {"min_pixels": 784, "max_pixels": 784}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(older))
+    assert ImageConfig.from_pretrained(tmp_path) == ImageConfig(3136, 50000)
+    # ... unless it says nothing of images, as transformers 4 wrote it.
+    (tmp_path / "processor_config.json").write_text('{"processor_class": "Qwen2_5_VLProcessor"}')
+    assert ImageConfig.from_pretrained(tmp_path) == ImageConfig(784, 784)
+
+
+@pytest.mark.parametrize(
+    "raw, expected",
+    [
+        ({"image_processor": {"patch_size": 16}}, "processor_config.json: patch_size 16 is not"),
+        ({"image_processor": {}}, "processor_config.json: field 'min_pixels'"),
+        ({"image_processor": "Qwen2VLImageProcessor"}, "image_processor is not a JSON object"),
+        ({"processor_class": "x"}, "preprocessor_config.json: cannot be read"),
+    ],
+)
+def test_bad_image_config_of_newer_folders(tmp_path, raw, expected):
+    (tmp_path / "processor_config.json").write_text(json.dumps(raw))
+    assert expected in complaint(ImageConfig.from_pretrained, tmp_path)
 
 
 def test_16_bit_grey_keeps_its_steps():
@@ -405,6 +480,10 @@ def test_16_bit_grey_keeps_its_steps():
         ('{"size": {"longest_edge": 9}}', "field 'min_pixels' or 'max_pixels' is missing"),
         ('{"patch_size": 16}', "patch_size 16 is not supported (only 14)"),
         ('{"image_mean": [0.5, 0.5, 0.5]}', "image_mean [0.5, 0.5, 0.5] is not supported"),
+        ('{"do_normalize": false}', "do_normalize False is not supported (only True)"),
+        ('{"resample": 2}', "resample 2 is not supported (only 3)"),
+        ('{"min_pixels": "3136"}', "min_pixels must be a whole number above 0, not '3136'"),
+        ('{"min_pixels": 9, "size": 5}', "field 'min_pixels' or 'max_pixels' is missing"),
     ],
 )
 def test_bad_image_config(tmp_path, raw, expected):

@@ -763,9 +763,11 @@ def test_results_are_not_replaced_unless_told_to(folder, questions, tmp_path):
     assert out.read_text() == before
     run(folder, questions, "--out", str(out), "--limit", "1", "--overwrite")
     assert len(out.read_text().splitlines()) == 1
-    for name, content in (("notes.txt", "mine"), ("folder", None)):
-        (tmp_path / name).write_text(content) if content else (tmp_path / name).mkdir()
-        with pytest.raises(InputError, match="no such command has written it"):
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    refused = {"notes.txt": "no such command has written it", "folder": "is a folder, not a file"}
+    for name, reason in refused.items():
+        with pytest.raises(InputError, match=reason):
             run(folder, questions, "--out", str(tmp_path / name), "--overwrite")
     assert (tmp_path / "notes.txt").read_text() == "mine" and not list(tmp_path.glob("*.tmp"))
 

@@ -217,6 +217,20 @@ def test_token_log_probs_equal_log_softmax(monkeypatch, chunk_rows, options):
             )
 
 
+@pytest.mark.parametrize("kernels", ["auto", "sdpa", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, dict(temperature=0.5, masked_ids=tensor(13, 14))])
+def test_token_log_probs_of_no_tokens(monkeypatch, kernels, dtype, options):
+    """Nothing comes out, and the gradients are zeros: one of several processes may be idle."""
+    monkeypatch.setenv("KERNELS", kernels)
+    _, weight, _ = log_prob_inputs(dtype=dtype)
+    hidden = torch.zeros((0, weight.shape[1]), dtype=dtype, requires_grad=True)
+    nothing = token_log_probs(hidden, weight, torch.zeros(0, dtype=torch.long), **options)
+    assert [(x.shape, x.dtype) for x in nothing] == [((0,), torch.float32)] * 2
+    nothing[0].sum().backward()
+    assert hidden.grad.shape == hidden.shape and not weight.grad.any()
+
+
 @pytest.mark.parametrize("rows", [2, 100])
 def test_token_log_probs_of_bfloat16(monkeypatch, rows):
     """From the same numbers in float64: log-probs to float32's rounding, gradients to bfloat16's,

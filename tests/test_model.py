@@ -464,6 +464,19 @@ def test_side_files_are_copied(folder, tmp_path):
     copy_side_files(tmp_path, tmp_path)
 
 
+def test_the_processor_of_transformers_5_is_copied(folder, tmp_path):
+    """What is saved must load there as what it was saved from: images and videos alike."""
+    newer = tmp_path / "newer"
+    tiny.make_folder(newer)
+    (newer / "preprocessor_config.json").unlink()
+    for name in ("processor_config.json", "video_preprocessor_config.json", "chat_template.jinja"):
+        (newer / name).write_text("{}")
+    (tmp_path / "saved").mkdir()
+    copy_side_files(newer, tmp_path / "saved")
+    names = {p.name for p in newer.iterdir()} - {"config.json", "model.safetensors"}
+    assert {p.name for p in (tmp_path / "saved").iterdir()} == names
+
+
 def test_dtype_on_disk_and_in_memory(load, tmp_path):
     load("vl").save_pretrained(tmp_path, dtype=torch.bfloat16)
     assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"
@@ -535,19 +548,170 @@ def test_bad_weights_are_listed(tmp_path, name):
 
 
 def test_all_problems_are_listed_at_once(tmp_path):
-    tiny.make_folder(tmp_path, shards=2)
-    rewrite(
-        tmp_path / "model-00001-of-00002.safetensors",
-        lambda s: s.update(extra=torch.ones(1), more=torch.ones(1)),
-    )
-    rewrite(tmp_path / "model-00002-of-00002.safetensors", lambda s: s.pop("model.norm.weight"))
+    tiny.make_folder(tmp_path)
+
+    def change(state):
+        state.update(extra=torch.ones(1), more=torch.ones(1))
+        state.pop("model.norm.weight")
+
+    rewrite(tmp_path / "model.safetensors", change)
     message = complaint(Qwen2_5_VL.from_pretrained, tmp_path)
     for part in (
-        "00001-of-00002.safetensors: unexpected extra",
-        "unexpected more",
+        "model.safetensors: unexpected extra",
+        "model.safetensors: unexpected more",
         "missing model.norm.weight",
     ):
         assert part in message, message
+
+
+# The index decides which file has a tensor
+
+
+SHARDS = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+
+
+def home_of(folder: Path, key: str) -> tuple[Path, Path]:
+    """The shard that the index assigns a tensor to, and the other one."""
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    home = index["weight_map"][key]
+    [other] = set(SHARDS) - {home}
+    return folder / home, folder / other
+
+
+def change_index(folder: Path, change) -> None:
+    path = folder / "model.safetensors.index.json"
+    raw = json.loads(path.read_text())
+    change(raw["weight_map"])
+    path.write_text(json.dumps(raw))
+
+
+LEFT_OVER = {
+    "another value": torch.zeros(64),
+    "not finite": torch.full((64,), float("nan")),
+    "another shape": torch.zeros(7),
+    "quantised": torch.zeros(64, dtype=torch.int8),
+}
+
+
+@pytest.mark.parametrize("name", LEFT_OVER)
+def test_a_tensor_that_the_index_assigns_elsewhere_is_not_read(tmp_path, folder, name):
+    tiny.make_folder(tmp_path, shards=2)
+    _, other = home_of(tmp_path, NORM)
+    rewrite(other, lambda s: s.update({NORM: LEFT_OVER[name], "old.head": torch.ones(3)}))
+    found = Qwen2_5_VL.from_pretrained(tmp_path).state_dict()
+    for key, value in Qwen2_5_VL.from_pretrained(folder("vl")).state_dict().items():
+        assert torch.equal(found[key], value), key
+
+
+def test_files_that_the_index_does_not_name_are_not_opened(tmp_path):
+    tiny.make_folder(tmp_path, shards=2)
+    for name in ("model.safetensors", "model-00001-of-00009.safetensors"):
+        (tmp_path / name).write_text("no weights")
+    Qwen2_5_VL.from_pretrained(tmp_path)
+
+
+def test_a_tensor_that_its_shard_lacks_is_named_with_the_shard(tmp_path):
+    tiny.make_folder(tmp_path, shards=2, layout="new")
+    key = tiny.new_key(NORM)
+    home, other = home_of(tmp_path, key)
+    rewrite(home, lambda s: s.pop(key))
+    rewrite(other, lambda s: s.update({key: torch.ones(64)}))
+    message = complaint(Qwen2_5_VL.from_pretrained, tmp_path)
+    assert f"{home.name}: missing {key}, which model.safetensors.index.json" in message
+    assert message.count("missing") == 1
+
+
+def test_an_index_of_another_model_is_told_from_the_weights(tmp_path):
+    tiny.make_folder(tmp_path, shards=2)
+    change_index(tmp_path, lambda found: found.pop(NORM))
+    assert f"missing {NORM}" in complaint(Qwen2_5_VL.from_pretrained, tmp_path)
+    change_index(tmp_path, lambda found: found.update({NORM: SHARDS[0], "value.head": SHARDS[1]}))
+    message = complaint(Qwen2_5_VL.from_pretrained, tmp_path)
+    assert f"{SHARDS[1]}: missing value.head" in message
+    rewrite(tmp_path / SHARDS[1], lambda s: s.update({"value.head": torch.ones(2)}))
+    assert f"{SHARDS[1]}: unexpected value.head" in complaint(Qwen2_5_VL.from_pretrained, tmp_path)
+
+
+def test_a_tensor_that_is_there_in_both_layouts_is_named(tmp_path):
+    tiny.make_folder(tmp_path)
+    rewrite(
+        tmp_path / "model.safetensors", lambda s: s.update({tiny.new_key(NORM): torch.zeros(64)})
+    )
+    message = complaint(Qwen2_5_VL.from_pretrained, tmp_path)
+    assert re.search(rf"({NORM} is {tiny.new_key(NORM)}|{tiny.new_key(NORM)} is {NORM})", message)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+        "model.rotary_emb.inv_freq",
+        "model.language_model.rotary_emb.original_inv_freq",
+        "visual.rotary_pos_emb.inv_freq",
+        "model.layers.1.self_attn.rotary_emb.cos_cached",
+    ],
+)
+@pytest.mark.parametrize("shards", [1, 2])
+def test_buffers_that_are_computed_here_are_ignored(tmp_path, key, shards):
+    tiny.make_folder(tmp_path, shards=shards)
+    path = tmp_path / ("model.safetensors" if shards == 1 else SHARDS[1])
+    rewrite(path, lambda s: s.update({key: torch.full((8,), float("inf"))}))
+    Qwen2_5_VL.from_pretrained(tmp_path)
+    if shards == 2:  # whether or not the file has what the index says
+        change_index(tmp_path, lambda found: found.update({key: SHARDS[0]}))
+        Qwen2_5_VL.from_pretrained(tmp_path)
+
+
+# Quantised weights
+
+
+Q_PROJ = "model.layers.0.self_attn.q_proj"
+
+
+def awq(state):
+    del state[f"{Q_PROJ}.weight"]
+    state[f"{Q_PROJ}.qweight"] = torch.zeros(64, 8, dtype=torch.int32)
+    state[f"{Q_PROJ}.qzeros"] = torch.zeros(1, 8, dtype=torch.int32)
+    state[f"{Q_PROJ}.scales"] = torch.ones(1, 64, dtype=torch.float16)
+
+
+def four_bits(state):
+    state[f"{Q_PROJ}.weight"] = torch.zeros(2048, 1, dtype=torch.uint8)
+    state[f"{Q_PROJ}.weight.absmax"] = torch.ones(64)
+
+
+def stored_as(dtype):
+    return lambda s: s.update({f"{Q_PROJ}.weight": s[f"{Q_PROJ}.weight"].to(dtype)})
+
+
+QUANTISED = {
+    "AWQ": (awq, "AWQ or GPTQ"),
+    "bitsandbytes": (four_bits, "bitsandbytes, 4 bits"),
+    "FP8 with a scale": (
+        lambda s: stored_as(torch.float8_e4m3fn)(s) or s.update({"a.weight_scale": torch.ones(1)}),
+        "FP8",
+    ),
+    "FP8 without": (stored_as(torch.float8_e5m2), "FP8"),
+    "whole numbers": (stored_as(torch.int8), "I8"),
+}
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+@pytest.mark.parametrize("shards", [1, 2])
+def test_quantised_weights_are_refused_by_what_they_are(tmp_path, name, shards):
+    change, kind = QUANTISED[name]
+    tiny.make_folder(tmp_path)
+    rewrite(tmp_path / "model.safetensors", change)
+    if shards == 2:  # a good one first
+        (tmp_path / "model.safetensors").rename(tmp_path / SHARDS[1])
+        save_file({"model.norm.weight": torch.ones(64)}, tmp_path / SHARDS[0])
+        state = load_file(tmp_path / SHARDS[1])
+        weight_map = {key: SHARDS[1] for key in state} | {"model.norm.weight": SHARDS[0]}
+        index = {"weight_map": weight_map}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    message = complaint(Qwen2_5_VL.from_pretrained, tmp_path)
+    assert f"quantised weights ({kind}) are not supported" in message
+    assert "take the model that they were made from" in message
 
 
 def test_misshapen_and_missing_are_told_apart(tmp_path):
@@ -613,7 +777,9 @@ def test_missing_and_damaged_files_are_named(tmp_path):
 BAD_CONFIGS = [  # path to the field, its value, what the line says; "-" removes the field
     ("model_type", "llama", "model_type 'llama' is not supported"),
     ("model_type", "-", "model_type None is not supported"),
-    ("quantization_config", {"quant_method": "awq"}, "quantised weights are not supported"),
+    ("quantization_config", {"quant_method": "awq"}, r"quantised weights \(awq\) are not"),
+    ("quantization_config", {"quant_algo": "FP8"}, r"quantised weights \(quantization_config\)"),
+    ("text_config", {"quantization_config": {"quant_method": "fp8"}}, r"weights \(fp8\) are not"),
     ("hidden_size", "-", "hidden_size is missing"),
     ("rms_norm_eps", "-", "rms_norm_eps is missing"),
     ("rope_theta", "-", "rope_theta is missing"),

@@ -189,6 +189,57 @@ def test_a_folder_of_somebody_elses_is_left_alone(tmp_path):
         assert (folder / name).is_dir()
 
 
+@pytest.mark.parametrize("target", ["there", "yet/to/be/made"])
+def test_a_run_folder_may_be_a_link(options, tmp_path, target):
+    link, real = tmp_path / "link", tmp_path / target
+    link.symlink_to(real)
+    if target == "there":
+        real.mkdir()
+    begun(options(out=str(link))).save()
+    assert link.is_symlink() and (real / "model" / "model.safetensors").exists()
+    assert Run(options(out=str(link), resume=True)).step == 0
+    with pytest.raises(InputError, match="holds a run"):
+        Run(options(out=str(link)))
+
+
+def test_a_run_folder_is_no_file(options, tmp_path):
+    (tmp_path / "file").write_text("theirs")
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "loop").symlink_to("loop")
+    for out in ("file", "link", "file/run", "link/a/run"):
+        with pytest.raises(InputError, match=f"--out .*{out}: .*/file is a file, not a folder"):
+            Run(options(out=str(tmp_path / out)))
+    with pytest.raises((InputError, OSError)):  # one line
+        begun(options(out=str(tmp_path / "loop")))
+    assert (tmp_path / "file").read_text() == "theirs"
+
+
+def test_a_link_to_the_starting_model_is_no_run_folder(options, folder, tmp_path):
+    (tmp_path / "link").symlink_to(folder)
+    with pytest.raises(InputError, match="holds the model that training starts from"):
+        Run(options(out=str(tmp_path / "link"), overwrite=True))
+
+
+def test_what_a_link_in_the_run_folder_points_to_is_not_replaced(options, trained, tmp_path):
+    """--overwrite replaces the link: the folder may be another run's, or the starting model."""
+    trained().save()
+    kept = tmp_path / "kept"
+    (tmp_path / "run" / "model").rename(kept)
+    (tmp_path / "run" / "model").symlink_to(kept)
+    before = {path.name: path.read_bytes() for path in kept.iterdir()}
+    trained(overwrite=True).save()
+    assert {path.name: path.read_bytes() for path in kept.iterdir()} == before
+    assert not (tmp_path / "run" / "model").is_symlink()
+
+
+def test_a_bad_environment_replaces_nothing(options, trained, tmp_path, monkeypatch):
+    trained().save()
+    monkeypatch.setenv("KERNELS", "flash")
+    with pytest.raises(OSError, match="KERNELS must be"):
+        begun(options(overwrite=True))
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize("name", ["data", "model"])
 def test_missing_inputs_are_named(options, tmp_path, name):
     missing = str(tmp_path / "nowhere")

@@ -243,7 +243,7 @@ def test_dispatcher(monkeypatch):
         monkeypatch.setenv("KERNELS", name)
         assert first_call(hidden, targets) == path
     monkeypatch.setenv("KERNELS", "triton")
-    assert first_call(hidden[:0], targets[:0]) == "torch"
+    assert first_call(hidden[:0], targets[:0]) == "triton"
     assert logprob.token_log_probs(hidden[:0], weight, targets[:0])[0].shape == (0,)
     monkeypatch.setenv("KERNELS", "fast")
     with pytest.raises(ValueError, match="KERNELS must be"):
@@ -321,3 +321,15 @@ def test_as_near_to_the_truth_as_pytorch(small_chunks):
     for one, other, truth in zip(found, plain, wanted):
         error = (one.double() - truth).square().mean()
         assert error <= 1.5**2 * (other.double() - truth).square().mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("masked", [None, [1, 3]])
+def test_no_tokens(dtype, masked):
+    """CUDA launches no empty grid: nothing comes out, and the gradients are zeros."""
+    hidden, weight, targets, upstream = inputs(0, 16, 300, dtype)
+    masked_ids = None if masked is None else torch.tensor(masked, device=DEVICE)
+    found = run(token_log_probs_triton, hidden, weight, targets, upstream, masked_ids=masked_ids)
+    assert [x.shape for x in found] == [(0,), (0,), (0, 16), (300, 16)]
+    assert found[0].dtype == found[1].dtype == torch.float32
+    assert found[3].dtype == dtype and not found[3].any()

@@ -25,6 +25,7 @@ from evaluate import accuracy, standard_error
 from hub.errors import InputError
 from hub.options import option, parse_options, run_command
 from training.journal import json_lines, write_whole
+from training.record_file import out_file
 
 Key = tuple[str, str]  # names a question: its file's name and its id
 Answers = dict[Key, list[dict]]  # the records of each question's runs
@@ -52,7 +53,7 @@ def read_answers(path: str, *, masked: bool) -> Answers:
     answers = defaultdict(list)
     number = 1
     try:
-        for number, line in enumerate(Path(path).read_text().splitlines(), 1):
+        for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
             record = json.loads(line)
             if record["masked"] == masked:
                 # The two models may have read the question file from different folders.
@@ -163,13 +164,13 @@ def print_comparison(options: CompareOptions, figures: dict) -> None:
 def main(argv: list[str]) -> None:
     """Reads, compares, writes and prints."""
     options = parse_options(CompareOptions, argv)
-    if options.out and Path(options.out).exists():
+    if options.out and out_file(options.out).exists():
         raise InputError(f"{options.out} is there: use another --out")
     masked, shown = read_files(options)
     figures, rest = compare(masked, shown)
     if options.out:
         names = ({"file": name, "id": question} for name, question in rest)
-        write_whole(Path(options.out), json_lines(names))
+        write_whole(out_file(options.out), json_lines(names))
     if options.json:
         print(json.dumps(figures))
     else:

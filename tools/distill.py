@@ -33,7 +33,7 @@ from hub.weights import weight_files
 from rewards import accuracy_reward, extract_answer
 from sample import Completion, Sampler, SamplingParams, load_sampler
 from training.journal import json_lines, write_whole
-from training.record_file import RecordFile, check_unused, when_all_are_there
+from training.record_file import RecordFile, check_unused, out_file, when_all_are_there
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 OURS = re.compile(r"<think>(.+)</think>\s*<answer>.+</answer>", re.DOTALL)
@@ -181,12 +181,12 @@ def main(argv: list[str]) -> None:
     options = parse_options(DistillOptions, argv)
     if not options.data or not options.out:
         raise InputError("--data and --out are needed")
+    out = out_file(options.out)
     sampler, _ = load_sampler(
         options.model, options.device, options.dtype, max_batch=options.max_batch
     )
     questions = load_questions(sampler, options)
     # 1. Every sample goes to the journal, question by question, so that --resume finds it there.
-    out = Path(options.out)
     path = out.with_suffix(".samples.jsonl")
     check_unused(out, Path(f"{path}.config.json"), options.overwrite or options.resume)
     inputs = [options.data, *weight_files(Path(options.model))]

@@ -98,7 +98,10 @@ def draw(runs: dict[str, Curves], out: str) -> None:
             axes.plot(steps, smooth(values), color=f"C{number}", linewidth=1.8, label=name)
     # The lines have the same colours in all panels, so one legend serves the picture.
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=COLUMNS)
-    figure.savefig(out, dpi=110)
+    try:
+        figure.savefig(out, dpi=110)
+    except ValueError as error:  # an ending that is no format of a picture
+        raise InputError(f"--out {out}: {error}") from None
 
 
 def main(argv: list[str]) -> None:

@@ -14,7 +14,6 @@ The two rules that everything else follows:
 2. Gradients are summed, not averaged: each rank's loss is its part of the whole batch's loss.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,6 +28,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from hub.device import pick_device
 from hub.errors import InputError
+from hub.ranks import local_rank, rank, world_size
 from model import Qwen2_5_VL
 
 # A rank that has sampled its share waits for the others, whose responses may be longer.
@@ -36,21 +36,6 @@ PATIENCE = timedelta(hours=2)
 
 
 # --- The processes ---
-
-
-def rank() -> int:
-    """Returns this process's number."""
-    return int(os.environ.get("RANK", 0))
-
-
-def local_rank() -> int:
-    """Returns this process's number on its machine, which is that of its GPU."""
-    return int(os.environ.get("LOCAL_RANK", 0))
-
-
-def world_size() -> int:
-    """Returns the number of processes."""
-    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def is_first() -> bool:
@@ -77,15 +62,21 @@ def training_device(name: str) -> torch.device:
 def processes(device: torch.device) -> Iterator[None]:
     """Connects the ranks, for training on devices like this one.
 
-    Raises InputError where a collective has failed since another rank has gone. (On GPUs a rank may
-    wait in one instead: then torchrun ends it after 30 seconds, and torchrun's report says why.)
+    Raises InputError where torchrun has not started them, and where a collective has failed since
+    another rank has gone. (On GPUs a rank may wait in one instead: then torchrun ends it after 30
+    seconds, and torchrun's report says why.)
     """
     if world_size() == 1:
         yield
         return
     # Objects and single numbers travel by gloo, between the hosts' memories.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=PATIENCE)
+    try:
+        dist.init_process_group(backend, timeout=PATIENCE)
+    except (ValueError, dist.DistError) as error:
+        reason = str(error).splitlines()[0]
+        line = f"WORLD_SIZE is {world_size()}, but the processes cannot be connected: {reason}; "
+        raise InputError(line + "start them with torchrun, or unset WORLD_SIZE") from None
     try:
         yield
     except RuntimeError as error:

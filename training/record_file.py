@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from hub.disk import follow_links
 from hub.errors import InputError
 from training.journal import (
     append_records,
@@ -14,6 +15,14 @@ from training.journal import (
     write_json,
     write_whole,
 )
+
+
+def out_file(name: str | Path) -> Path:
+    """Returns the file that an --out means, behind symbolic links. InputError for a folder."""
+    path = follow_links(name)
+    if path.is_dir():
+        raise InputError(f"--out {name} is a folder, not a file")
+    return path
 
 
 def check_unused(path: Path, config_path: Path, overwrite: bool) -> None:
@@ -39,13 +48,13 @@ class RecordFile:
 
     def __init__(self, path, options: dict, inputs: Iterable, *, keys: tuple, size: int):
         """Raises InputError if the file holds other results, or on --resume none."""
-        self.path = None if path is None else Path(path)
+        self.path = None if path is None else out_file(path)
         self.keys = keys
         self.size = size
         self.groups: dict[tuple, list[dict]] = {}
         if self.path is None:
             return
-        config_path = Path(f"{path}.config.json")
+        config_path = Path(f"{self.path}.config.json")
         if options["resume"]:
             if not config_path.exists():
                 raise InputError(f"{self.path}: there is nothing to resume")

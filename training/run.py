@@ -19,9 +19,10 @@ import torch
 from tqdm import tqdm
 
 from data.sequences import batches, num_steps
-from hub.disk import sync
+from hub.disk import follow_links, sync
 from hub.errors import InputError, read_json
 from hub.weights import copy_side_files, weight_files, write_model
+from kernels.triton_or_none import wanted_kernels
 from model import Qwen2_5_VL
 from training import checkpoint
 from training.journal import (
@@ -62,18 +63,21 @@ class Run:
     def __init__(self, options: TrainOptions):
         """Raises InputError if the folder holds what would be lost, or what --resume cannot go on
         from: no checkpoint, or a run with other options, other data or another starting model."""
+        wanted_kernels()  # a bad value is said before anything is replaced
         self.options = options
         self.folder = Path(options.out)
         self.step = 0
         self.records: list[dict] = []
-        start = Path(options.model).resolve()
+        start = follow_links(options.model)
         if not start.is_dir():
             hint = "grpo.py starts from what sft.py has trained"
             raise InputError(f"--model {options.model}: no such folder ({hint})")
         if not options.out:
             raise InputError("--out is empty")
-        if self.folder.resolve() in (start, *start.parents):
+        if follow_links(self.folder) in (start, *start.parents):
             raise InputError(f"--out {options.out} holds the model that training starts from")
+        if not self.place().is_dir():
+            raise InputError(f"--out {options.out}: {self.place()} is a file, not a folder")
         if not options.resume:
             self.check_unused()
         # The starting weights count too: in GRPO they are the reference of the KL penalty.
@@ -84,6 +88,14 @@ class Run:
         if options.resume:
             check_same(self.folder, self.folder / "config.json", self.config)
             self.step = checkpoint.read_step(self.find_checkpoint())
+
+    def place(self) -> Path:
+        """Returns the run folder, behind symbolic links; where it is yet to be made, the nearest
+        of the folders around it that is there."""
+        place = follow_links(self.folder)
+        while not place.exists():
+            place = place.parent
+        return place
 
     def check_unused(self) -> None:
         """Raises InputError unless the folder is free, or holds a run that may be replaced."""
@@ -152,10 +164,13 @@ class Run:
             write_json(config_path, self.resumed_config(read_json(config_path)))
         else:
             for name in FOLDERS:
+                # Of a link the link alone goes: what it points to may be another run's.
+                if (self.folder / name).is_symlink():
+                    (self.folder / name).unlink()
                 shutil.rmtree(self.folder / name, ignore_errors=True)
             for name in FILES:
                 (self.folder / name).unlink(missing_ok=True)
-            self.folder.mkdir(parents=True, exist_ok=True)
+            follow_links(self.folder).mkdir(parents=True, exist_ok=True)
             processes = {"processes": world_size(), "warmup_steps": warmup_steps}
             write_json(config_path, self.config | processes)
         # The tokenizer and its like, now: when the weights are saved, hours later, the folder that
@@ -206,16 +221,12 @@ class Run:
         for name in FOLDERS:
             for path in (self.folder / name).rglob("*"):
                 needed -= path.stat().st_size
-        # 3. The folder itself may be yet to be made.
-        place = self.folder.absolute()
-        while not place.exists():
-            place = place.parent
-        free = shutil.disk_usage(place).free
+        free = shutil.disk_usage(self.place()).free
         if needed > free:
             helpful = "--save-every 0, or for a new run --keep 0 (no checkpoints) or another --out"
             raise InputError(
                 f"--out {options.out}: checkpoints and models need {needed / 1e9:.3f} GB more, and "
-                f"{place} has {free / 1e9:.3f} GB free; what helps: {helpful}"
+                f"{self.place()} has {free / 1e9:.3f} GB free; what helps: {helpful}"
             )
 
     # --- The steps ---
