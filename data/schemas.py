@@ -6,116 +6,38 @@ Our plain schema is
      "precision"?}
 
 where options are {"A": text, ...}, an image is a path, a data URI or an array of them, accepted
-are other right answers, and precision is the number of decimals that count. `SCHEMAS`, at the end,
-lists the published ones: by which fields each is known, which of its fields mean the same as one
-of ours, and a function for what else there is to do. To add a dataset, add a line there.
+are other right answers, and precision is the number of decimals that count. All of these have other
+names as well: fields.py has the table. Here is only what a table of names cannot say. `SCHEMAS`, at
+the end, lists the published schemas: by which fields each is known, which of its fields mean the
+same as one of ours, and a function for what else there is to do. To add a dataset whose names are
+not known, add them in fields.py; to add one that needs more, add a line here.
 """
 
-import ast
 import re
 from collections.abc import Callable
-from pathlib import Path
 from reprlib import repr as short
 from typing import NamedTuple
 
+from data.fields import (
+    final_answer,
+    from_json,
+    named,
+    optional,
+    python_list,
+    read_open_answer,
+    required,
+    without,
+)
+from data.options import LETTERS, read_options
 from hub.errors import InputError
 
-PLAIN_FIELDS = (
-    "id",
-    "question",
-    "answer",
-    "options",
-    "response",
-    "domain",
-    "accepted",
-    "precision",
-)
-IMAGE_FIELDS = ("decoded_image", "image", "images", *(f"image_{i}" for i in range(1, 8)))
-LETTERS = "ABCDEFGHIJKLMNOP"  # of options
 OPENTHOUGHTS_TAGS = ["begin_of_thought", "end_of_thought", "begin_of_solution", "end_of_solution"]
-KINDS = {str: "text", dict: "an object", list: "an array"}
 
 
-# --- One field of a record, checked. `where` begins each complaint: the file and the line ---------
-
-
-def is_empty(value: object) -> bool:
-    """Says whether a field holds nothing: null, an empty text, array or object, or NaN.
-
-    NaN is what pandas makes of null.
-    """
-    return value in (None, "", [], {}) or value != value
-
-
-def optional(record: object, field: str, kind: type, where: str) -> object:
-    """Returns a record's field, which must be of a kind (str, dict or list); None if it is empty.
-
-    A number passes for text. Raises InputError for a field of another kind.
-    """
-    value = record.get(field) if isinstance(record, dict) else None
-    if is_empty(value):
-        return None
-    if kind is str and type(value) in (int, float):
-        return str(value)
-    if not isinstance(value, kind):
-        kind = KINDS[kind]
-        raise InputError(f"{where}: field '{field}' must be {kind}, not {short(value)}")
-    return value
-
-
-def required(record: object, field: str, kind: type, where: str) -> object:
-    """Returns a record's field like `optional`, but raises InputError if it is empty."""
-    value = optional(record, field, kind, where)
-    if value is None:
-        raise InputError(f"{where}: field '{field}' is missing or empty")
-    return value
-
-
-def without(record: dict, *fields: str) -> dict:
-    """Returns a copy of the record that lacks these fields."""
-    return {field: value for field, value in record.items() if field not in fields}
-
-
-# --- Fields that are published in several forms ---------------------------------------------------
-
-
-def read_options(record: dict, where: str) -> dict[str, str] | None:
-    """Returns the options as letter -> text; None if there are none.
-
-    They may be given so, as an array in the order of the letters, as an array of {"key": letter,
-    "value": text} (MedQA), or as the text of a Python list (MMMU).
-    """
-    options = record.get("options")
-    where = f"{where}: field 'options'"
-    # Whatever the form, it becomes letter -> text.
-    if isinstance(options, str):
-        options = python_list(options)
-    if is_empty(options):
-        return None
-    if isinstance(options, list) and isinstance(options[0], dict):
-        letters = [required(option, "key", str, where) for option in options]
-        texts = [required(option, "value", str, where) for option in options]
-        options = dict(zip(letters, texts))
-    elif isinstance(options, list):
-        options = {chr(ord("A") + i): text for i, text in enumerate(options)}
-    if not isinstance(options, dict):
-        raise InputError(f"{where} must be an object or a list of texts, not {short(options)}")
-    # Parquet's objects have the letters of all rows; those that a row lacks are null.
-    letters = [letter for letter, text in options.items() if text is not None]
-    if not set(letters) <= set(LETTERS):
-        found = ", ".join(letters)[:80]
-        raise InputError(f"{where} must have letters from A to P as keys, not {found}")
-    return {letter: required(options, letter, str, where) for letter in letters}
-
-
-def python_list(text: str) -> list | str:
-    """Returns the list of texts and numbers that a text is in Python; if it is none, the text."""
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
-    is_list = isinstance(value, list) and all(isinstance(one, str | int | float) for one in value)
-    return value if is_list else text
+def option_texts(record: dict, where: str) -> dict[str, str] | None:
+    """Returns the options as letter -> text; None if there are none."""
+    options = read_options(record, where)
+    return None if options is None else options.texts
 
 
 def letter_of(text: str, options: dict[str, str], where: str) -> str:
@@ -126,7 +48,7 @@ def letter_of(text: str, options: dict[str, str], where: str) -> str:
     raise InputError(f"{where}: field 'answer' is none of the options: {short(text)}")
 
 
-def read_open_answer(record: dict, where: str) -> dict:
+def listed_answers(record: dict, where: str) -> dict:
     """Returns the answer of a question without options, and other answers that are right as well.
 
     The text of a Python list of texts means that each of them is right (MMMU).
@@ -138,42 +60,6 @@ def read_open_answer(record: dict, where: str) -> dict:
     if isinstance(answers, list) and answers and are_texts:
         return {"answer": answers[0], "accepted": answers[1:]}
     return {"answer": answer}
-
-
-def read_precision(record: dict, where: str) -> int | None:
-    """Returns the number of decimals that count; None if the record names none."""
-    precision = optional(record, "precision", str, where)
-    if precision is None:
-        return None
-    if not re.fullmatch(r"\d{1,2}(\.0)?", precision):
-        found = short(precision)
-        raise InputError(f"{where}: field 'precision' must be a small whole number, not {found}")
-    return int(float(precision))
-
-
-def read_images(record: dict, where: str, folder: Path) -> list[str | Path | bytes]:
-    """Returns all images of a record, in the order of IMAGE_FIELDS; paths are from `folder` on."""
-    images = []
-    for field in IMAGE_FIELDS:
-        if field == "image" and record.get("decoded_image"):
-            continue  # MathVista and MathVision have the path beside the image itself
-        value = record.get(field)
-        values = value if isinstance(value, list) else [value]
-        for one in values:
-            if isinstance(one, dict):  # how the hub's Parquet files hold an image
-                one = one.get("bytes") or one.get("path")
-            if is_empty(one):
-                continue
-            if isinstance(one, bytes) or isinstance(one, str) and one.startswith("data:"):
-                images.append(one)
-            elif isinstance(one, str) and len(one) < 4096:
-                images.append(folder / one)
-            else:  # base64 that does not say so is too long for a path
-                raise InputError(
-                    f"{where}: field '{field}' must be a path, a data URI, an image's bytes or "
-                    f"an array of them, not {short(one)}"
-                )
-    return images
 
 
 # --- Published schemas: each function takes a record, and returns it with our fields --------------
@@ -249,9 +135,17 @@ def orz_eval(record: dict, where: str) -> dict:
 
 
 def gsm8k(record: dict, where: str) -> dict:
-    """The answer is a worked solution, "####", and a number."""
+    """The answer is a worked solution, "####", and a number.
+
+    For SFT the solution is the thought, without the calculator's marks: "48/2 = <<48/2=24>>24".
+    """
     solution, _, number = required(record, "answer", str, where).rpartition("####")
-    return record | {"answer": number.strip().replace(",", ""), "solution": solution.strip()}
+    solution, number = solution.strip(), number.strip().replace(",", "")
+    record = record | {"answer": number, "solution": solution}
+    thought = re.sub(r"<<[^<>]*>>", "", solution)
+    if thought and number and "response" not in record:
+        record["response"] = f"<think>{thought}</think>\n<answer>{number}</answer>"
+    return record
 
 
 def medqa_hf(record: dict, where: str) -> dict:
@@ -272,14 +166,14 @@ def medqa_hf(record: dict, where: str) -> dict:
 
 def mmlu_pro(record: dict, where: str) -> dict:
     """There are up to ten options; those that are "N/A" only fill up."""
-    options = read_options(record, where) or {}
+    options = option_texts(record, where) or {}
     kept = {letter: text for letter, text in options.items() if text != "N/A"}
     return record | {"options": kept}
 
 
 def mmmu(record: dict, where: str) -> dict:
     """Texts point to images: <image 1>. The subject is a field, or in the id: validation_Art_1."""
-    options = read_options(record, where)
+    options = option_texts(record, where)
     domain = record.get("domain")
     if not domain:
         name = re.fullmatch(r"[a-z]+_(.+)_\d+", str(record.get("id")))
@@ -292,7 +186,7 @@ def mmmu(record: dict, where: str) -> dict:
                 f"{where}: field 'image_{number}' is missing, but the text has <image {number}>"
             )
     record = record | {"options": options, "domain": domain}
-    return record if options else record | read_open_answer(record, where)
+    return record if options else record | listed_answers(record, where)
 
 
 def mmmu_vision(record: dict, where: str) -> dict:
@@ -304,11 +198,12 @@ def mathvista(record: dict, where: str) -> dict:
     """The answer is the right choice's text. The official prompt has the unit with the question."""
     question = required(record, "question", str, where)
     answer = required(record, "answer", str, where)
-    options = read_options(record, where)
+    options = option_texts(record, where)
     unit = optional(record, "unit", str, where)
     metadata = optional(record, "metadata", dict, where) or {}
     return without(record, "pid", "choices", "unit") | {
         "question": f"{question} (Unit: {unit})" if unit else question,
+        "options": options,
         "answer": letter_of(answer, options, where) if options else answer,
         "domain": metadata.get("task"),
     }
@@ -337,8 +232,118 @@ def opencompass(row: dict, where: str) -> dict:
         "domain": row.get("category", row.get("task")),
     }
     if not options:
-        return record | read_open_answer(row, where)
+        return record | listed_answers(row, where)
     return record | {"answer": row.get("answer_option", row.get("answer"))}
+
+
+def turns_of(turns: object) -> list[tuple[str, str]] | None:
+    """Returns (speaker, text) of each turn of a conversation; None if it is none.
+
+    ShareGPT says from and value, the chat APIs say role and content. The text may be an array of
+    parts, of which those that are text count.
+    """
+    found = []
+    for turn in turns if isinstance(turns, list) else []:
+        if not isinstance(turn, dict):
+            return None
+        speaker = turn.get("from", turn.get("role"))
+        text = turn.get("value", turn.get("content"))
+        if isinstance(text, list):
+            parts = [part.get("text") for part in text if isinstance(part, dict)]
+            text = "\n".join(part for part in parts if isinstance(part, str))
+        if not isinstance(speaker, str) or not isinstance(text, str):
+            return None
+        found.append((SPEAKERS.get(speaker, speaker), text.strip()))
+    return found or None
+
+
+SPEAKERS = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
+
+
+def asked(turns: object, where: str) -> str:
+    """Returns what a prompt of turns asks: the user's turn. A system prompt is not kept."""
+    spoken = turns_of(turns) or []
+    texts = [text for speaker, text in spoken if speaker == "user"]
+    if len(texts) != 1 or spoken[-1][0] != "user" or not texts[0]:
+        raise InputError(f"{where} must be a conversation that ends with its only user's turn")
+    return texts[0]
+
+
+def sharegpt(record: dict, where: str) -> dict:
+    """A conversation for SFT: one question and one response, behind a system prompt or none.
+
+    The answer is what the response has in <answer> tags, else in its last box, else all of it.
+    """
+    field = "conversations" if "conversations" in record else "messages"
+    spoken = turns_of(record[field]) or []
+    texts = [text for speaker, text in spoken if speaker != "system"]
+    speakers = [speaker for speaker, _ in spoken if speaker != "system"]
+    if speakers != ["user", "assistant"] or not all(texts):
+        raise InputError(f"{where}: field '{field}' must be a user's and an assistant's turn")
+    question, response = texts
+    answer = final_answer(response) or response
+    return (
+        {"answer": answer} | without(record, field) | {"question": question, "response": response}
+    )
+
+
+def is_sharegpt(record: dict) -> bool:
+    """Says whether all there is to a record is a conversation; OpenThoughts has its own tags."""
+    turns = record.get("conversations", record.get("messages"))
+    if named(record, "question") or not isinstance(turns, list) or not turns:
+        return False
+    is_published = isinstance(turns[0], dict) and turns[0].get("from") == "user"
+    return turns_of(turns) is not None and not is_published
+
+
+# DAPO-Math-17k has its own instructions around each question.
+DAPO = re.compile(
+    r"Solve the following math problem step by step\. The last line of your response should be of "
+    r"the form Answer: \$?Answer.*?\n\n(.*)\n\nRemember to put your answer on its own line after "
+    r'"Answer:"\.?\s*',
+    re.DOTALL,
+)
+
+
+def verl(record: dict, where: str) -> dict:
+    """The prompt is a conversation, and the reward's model has the truth.
+
+    Where extra_info has the question as well, that is the bare one, without instructions.
+    """
+    question = record["prompt"]
+    if not isinstance(question, str):
+        question = asked(question, f"{where}: field 'prompt'")
+    extra = optional(record, "extra_info", dict, where) or {}
+    bare = extra.get("question")
+    if isinstance(bare, str) and bare.strip() and bare.strip() in question:
+        question = bare.strip()
+    wrapped = DAPO.fullmatch(question)
+    truth = required(record, "reward_model", dict, where)
+    where = f"{where}: field 'reward_model'"
+    field = "ground_truth"
+    truths = truth.get(field)
+    if isinstance(truths, str):
+        truths = from_json(truths)
+    if isinstance(truths, dict):
+        truths = truths.get("target", truths)
+    answers, _ = read_open_answer({"answer": truths}, where)
+    return without(record, "prompt", "reward_model") | {
+        "question": wrapped[1] if wrapped else question,
+        "answer": answers,
+        "domain": record.get("ability"),
+    }
+
+
+def medxpertqa(record: dict, where: str) -> dict:
+    """The hub's questions end with their options, which our prompts show anyway."""
+    question = required(record, "question", str, where)
+    bare, mark, listed = question.rpartition("\nAnswer Choices:")
+    options = option_texts(record, where) or {}
+    repeated = bool(mark) and all(text in listed for text in options.values())
+    return record | {
+        "question": bare.strip() if repeated else question,
+        "domain": record.get("medical_task"),
+    }
 
 
 # --- The table ------------------------------------------------------------------------------------
@@ -397,6 +402,12 @@ SCHEMAS = (
         {"id": "pid", "options": "choices"},
         mathvista,
     ),
+    # TsinghuaC3I/MedXpertQA, and eval/data/input of its repository
+    Schema("medxpertqa", {"question", "options", "medical_task"}, convert=medxpertqa),
+    # volcengine/verl: DAPO-Math, geometry3k, ...
+    Schema("verl", {"prompt", "reward_model"}, convert=verl),
+    # AILab-CVPR/SEED-Bench
+    Schema("seed-bench", {"choice_a", "data_id"}, {"image": "data_id"}),
     # MathLLMs/MathVision. Options may be mere letters: then the image has their texts.
     Schema("mathvision", {"question", "options", "level", "subject"}, {"domain": "subject"}),
 )
@@ -416,6 +427,8 @@ def to_plain(record: object, where: str, *, is_tsv: bool) -> tuple[str, dict]:
         )
     if is_tsv:
         return "opencompass", opencompass(record, where)
+    if is_sharegpt(record):
+        return "sharegpt", sharegpt(record, where)
     for schema in SCHEMAS:
         if schema.known_by <= record.keys() and not schema.lacks & record.keys():
             for ours, theirs in schema.means.items():
@@ -423,9 +436,15 @@ def to_plain(record: object, where: str, *, is_tsv: bool) -> tuple[str, dict]:
             if schema.convert is not None:
                 record = schema.convert(record, where)
             return schema.name, record
-    if not {"question", "answer"} & record.keys():
-        raise InputError(f"{where}: unknown schema (fields: {', '.join(record)[:80]})")
     # openai/grade-school-math; openai/gsm8k
     if "####" in str(record.get("answer")) and not record.get("options"):
         return "gsm8k", gsm8k(record, where)
-    return "plain", record
+    # allenai/arc: {"question": {"stem", "choices"}, "answerKey"}
+    if isinstance(record.get("question"), dict):
+        record = without(record, "question") | record["question"]
+    asks = named(record, "question")
+    if not asks and not named(record, "answer"):
+        raise InputError(f"{where}: unknown schema (fields: {', '.join(record)[:80]})")
+    if asks and turns_of(record[asks[0]]):
+        record = record | {asks[0]: asked(record[asks[0]], f"{where}: field '{asks[0]}'")}
+    return ("plain" if "question" in asks and "answer" in record else "by names"), record

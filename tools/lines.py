@@ -28,7 +28,14 @@ READING_PATH = (
     "grpo.py",
 )
 # What one need not read to understand the paper, so it does not count in the closure of grpo.py.
-ASIDE = ("answers/", "data/datasets.py", "data/schemas.py", "_triton.py")
+ASIDE = (
+    "answers/",
+    "data/datasets.py",
+    "data/schemas.py",
+    "data/fields.py",
+    "data/options.py",
+    "_triton.py",
+)
 
 
 def source_files() -> list[str]:

@@ -1,0 +1,364 @@
+"""What the fields of a record mean: one table of names, and the readers that follow from it.
+
+The rule: a field that `MEANINGS` names is read under any of its names; a field that it does not
+name, but that looks like options, an image or context, makes the record bad. So no record becomes
+another question silently: what could change what it asks is read or refused by name.
+
+Names are compared without case, spaces, `_` and `-`: "Correct Answer" is "correctanswer".
+Options and the answer that is one of them are in options.py.
+"""
+
+import ast
+import json
+import re
+from pathlib import Path
+from reprlib import repr as short
+
+from hub.errors import InputError
+
+# Of several fields with one meaning, the one that stands first here counts. (The context is all of
+# them, and so are the images.)
+MEANINGS = {
+    "id": "id question_id qid pid uid unique_id problem_id",
+    "question": "question problem query question_text problem_text question_stem stem prompt "
+    "sentence ctx goal input instruction",
+    # Text that stands before the question, because it cannot be answered without.
+    "context": "context contexts passage passages article paragraph body premise background story "
+    "scenario vignette case document hint table text instruction input "
+    "problem sentence stem",
+    "options": "options choices candidates alternatives endings answer_choices answer_options "
+    "possible_answers candidate_answers option_list choice_list options_text choices_text "
+    "multiple_choice_options mc_choices answers",
+    "answer": "answer final_answer correct_answer ground_truth gt_answer gold_answer "
+    "reference_answer standard_answer best_answer expected_answer answer_number final_decision "
+    "target gold gt answers correct_answers",
+    # Where there are options, these too say which of them is right: by letter or number.
+    "key": "answer_idx answer_index answer_key answer_letter answer_option correct_idx "
+    "correct_index correct_option correct_choice correct_letter correct cop label labels",
+    # Where there is no answer: it stands in <answer> tags or a box.
+    "solution": "solution",
+    "image": "decoded_image image images image_1 image_2 image_3 image_4 image_5 image_6 image_7 "
+    "image_path image_paths image_file image_files image_filename image_name img imgs img_path "
+    "img_paths img_name img_file img_filename figure figures figure_path diagram picture photo "
+    "image_bytes image_base64 question_image",
+    "unit": "unit",
+    "domain": "domain subject category",
+    "accepted": "accepted accepted_answers aliases answer_aliases",
+    "response": "response",
+    "precision": "precision",
+}
+OPEN_KEYS = {"label", "labels", "correct"}  # may be anything, where there are no options
+KINDS = {str: "text", dict: "an object", list: "an array"}
+
+
+def plain_name(name: str) -> str:
+    """Returns a field's name as names are compared."""
+    return re.sub(r"[\W_]", "", name).lower()
+
+
+NAMES = {meaning: [plain_name(name) for name in MEANINGS[meaning].split()] for meaning in MEANINGS}
+
+
+# --- One field of a record, checked. `where` begins each complaint: the file and the line ---------
+
+
+def is_empty(value: object) -> bool:
+    """Says whether a field holds nothing: null, an empty text, array or object, or NaN.
+
+    NaN is what pandas makes of null.
+    """
+    return value in (None, "", [], {}) or value != value
+
+
+def optional(record: object, field: str, kind: type, where: str) -> object:
+    """Returns a record's field, which must be of a kind (str, dict or list); None if it is empty.
+
+    A number passes for text. Raises InputError for a field of another kind.
+    """
+    value = record.get(field) if isinstance(record, dict) else None
+    if is_empty(value):
+        return None
+    if kind is str and type(value) in (int, float):
+        return str(value)
+    if not isinstance(value, kind):
+        kind = KINDS[kind]
+        raise InputError(f"{where}: field '{field}' must be {kind}, not {short(value)}")
+    return value
+
+
+def required(record: object, field: str, kind: type, where: str) -> object:
+    """Returns a record's field like `optional`, but raises InputError if it is empty."""
+    value = optional(record, field, kind, where)
+    if value is None:
+        raise InputError(f"{where}: field '{field}' is missing or empty")
+    return value
+
+
+def without(record: dict, *fields: str) -> dict:
+    """Returns a copy of the record that lacks these fields."""
+    return {field: value for field, value in record.items() if field not in fields}
+
+
+def named(record: dict, meaning: str) -> list[str]:
+    """Returns the record's fields of this meaning that hold something, in the table's order."""
+    found = {}
+    for field, value in record.items():
+        if not is_empty(value):
+            found.setdefault(plain_name(field), field)
+    return [found[name] for name in NAMES[meaning] if name in found]
+
+
+def python_list(text: str) -> list | str:
+    """Returns the list of texts and numbers that a text is in Python; if it is none, the text."""
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+    is_list = isinstance(value, list) and all(isinstance(one, str | int | float) for one in value)
+    return value if is_list else text
+
+
+def from_json(text: str) -> object:
+    """Returns the array or object that a text is in JSON; if it is none, the text."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return value if isinstance(value, list | dict) else text
+
+
+# --- The question and what belongs to it ----------------------------------------------------------
+
+
+def read_question(record: dict, where: str) -> tuple[str, list[str]]:
+    """Returns the whole text of the question, and the fields that it is from.
+
+    Context stands before the question, a line each; the unit of the answer stands behind it, as in
+    MathVista's official prompt.
+    """
+    [field, *_] = named(record, "question") or ["question"]
+    question = required(record, field, str, where)
+    fields = [field]
+    lines = []
+    for name in named(record, "context"):
+        if name == field or isinstance(record[name], bool | int | float):
+            continue
+        fields.append(name)
+        text = context_text(record[name], f"{where}: field '{name}'")
+        # Some files have the context within the question as well, or both together in `text`.
+        if text not in question and question not in text:
+            lines.append(text)
+    unit = optional(record, "unit", str, where)
+    if unit:
+        fields.append("unit")
+        question = f"{question} (Unit: {unit})"
+    return "\n".join([*lines, question]), fields
+
+
+def context_text(value: object, where: str) -> str:
+    """Returns a field's text, or the texts of its array (also as PubMedQA nests it) as lines."""
+    if isinstance(value, dict):
+        value = value.get("contexts")
+    texts = value if isinstance(value, list) else [value]
+    if not all(isinstance(text, str) for text in texts):
+        raise InputError(f"{where} looks like context, but is no text: {short(value)}")
+    return "\n".join(texts)
+
+
+def read_open_answer(record: dict, where: str) -> tuple[list[str], list[str]]:
+    """Returns the right answers of a question without options, and the fields that they are from.
+
+    An array means that each of its texts is right. Raises InputError where a field names an option.
+    """
+    keys = [key for key in named(record, "key") if plain_name(key) not in OPEN_KEYS]
+    keys = [key for key in keys if re.fullmatch(r"[A-Pa-p]|\d{1,2}", str(record[key]))]
+    fields = named(record, "answer")
+    if not fields:
+        solution = named(record, "solution")
+        answer = solution and final_answer(optional(record, solution[0], str, where) or "")
+        if answer:
+            return [answer], solution
+    if keys:
+        reason = "is missing or empty" if not fields else "may be an option's text"
+        raise InputError(
+            f"{where}: field 'answer' {reason}; field '{keys[0]}' names an option, but there are "
+            "no fields that are known to be options"
+        )
+    [field, *_] = fields or named(record, "key") or ["answer"]
+    value = record.get(field)
+    if isinstance(value, dict):  # SQuAD, TriviaQA
+        value = value.get("text") or [value.get("value"), *(value.get("aliases") or [])]
+    if not isinstance(value, list):
+        return [required(record, field, str, where)], [field]
+    texts = [optional({field: one}, field, str, where) for one in value]
+    if None in texts or not texts:
+        raise InputError(f"{where}: field '{field}' has an empty answer")
+    return list(dict.fromkeys(texts)), [field]
+
+
+def final_answer(solution: str) -> str | None:
+    r"""Returns the answer at a worked solution's end: in <answer> tags, else in its last \boxed."""
+    tags = re.findall(r"<answer>(.*?)</answer>", solution, re.DOTALL)
+    if tags:
+        return tags[-1].strip() or None
+    _, box, rest = solution.rpartition(r"\boxed{")
+    depth = 1
+    for place, sign in enumerate(rest if box else ""):
+        depth += (sign == "{") - (sign == "}")
+        if depth == 0:
+            return rest[:place].strip() or None
+    return None
+
+
+def read_precision(record: dict, where: str) -> int | None:
+    """Returns the number of decimals that count; None if the record names none."""
+    precision = optional(record, "precision", str, where)
+    if precision is None:
+        return None
+    if not re.fullmatch(r"\d{1,2}(\.0)?", precision):
+        found = short(precision)
+        raise InputError(f"{where}: field 'precision' must be a small whole number, not {found}")
+    return int(float(precision))
+
+
+def read_images(record: dict, where: str, folder: Path) -> tuple[list[str | Path | bytes], list]:
+    """Returns all images of a record, and the fields that they are from.
+
+    They are in the order of `MEANINGS`; paths are from `folder` on. Where fields hold the same
+    image, one by its path and one by its bytes, it is taken once.
+    """
+    images = []
+    fields = named(record, "image")
+    for field in fields:
+        found = images_of(record[field], f"{where}: field '{field}'", folder)
+        if images and not re.fullmatch(r"image[2-7]", plain_name(field)):
+            # MathVista and MathVision have the path beside the image itself.
+            if not all(isinstance(image, Path) for image in images):
+                continue
+            found = [one for one in found if not any(same_file(one, image) for image in images)]
+        images += found
+    return images, fields
+
+
+def same_file(one: object, other: object) -> bool:
+    """Says whether of two paths the longer ends with the shorter."""
+    if not isinstance(one, Path) or not isinstance(other, Path):
+        return one == other
+    parts, others = sorted((one.parts, other.parts), key=len)
+    return others[len(others) - len(parts) :] == parts
+
+
+def images_of(value: object, where: str, folder: Path) -> list[str | Path | bytes]:
+    """Returns the images of one field."""
+    if isinstance(value, str) and value.startswith("["):
+        value = python_list(value)
+    values = value if isinstance(value, list) else [value]
+    images = []
+    for one in values:
+        if isinstance(one, dict):  # how the hub's Parquet files hold an image
+            one = one.get("bytes") or one.get("path") or one.get("image") or one.get("url")
+        if is_empty(one):
+            continue
+        if isinstance(one, bytes) or isinstance(one, str) and one.startswith("data:"):
+            images.append(one)
+        elif isinstance(one, str) and re.match(r"https?://", one):
+            raise InputError(f"{where} is an address: load the image, and write its path there")
+        elif isinstance(one, str) and len(one) < 4096:
+            images.append(folder / one.removeprefix("file://"))
+        else:  # base64 that does not say so is too long for a path
+            raise InputError(
+                f"{where} must be a path, a data URI, an image's bytes or an array of them, "
+                f"not {short(one)}"
+            )
+    return images
+
+
+# --- What is left: does it look like something that changes the question? -------------------------
+
+OPTION_WORDS = set(
+    "option options choice choices candidate candidates alternative alternatives "
+    "distractor distractors incorrect wrong endings".split()
+)
+IMAGE_WORDS = set(
+    "image images img imgs picture pictures photo figure figures diagram scan "
+    "screenshot xray".split()
+)
+CONTEXT_WORDS = set(
+    "context contexts passage passages article paragraph paragraphs premise "
+    "vignette background stimulus story scenario excerpt".split()
+)
+# A field whose name ends so describes something, and does not hold it: `image_caption`.
+ABOUT_WORDS = set(
+    "type types caption description count num number width height size format mode "
+    "license source class category style hash explanation explanations required "
+    "needed quality split".split()
+)
+IMAGE_FILE = re.compile(r"\S.*\.(png|jpe?g|webp|gif|bmp|tiff?)", re.IGNORECASE)
+
+
+def words_of(name: str) -> list[str]:
+    """Returns the words of a field's name: `answerChoice_a` has three."""
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)
+    return re.findall(r"[a-z]+|\d+", name.lower())
+
+
+def refuse_unread(
+    record: dict, read: set[str], where: str, *, options: bool, images: bool, answer: str
+) -> None:
+    """Raises InputError for an unread field that looks as if it belonged to the question.
+
+    `options` and `images` say whether there are any: what is beside them may repeat them.
+    """
+    lettered = {}
+    for field, value in record.items():
+        words = words_of(field)
+        if field in read or is_empty(value) or not words:
+            continue
+        looks = None
+        is_about = bool(words[-1:] and words[-1] in ABOUT_WORDS)
+        if not options and looks_like_options(words, value, answer) and not is_about:
+            looks = "options"
+        elif not images and not is_about and looks_like_image(words, value):
+            looks = "an image"
+        elif not is_about and words[-1] in CONTEXT_WORDS and is_long(value):
+            looks = "context"
+        if looks:
+            raise InputError(
+                f"{where}: field '{field}' looks like {looks}, but is no name that is known "
+                "(data/fields.py): rename it, or remove it if the question does not need it"
+            )
+        if len(words) > 1 and isinstance(value, str | int) and words[-1] in ("a", "b", "1", "2"):
+            lettered.setdefault(" ".join(words[:-1]), []).append(field)
+    is_key = re.fullmatch(r"[A-Pa-p]|\d", answer)
+    for fields in lettered.values():
+        if not options and is_key and len(fields) > 1:
+            names = " and ".join(f"'{field}'" for field in fields)
+            raise InputError(f"{where}: fields {names} look like options, but have unknown names")
+
+
+def looks_like_options(words: list[str], value: object, answer: str) -> bool:
+    """Says whether a field may hold options: by its name, or by what it holds."""
+    if isinstance(value, bool | int | float):
+        return False
+    if OPTION_WORDS & set(words):
+        return True
+    if isinstance(value, dict):
+        return {"A", "B"} <= value.keys() or {"a", "b"} <= value.keys()
+    texts = isinstance(value, list) and all(isinstance(text, str) for text in value)
+    return bool(texts and len(value) > 1 and re.fullmatch(r"[A-P]", answer))
+
+
+def looks_like_image(words: list[str], value: object) -> bool:
+    """Says whether a field may hold an image, or name the one that the question is about."""
+    if isinstance(value, str) and (value.startswith("data:image") or IMAGE_FILE.fullmatch(value)):
+        return True
+    if isinstance(value, bytes) or isinstance(value, dict) and "bytes" in value:
+        return True
+    # A number counts where it is the image's name.
+    is_name = isinstance(value, str | list | dict) or words[-1] == "id"
+    return bool(IMAGE_WORDS & set(words)) and is_name
+
+
+def is_long(value: object) -> bool:
+    """Says whether a value is more than a name or a number."""
+    return isinstance(value, list | dict) or isinstance(value, str) and len(value.split()) > 2
