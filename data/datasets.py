@@ -2,9 +2,9 @@
 
     for example in read_examples("medqa.jsonl"): ...
 
-There are three kinds of file. `*.parquet` has rows, and needs pyarrow. `*.tsv` is an OpenCompass
-table. Every other file is JSON: one array if it begins with "[", one object of records by their ids
-if its first line is no record, else one record a line.
+There are four kinds of file. `*.parquet` has rows, and needs pyarrow. `*.tsv` is an OpenCompass
+table, `*.csv` any other. Every other file is JSON: one array if it begins with "[", one object of
+records by their ids if it is a single object, else one record a line.
 
 A record's schema is known by its fields (schemas.py), which have many names (fields.py). Text stays
 as it is published, markers such as "<image 1>" too: our prompts put a question's images before its
@@ -197,6 +197,9 @@ def records(path: Path) -> Iterator[tuple[str, object]]:
             yield from parquet_records(path)
         elif suffix == ".tsv":
             yield from tsv_records(path)
+        elif suffix == ".csv":
+            for number, row in enumerate(table_rows(path, ","), 1):
+                yield f"{path}: row {number}", {name: cell for name, cell in row.items() if cell}
         else:
             yield from json_records(path)
     except OSError as error:
@@ -285,18 +288,24 @@ def tsv_records(path: Path) -> Iterator[tuple[str, dict]]:
     An `image` of up to 64 characters is the index of another row, before or behind, which has the
     image (VLMEvalKit, vlmeval/dataset/image_base.py). So the whole file is read first.
     """
-    csv.field_size_limit(2**31 - 1)  # images are in base64
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file, delimiter="\t"))
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: malformed TSV ({error})") from None
+    rows = table_rows(path, "\t")
     images = {row.get("index"): row["image"] for row in rows if len(row.get("image") or "") > 64}
     for number, row in enumerate(rows, 1):
         row = {column: cell for column, cell in row.items() if cell}
         if row.get("image") in images:
             row["image"] = images[row["image"]]
         yield f"{path}: row {number}", row
+
+
+def table_rows(path: Path, delimiter: str) -> list[dict]:
+    """Returns the rows of a table whose first line has the names of its columns."""
+    csv.field_size_limit(2**31 - 1)  # images are in base64
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            return list(csv.DictReader(file, delimiter=delimiter))
+    except (csv.Error, UnicodeDecodeError) as error:
+        kind = path.suffix[1:].upper()
+        raise InputError(f"{path}: malformed {kind} ({error})") from None
 
 
 def parquet_records(path: Path) -> Iterator[tuple[str, dict]]:
@@ -349,6 +358,10 @@ def to_example(
         """Returns the record's field of a meaning, None if it has none."""
         fields = read[meaning]
         return optional(record, fields[0], kind, where) if fields else None
+
+    domain = named(record, "domain")
+    if domain and isinstance(record[domain[0]], list):
+        record = record | {domain[0]: ", ".join(map(str, record[domain[0]]))}
 
     # 2. Nothing that belongs to the question may be left.
     used = {name for names in read.values() for name in names}

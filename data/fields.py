@@ -11,6 +11,7 @@ Options and the answer that is one of them are in options.py.
 import ast
 import json
 import re
+from functools import cache
 from pathlib import Path
 from reprlib import repr as short
 
@@ -20,12 +21,12 @@ from hub.errors import InputError
 # them, and so are the images.)
 MEANINGS = {
     "id": "id question_id qid pid uid unique_id problem_id",
-    "question": "question problem query question_text problem_text question_stem stem prompt "
-    "sentence ctx goal input instruction",
+    "question": "question problem query question_text problem_text problem_statement question_stem "
+    "stem prompt sentence ctx goal input instruction",
     # Text that stands before the question, because it cannot be answered without.
     "context": "context contexts passage passages article paragraph body premise background story "
-    "scenario vignette case document hint table text instruction input "
-    "problem sentence stem",
+    "scenario vignette case clinical_case case_report document dialogue dialog transcript abstract "
+    "excerpt statement stimulus hint table text instruction input problem sentence stem",
     "options": "options choices candidates alternatives endings answer_choices answer_options "
     "possible_answers candidate_answers option_list choice_list options_text choices_text "
     "multiple_choice_options mc_choices answers",
@@ -40,7 +41,7 @@ MEANINGS = {
     "image": "decoded_image image images image_1 image_2 image_3 image_4 image_5 image_6 image_7 "
     "image_path image_paths image_file image_files image_filename image_name img imgs img_path "
     "img_paths img_name img_file img_filename figure figures figure_path diagram picture photo "
-    "image_bytes image_base64 question_image",
+    "photo image_bytes image_base64 question_image image_url image_urls img_url",
     "unit": "unit",
     "domain": "domain subject category",
     "accepted": "accepted accepted_answers aliases answer_aliases",
@@ -51,6 +52,7 @@ OPEN_KEYS = {"label", "labels", "correct"}  # may be anything, where there are n
 KINDS = {str: "text", dict: "an object", list: "an array"}
 
 
+@cache
 def plain_name(name: str) -> str:
     """Returns a field's name as names are compared."""
     return re.sub(r"[\W_]", "", name).lower()
@@ -157,9 +159,8 @@ def read_question(record: dict, where: str) -> tuple[str, list[str]]:
 
 def context_text(value: object, where: str) -> str:
     """Returns a field's text, or the texts of its array (also as PubMedQA nests it) as lines."""
-    if isinstance(value, dict):
-        value = value.get("contexts")
-    texts = value if isinstance(value, list) else [value]
+    texts = value.get("contexts") if isinstance(value, dict) else value
+    texts = texts if isinstance(texts, list) else [texts]
     if not all(isinstance(text, str) for text in texts):
         raise InputError(f"{where} looks like context, but is no text: {short(value)}")
     return "\n".join(texts)
@@ -230,11 +231,12 @@ def read_images(record: dict, where: str, folder: Path) -> tuple[list[str | Path
     images = []
     fields = named(record, "image")
     for field in fields:
+        again = bool(images) and not re.fullmatch(r"image[2-7]", plain_name(field))
+        # MathVista and MathVision have the path beside the image itself.
+        if again and not all(isinstance(image, Path) for image in images):
+            continue
         found = images_of(record[field], f"{where}: field '{field}'", folder)
-        if images and not re.fullmatch(r"image[2-7]", plain_name(field)):
-            # MathVista and MathVision have the path beside the image itself.
-            if not all(isinstance(image, Path) for image in images):
-                continue
+        if again:
             found = [one for one in found if not any(same_file(one, image) for image in images)]
         images += found
     return images, fields
@@ -276,22 +278,25 @@ def images_of(value: object, where: str, folder: Path) -> list[str | Path | byte
 # --- What is left: does it look like something that changes the question? -------------------------
 
 OPTION_WORDS = set(
-    "option options choice choices candidate candidates alternative alternatives "
-    "distractor distractors incorrect wrong endings".split()
+    "option options choice choices candidate candidates alternative alternatives distractor "
+    "distractors incorrect wrong endings".split()
 )
 IMAGE_WORDS = set(
-    "image images img imgs picture pictures photo figure figures diagram scan "
-    "screenshot xray".split()
+    "image images img imgs picture pictures photo figure figures diagram scan screenshot "
+    "xray".split()
 )
 CONTEXT_WORDS = set(
-    "context contexts passage passages article paragraph paragraphs premise "
-    "vignette background stimulus story scenario excerpt".split()
+    "context contexts passage passages article paragraph paragraphs premise vignette background "
+    "stimulus story scenario excerpt dialogue dialog transcript".split()
 )
 # A field whose name ends so describes something, and does not hold it: `image_caption`.
 ABOUT_WORDS = set(
-    "type types caption description count num number width height size format mode "
-    "license source class category style hash explanation explanations required "
-    "needed quality split".split()
+    "type types caption description count num width number height size format mode license source "
+    "sources class category categories style hash explanation explanations required needed quality "
+    "split tag tags topic topics keyword keywords phrases step steps skill skills concepts "
+    "generations generation solution solutions hint hints domains subjects authors references url "
+    "urls languages tests cases messages turns conversations reasons metadata score scores "
+    "rationale rationales response responses outputs predictions info".split()
 )
 IMAGE_FILE = re.compile(r"\S.*\.(png|jpe?g|webp|gif|bmp|tiff?)", re.IGNORECASE)
 
@@ -309,43 +314,56 @@ def refuse_unread(
 
     `options` and `images` say whether there are any: what is beside them may repeat them.
     """
-    lettered = {}
+    stems = {}
     for field, value in record.items():
         words = words_of(field)
-        if field in read or is_empty(value) or not words:
+        if field in read or is_empty(value) or not words or words[-1] in ABOUT_WORDS:
             continue
         looks = None
-        is_about = bool(words[-1:] and words[-1] in ABOUT_WORDS)
-        if not options and looks_like_options(words, value, answer) and not is_about:
+        if not options and looks_like_options(words, value, answer):
             looks = "options"
-        elif not images and not is_about and looks_like_image(words, value):
+        elif not images and looks_like_image(words, value):
             looks = "an image"
-        elif not is_about and words[-1] in CONTEXT_WORDS and is_long(value):
+        elif words[-1] in CONTEXT_WORDS and is_long(value):
             looks = "context"
+        # Several columns of one name, such as reply_a and reply_b, and an answer that chooses.
+        is_column = words[-1] in ("a", "b", "1", "2") and isinstance(value, str | int | float)
+        if is_column and len(words) > 1 and words[-2] not in ABOUT_WORDS:
+            stems.setdefault((*words[:-1], words[-1].isdigit()), []).append(field)
+            chooses = not options and re.fullmatch(r"[A-Pa-p]|\d", answer)
+            if chooses and len(stems[(*words[:-1], words[-1].isdigit())]) > 1:
+                looks = "options"
         if looks:
             raise InputError(
                 f"{where}: field '{field}' looks like {looks}, but is no name that is known "
                 "(data/fields.py): rename it, or remove it if the question does not need it"
             )
-        if len(words) > 1 and isinstance(value, str | int) and words[-1] in ("a", "b", "1", "2"):
-            lettered.setdefault(" ".join(words[:-1]), []).append(field)
-    is_key = re.fullmatch(r"[A-Pa-p]|\d", answer)
-    for fields in lettered.values():
-        if not options and is_key and len(fields) > 1:
-            names = " and ".join(f"'{field}'" for field in fields)
-            raise InputError(f"{where}: fields {names} look like options, but have unknown names")
 
 
 def looks_like_options(words: list[str], value: object, answer: str) -> bool:
-    """Says whether a field may hold options: by its name, or by what it holds."""
+    """Says whether a field may hold options: by its name, or by what it holds.
+
+    By what it holds: letters and their texts, or several short texts, of which the answer is one,
+    or names one by its letter or its number.
+    """
     if isinstance(value, bool | int | float):
         return False
     if OPTION_WORDS & set(words):
         return True
     if isinstance(value, dict):
-        return {"A", "B"} <= value.keys() or {"a", "b"} <= value.keys()
-    texts = isinstance(value, list) and all(isinstance(text, str) for text in value)
-    return bool(texts and len(value) > 1 and re.fullmatch(r"[A-P]", answer))
+        names = {plain_name(name) for name in value}
+        is_named = bool(names & {"options", "choices"}) and bool(re.fullmatch("[A-P]", answer))
+        return {"a", "b"} <= names or is_named
+    if not isinstance(value, list) or len(value) < 2:
+        return False
+    if all(isinstance(one, dict) for one in value):
+        return bool(re.fullmatch("[A-P]", answer))
+    if not all(isinstance(text, str) and len(text) <= 200 for text in value):
+        return False
+    if answer in value:
+        return len(set(value)) > 1
+    is_index = bool(re.fullmatch(r"\d{1,2}", answer)) and int(answer) <= len(value)
+    return is_index or bool(re.fullmatch("[A-P]", answer))
 
 
 def looks_like_image(words: list[str], value: object) -> bool:

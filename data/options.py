@@ -257,12 +257,15 @@ def ambiguous(
     value = record[field]
     message = (
         f"{where}: field '{field}' may mean option {' or '.join(sorted(meant))}: {short(value)}"
-        " may be an option's text or an index that counts from 0 or 1; write the letter"
+        " can be read as a letter, an option's text or an index that counts from 0 or from 1; give "
+        "options and answer by letters"
     )
     texts = [text.strip() for text in options.texts.values()]
     if base is not None or str(value).strip() in texts:
         return InputError(message)
-    return Ambiguous(message, 0 if isinstance(value, int) else None)
+    # A number in JSON counts from 0, as the hub's class labels do. MedMCQA's `cop` does both.
+    counts_from_0 = isinstance(value, int) and plain_name(field) != "cop"
+    return Ambiguous(message, 0 if counts_from_0 else None)
 
 
 def letters_meant(
