@@ -22,26 +22,33 @@ from hub.errors import InputError
 MEANINGS = {
     "id": "id question_id qid pid uid unique_id problem_id",
     "question": "question problem query question_text problem_text problem_statement question_stem "
-    "stem prompt sentence ctx goal input instruction",
+    "stem prompt sentence ctx goal qtext input instruction text",
     # Text that stands before the question, because it cannot be answered without.
-    "context": "context contexts passage passages article paragraph body premise background story "
-    "scenario vignette case clinical_case case_report document dialogue dialog transcript abstract "
-    "excerpt statement stimulus hint table text instruction input problem sentence stem",
-    "options": "options choices candidates alternatives endings answer_choices answer_options "
-    "possible_answers candidate_answers option_list choice_list options_text choices_text "
-    "multiple_choice_options mc_choices answers",
-    "answer": "answer final_answer correct_answer ground_truth gt_answer gold_answer "
-    "reference_answer standard_answer best_answer expected_answer answer_number final_decision "
-    "target gold gt answers correct_answers",
+    "context": "context contexts passage passages flores_passage article paragraph body premise "
+    "background story scenario vignette case clinical_case case_report document dialogue dialog "
+    "transcript abstract excerpt statement stimulus hint table text instruction input problem "
+    "sentence stem",
+    "options": "options option choices candidates alternatives endings answer_choices "
+    "answer_options possible_answers candidate_answers option_list choice_list options_text "
+    "choices_text multiple_choice_options mc_choices answers",
+    "answer": "answer final_answer correct_answer ground_truth gt_answer gold_answer golden_answer "
+    "reference_answer standard_answer best_answer right_answer expected_answer answer_number "
+    "final_decision target gold gt answers correct_answers gold_answers golden_answers targets",
     # Where there are options, these too say which of them is right: by letter or number.
-    "key": "answer_idx answer_index answer_key answer_letter answer_option correct_idx "
-    "correct_index correct_option correct_choice correct_letter correct cop label labels",
+    "key": "answer_idx answer_index answer_key answer_letter answer_option answer_label "
+    "answer_choice correct_idx correct_index correct_option correct_choice correct_letter "
+    "correct_choice_idx correct_choice_index correct_option_index correct_answer_idx "
+    "correct_answer_index correct_answer_id correct_answer_num gold_idx gold_index target_idx "
+    "correct cop ra label labels",
     # Where there is no answer: it stands in <answer> tags or a box.
     "solution": "solution",
     "image": "decoded_image image images image_1 image_2 image_3 image_4 image_5 image_6 image_7 "
     "image_path image_paths image_file image_files image_filename image_name img imgs img_path "
     "img_paths img_name img_file img_filename figure figures figure_path diagram picture photo "
-    "photo image_bytes image_base64 question_image image_url image_urls img_url",
+    "photo image_bytes image_base64 question_image image_url image_urls img_url "
+    "image_local_name",
+    # These are an image if they end like one.
+    "file": "file_name filename file path image_id img_id data_id",
     "unit": "unit",
     "domain": "domain subject category",
     "accepted": "accepted accepted_answers aliases answer_aliases",
@@ -143,7 +150,7 @@ def read_question(record: dict, where: str) -> tuple[str, list[str]]:
     fields = [field]
     lines = []
     for name in named(record, "context"):
-        if name == field or isinstance(record[name], bool | int | float):
+        if name == field or isinstance(record[name], bool | int | float) or record[name] == "nan":
             continue
         fields.append(name)
         text = context_text(record[name], f"{where}: field '{name}'")
@@ -194,17 +201,24 @@ def read_open_answer(record: dict, where: str) -> tuple[list[str], list[str]]:
     texts = [optional({field: one}, field, str, where) for one in value]
     if None in texts or not texts:
         raise InputError(f"{where}: field '{field}' has an empty answer")
+    if len(texts) > 1 and all(re.fullmatch("[A-P]", text) for text in texts):
+        raise InputError(f"{where}: field '{field}' names several right options")
     return list(dict.fromkeys(texts)), [field]
 
 
 def final_answer(solution: str) -> str | None:
-    r"""Returns the answer at a worked solution's end: in <answer> tags, else in its last \boxed."""
+    r"""Returns what a worked solution answers: in <answer> tags, else in its last \boxed{...}.
+
+    A solution of a few words is an answer itself. Returns None where nothing of that is there.
+    """
     tags = re.findall(r"<answer>(.*?)</answer>", solution, re.DOTALL)
     if tags:
         return tags[-1].strip() or None
     _, box, rest = solution.rpartition(r"\boxed{")
+    if not box:
+        return solution.strip() if 0 < len(solution.split()) <= 5 else None
     depth = 1
-    for place, sign in enumerate(rest if box else ""):
+    for place, sign in enumerate(rest):
         depth += (sign == "{") - (sign == "}")
         if depth == 0:
             return rest[:place].strip() or None
@@ -230,6 +244,9 @@ def read_images(record: dict, where: str, folder: Path) -> tuple[list[str | Path
     """
     images = []
     fields = named(record, "image")
+    for field in named(record, "file"):
+        if not fields and IMAGE_FILE.fullmatch(str(record[field])):
+            fields = [field]
     for field in fields:
         again = bool(images) and not re.fullmatch(r"image[2-7]", plain_name(field))
         # MathVista and MathVision have the path beside the image itself.
@@ -237,16 +254,19 @@ def read_images(record: dict, where: str, folder: Path) -> tuple[list[str | Path
             continue
         found = images_of(record[field], f"{where}: field '{field}'", folder)
         if again:
-            found = [one for one in found if not any(same_file(one, image) for image in images)]
+            found = [
+                one for one in found if not any(same_file(one, image, folder) for image in images)
+            ]
         images += found
     return images, fields
 
 
-def same_file(one: object, other: object) -> bool:
-    """Says whether of two paths the longer ends with the shorter."""
+def same_file(one: object, other: object, folder: Path) -> bool:
+    """Says whether of two paths, as the record has them, the longer ends with the shorter."""
     if not isinstance(one, Path) or not isinstance(other, Path):
         return one == other
-    parts, others = sorted((one.parts, other.parts), key=len)
+    published = [p.relative_to(folder) if p.is_relative_to(folder) else p for p in (one, other)]
+    parts, others = sorted((path.parts for path in published), key=len)
     return others[len(others) - len(parts) :] == parts
 
 
@@ -258,7 +278,11 @@ def images_of(value: object, where: str, folder: Path) -> list[str | Path | byte
     images = []
     for one in values:
         if isinstance(one, dict):  # how the hub's Parquet files hold an image
-            one = one.get("bytes") or one.get("path") or one.get("image") or one.get("url")
+            known = [one.get(name) for name in ("bytes", "path", "image", "url")]
+            known = [held for held in known if not is_empty(held)]
+            if not known and not all(is_empty(held) for held in one.values()):
+                raise InputError(f"{where} must have its image as bytes or path: {short(one)}")
+            one = known[0] if known else None
         if is_empty(one):
             continue
         if isinstance(one, bytes) or isinstance(one, str) and one.startswith("data:"):
@@ -287,7 +311,8 @@ IMAGE_WORDS = set(
 )
 CONTEXT_WORDS = set(
     "context contexts passage passages article paragraph paragraphs premise vignette background "
-    "stimulus story scenario excerpt dialogue dialog transcript".split()
+    "stimulus story scenario excerpt dialogue dialog transcript history facts information notes "
+    "report findings document documents description".split()
 )
 # A field whose name ends so describes something, and does not hold it: `image_caption`.
 ABOUT_WORDS = set(
@@ -296,7 +321,8 @@ ABOUT_WORDS = set(
     "split tag tags topic topics keyword keywords phrases step steps skill skills concepts "
     "generations generation solution solutions hint hints domains subjects authors references url "
     "urls languages tests cases messages turns conversations reasons metadata score scores "
-    "rationale rationales response responses outputs predictions info".split()
+    "rationale rationales response responses outputs predictions info title name names date "
+    "author".split()
 )
 IMAGE_FILE = re.compile(r"\S.*\.(png|jpe?g|webp|gif|bmp|tiff?)", re.IGNORECASE)
 
@@ -317,14 +343,16 @@ def refuse_unread(
     stems = {}
     for field, value in record.items():
         words = words_of(field)
-        if field in read or is_empty(value) or not words or words[-1] in ABOUT_WORDS:
+        if field in read or is_empty(value) or not words:
+            continue
+        if words[-1] in ABOUT_WORDS and words != ["description"]:
             continue
         looks = None
         if not options and looks_like_options(words, value, answer):
             looks = "options"
         elif not images and looks_like_image(words, value):
             looks = "an image"
-        elif words[-1] in CONTEXT_WORDS and is_long(value):
+        elif CONTEXT_WORDS & set(words) and is_long(value):
             looks = "context"
         # Several columns of one name, such as reply_a and reply_b, and an answer that chooses.
         is_column = words[-1] in ("a", "b", "1", "2") and isinstance(value, str | int | float)

@@ -12,12 +12,13 @@ from data.fields import from_json, is_empty, named, plain_name, python_list, req
 from hub.errors import InputError
 
 LETTERS = "ABCDEFGHIJKLMNOP"  # of options
-NAME_FIELDS = ("key", "letter", "label", "id", "name", "option")  # in an option that is an object
-TEXT_FIELDS = ("value", "content", "text", "answer", "option", "choice", "description")
+# The fields of an option that is an object.
+NAME_FIELDS = ("key", "letter", "label", "id", "aid", "name", "option")
+TEXT_FIELDS = ("value", "content", "text", "atext", "answer", "option", "choice", "description")
 # Columns, one an option: choice_a, option1, ending0, opa, A.
 COLUMN = re.compile(
     r"(|choices?|options?|opt|op|answers?|ans|candidate|ending|sol|alternative|answerchoice|"
-    r"answeroption|optiontext|choicetext)([a-p]|\d{1,2})"
+    r"answeroption|optiontext|choicetext|mcanswer)([a-p]|\d{1,2})"
 )
 
 
@@ -164,7 +165,8 @@ def column_options(record: dict, where: str) -> Options | None:
     groups = {}
     for field, value in record.items():
         match = COLUMN.fullmatch(plain_name(field))
-        if match and not is_empty(value) and not isinstance(value, list | dict | bool):
+        is_text = isinstance(value, str | int | float) and not isinstance(value, bool)
+        if match and is_text and not is_empty(value) and value != "nan":
             if match[1] or re.fullmatch("[A-P]", field):
                 groups.setdefault(match[1], {})[match[2]] = field
     for stem, columns in groups.items():
@@ -209,7 +211,7 @@ def strip_letters(options: Options) -> Options:
     """Returns the options without letters that their texts begin with: "(A) red" (AGIEval)."""
     bare = {}
     for letter, text in options.texts.items():
-        match = re.fullmatch(rf"(?:\({letter}\)|{letter}[).:])\s*(.+)", text, re.DOTALL)
+        match = re.fullmatch(rf"(?:\({letter}\)|{letter}[).:])\s*(.+)", text.strip(), re.DOTALL)
         if match is None:
             return options
         bare[letter] = match[1]
@@ -264,7 +266,8 @@ def ambiguous(
     if base is not None or str(value).strip() in texts:
         return InputError(message)
     # A number in JSON counts from 0, as the hub's class labels do. MedMCQA's `cop` does both.
-    counts_from_0 = isinstance(value, int) and plain_name(field) != "cop"
+    is_index = isinstance(value, int | float) or plain_name(field).endswith(("index", "idx"))
+    counts_from_0 = is_index and plain_name(field) != "cop"
     return Ambiguous(message, 0 if counts_from_0 else None)
 
 
@@ -273,8 +276,8 @@ def letters_meant(
 ) -> set[str]:
     """Returns the letters that a field may mean: as a letter, a name, an option's text, an index.
 
-    Where the record itself has the letters, a letter is just that, and a text comes before an
-    index. Raises InputError for several right options.
+    Where the record itself has the letters, a letter is just that. Raises InputError for several
+    right options.
     """
     if isinstance(value, list):
         if len(value) != 1:
@@ -298,8 +301,6 @@ def letters_meant(
     # 2. An option's text.
     same = [letter for letter, option in texts.items() if option.strip() == text]
     letters |= set(same[:1])
-    if letters and options.lettered:
-        return letters
     # 3. The name of an option. A `label` is rather an index, as the hub's class labels are.
     name = plain_name(text)
     if name in options.names and not (name.isdigit() and plain_name(field) == "label"):

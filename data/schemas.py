@@ -242,7 +242,7 @@ SCHEMAS = (
     # AI4Math/MathVista
     Schema(
         "mathvista",
-        {"question", "question_type", "answer_type"},
+        {"question", "choices", "question_type", "answer_type"},
         {"id": "pid", "options": "choices"},
         mathvista,
     ),
@@ -275,6 +275,11 @@ def to_plain(record: object, where: str, *, is_tsv: bool) -> tuple[str, dict]:
         return "opencompass", opencompass(record, where)
     if is_sharegpt(record):
         return "sharegpt", sharegpt(record, where)
+    # allenai/RLVR: the turns before an answer
+    spoken = turns_of(record.get("messages"))
+    if spoken and spoken[-1][0] == "user" and named(record, "answer") and "question" not in record:
+        question = asked(record["messages"], f"{where}: field 'messages'")
+        record = without(record, "messages") | {"question": question}
     for schema in SCHEMAS:
         if schema.known_by <= record.keys() and not schema.lacks & record.keys():
             for ours, theirs in schema.means.items():

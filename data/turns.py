@@ -137,8 +137,10 @@ def is_sharegpt(record: dict) -> bool:
     turns = record.get("conversations", record.get("messages"))
     if named(record, "question") or not isinstance(turns, list) or not turns:
         return False
+    spoken = turns_of(turns)
     is_published = isinstance(turns[0], dict) and turns[0].get("from") == "user"
-    return turns_of(turns) is not None and not is_published
+    is_prompt = bool(spoken) and spoken[-1][0] == "user" and bool(named(record, "answer"))
+    return spoken is not None and not is_published and not is_prompt
 
 
 def verl(record: dict, where: str) -> dict:
