@@ -45,7 +45,7 @@ MEANINGS = {
     "image": "decoded_image image images image_1 image_2 image_3 image_4 image_5 image_6 image_7 "
     "image_path image_paths image_file image_files image_filename image_name img imgs img_path "
     "img_paths img_name img_file img_filename figure figures figure_path diagram picture photo "
-    "photo image_bytes image_base64 question_image image_url image_urls img_url "
+    "image_bytes image_base64 question_image image_url image_urls img_url "
     "image_local_name",
     # These are an image if they end like one.
     "file": "file_name filename file path image_id img_id data_id",

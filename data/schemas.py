@@ -84,10 +84,11 @@ def gsm8k(record: dict, where: str) -> dict:
     For SFT the solution is the thought, without the calculator's marks: "48/2 = <<48/2=24>>24".
     """
     solution, _, number = required(record, "answer", str, where).rpartition("####")
-    solution, number = solution.strip(), number.strip().replace(",", "")
+    solution = solution.strip()
+    number = required({"answer": number.strip()}, "answer", str, where).replace(",", "")
     record = record | {"answer": number, "solution": solution}
     thought = re.sub(r"<<[^<>]*>>", "", solution)
-    if thought and number and "response" not in record:
+    if thought and "response" not in record:
         record["response"] = f"<think>{thought}</think>\n<answer>{number}</answer>"
     return record
 
