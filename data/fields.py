@@ -48,7 +48,7 @@ MEANINGS = {
     "image_bytes image_base64 question_image image_url image_urls img_url "
     "image_local_name",
     # These are an image if they end like one.
-    "file": "file_name filename file path image_id img_id data_id",
+    "file": "file_name file path image_id img_id data_id",
     "unit": "unit",
     "domain": "domain subject category",
     "accepted": "accepted accepted_answers aliases answer_aliases",
