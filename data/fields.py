@@ -26,8 +26,8 @@ MEANINGS = {
     # Text that stands before the question, because it cannot be answered without.
     "context": "context contexts passage passages flores_passage article paragraph body premise "
     "background story scenario vignette case clinical_case case_report document dialogue dialog "
-    "transcript abstract excerpt statement stimulus hint table text instruction input problem "
-    "sentence stem",
+    "transcript abstract excerpt statement stimulus hint table text prompt instruction input "
+    "problem sentence stem",
     "options": "options option choices candidates alternatives endings answer_choices "
     "answer_options possible_answers candidate_answers option_list choice_list options_text "
     "choices_text multiple_choice_options mc_choices answers",
@@ -150,12 +150,16 @@ def read_question(record: dict, where: str) -> tuple[str, list[str]]:
     fields = [field]
     lines = []
     for name in named(record, "context"):
-        if name == field or isinstance(record[name], bool | int | float) or record[name] == "nan":
+        value = record[name]
+        if name == field or isinstance(value, bool | int | float) or value == "nan":
+            continue
+        # Some files have question and context together in one more field.
+        is_whole = plain_name(name) in ("text", "prompt")
+        if is_whole and (not isinstance(value, str) or question in value):
             continue
         fields.append(name)
-        text = context_text(record[name], f"{where}: field '{name}'")
-        # Some files have the context within the question as well, or both together in `text`.
-        if text not in question and question not in text:
+        text = context_text(value, f"{where}: field '{name}'")
+        if text not in question:
             lines.append(text)
     unit = optional(record, "unit", str, where)
     if unit:
@@ -197,7 +201,9 @@ def read_open_answer(record: dict, where: str) -> tuple[list[str], list[str]]:
     if isinstance(value, dict):  # SQuAD, TriviaQA
         value = value.get("text") or [value.get("value"), *(value.get("aliases") or [])]
     if not isinstance(value, list):
-        return [required(record, field, str, where)], [field]
+        answer = required(record, field, str, where)
+        is_box = answer.startswith(r"\boxed{") and answer.endswith("}")
+        return [final_answer(answer) or answer if is_box else answer], [field]
     texts = [optional({field: one}, field, str, where) for one in value]
     if None in texts or not texts:
         raise InputError(f"{where}: field '{field}' has an empty answer")
@@ -216,7 +222,8 @@ def final_answer(solution: str) -> str | None:
         return tags[-1].strip() or None
     _, box, rest = solution.rpartition(r"\boxed{")
     if not box:
-        return solution.strip() if 0 < len(solution.split()) <= 5 else None
+        is_sentence = len(solution.split()) > 5 or solution.rstrip().endswith(".")
+        return None if is_sentence else solution.strip() or None
     depth = 1
     for place, sign in enumerate(rest):
         depth += (sign == "{") - (sign == "}")
@@ -306,8 +313,8 @@ OPTION_WORDS = set(
     "distractors incorrect wrong endings".split()
 )
 IMAGE_WORDS = set(
-    "image images img imgs picture pictures photo figure figures diagram scan screenshot "
-    "xray".split()
+    "image images img imgs picture pictures photo figure figures diagram scan screenshot xray "
+    "video videos audio frames".split()
 )
 CONTEXT_WORDS = set(
     "context contexts passage passages article paragraph paragraphs premise vignette background "
@@ -322,7 +329,7 @@ ABOUT_WORDS = set(
     "generations generation solution solutions hint hints domains subjects authors references url "
     "urls languages tests cases messages turns conversations reasons metadata score scores "
     "rationale rationales response responses outputs predictions info title name names date "
-    "author".split()
+    "author equation equations numbers operations decomposition entities".split()
 )
 IMAGE_FILE = re.compile(r"\S.*\.(png|jpe?g|webp|gif|bmp|tiff?)", re.IGNORECASE)
 

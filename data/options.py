@@ -50,10 +50,10 @@ def read_options(record: dict, where: str) -> Options | None:
     for field in fields:
         options = one_field(record[field], f"{where}: field '{field}'")
         found.append(options and options._replace(fields=[field]))
-    found += [column_options(record, where), wrong_answers(record, where)]
+    found.append(column_options(record, where))
     shapes = [options for options in found if options is not None]
     if not shapes:
-        return None
+        return wrong_answers(record, where)
     for other in shapes[1:]:
         if list(other.texts.values()) != list(shapes[0].texts.values()):
             one, two = shapes[0].fields[0], other.fields[0]
@@ -177,11 +177,13 @@ def column_options(record: dict, where: str) -> Options | None:
             expected = [str(low + i) for i in range(len(ends))]
             letters = LETTERS
         else:
-            expected = ["a", "b", *ends[2:]]
+            expected = ["a", *ends[1:]]
             letters = "".join(ends).upper()
+        fields = [columns[end] for end in ends]
+        if len(ends) > 1 and ends != expected and not numbered:
+            raise InputError(f"{where}: field '{fields[0]}' looks like an option, but A is missing")
         if len(ends) < 2 or ends != expected:
             continue
-        fields = [columns[end] for end in ends]
         texts = [required(record, field, str, where) for field in fields]
         names = {stem + end: letter for end, letter in zip(ends, letters)}
         if numbered:
@@ -202,7 +204,13 @@ def wrong_answers(record: dict, where: str) -> Options | None:
     right = named(record, "answer")
     if not wrong or not right:
         return None
-    right = required(record, right[0], str, where)
+    field = right[0]
+    right = required(record, field, str, where)
+    if re.fullmatch("[A-P]", right):
+        wrong_field = list(wrong)[0]
+        raise InputError(
+            f"{where}: field '{wrong_field}' has the wrong options, but '{field}' is no text"
+        )
     texts = sorted({right, *(text for values in wrong.values() for text in values)})
     return Options(by_letter(texts, where), fields=list(wrong))
 
@@ -271,6 +279,11 @@ def ambiguous(
     return Ambiguous(message, 0 if counts_from_0 else None)
 
 
+def folded(text: str) -> str:
+    """Returns a text as texts are compared that do not agree to the letter."""
+    return text.strip().rstrip(".").casefold()
+
+
 def letters_meant(
     value: object, field: str, options: Options, where: str, base: int | None
 ) -> set[str]:
@@ -291,16 +304,17 @@ def letters_meant(
     texts = options.texts
     # 1. A letter: B, (B), b., B: Blue
     letters = set()
-    match = re.fullmatch(r"(?:option |choice )?\(?([A-Pa-p])(?:\)?[.:]?|\)?[.:)]\s*(.+))", text)
+    match = re.fullmatch(r"(?i:option |choice )?\(?([A-Pa-p])(?:\)?[.:]?|\)?[.:)]\s*(.+))", text)
     if match and match[1].upper() in texts:
         letter = match[1].upper()
-        if match[2] is None or match[2] == texts[letter]:
+        if match[2] is None or folded(match[2]) == folded(texts[letter]):
             letters.add(letter)
-    if letters and (options.lettered or len(text) > 1):
+    if letters and (options.lettered or match[2]):
         return letters
-    # 2. An option's text.
+    # 2. An option's text: as it stands, else without case and a full stop.
     same = [letter for letter, option in texts.items() if option.strip() == text]
-    letters |= set(same[:1])
+    alike = [letter for letter, option in texts.items() if folded(option) == folded(text)]
+    letters |= set(same[:1] or alike)
     # 3. The name of an option. A `label` is rather an index, as the hub's class labels are.
     name = plain_name(text)
     if name in options.names and not (name.isdigit() and plain_name(field) == "label"):

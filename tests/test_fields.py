@@ -64,6 +64,9 @@ CHOICES = {  # published shapes of options, all of them these four colours, "C" 
     | {"answer": "optionC"},
     "small letters": {"options": {k.lower(): text for k, text in COLOURS.items()}, "answer": "c"},
     "a text and its index": {"options": TEXTS, "answer": "green", "answer_index": 2},
+    "other case": {"options": TEXTS, "answer": "Green."},
+    "all of it": {"options": COLOURS, "answer": "(C) Green"},
+    "wrong ones as well": {"options": TEXTS, "answer": "green", "distractors": TEXTS[:2]},
     "in a box": {"options": TEXTS, "answer": r"\boxed{C}"},
 }
 
@@ -121,6 +124,10 @@ def test_what_can_be_read_in_two_ways_is_refused(tmp_path):
         written(tmp_path, both)
     )
     assert "several right options" in complaint(written(tmp_path, *with_answers(["A", "C"])))
+    lost = {"question": "Q", "B": "x", "C": "y", "answer": "B"}
+    assert "field 'B' looks like an option, but A is missing" in complaint(written(tmp_path, lost))
+    lost = {"question": "Q", "distractors": ["x", "y"], "answer": "B"}
+    assert "'distractors' has the wrong options" in complaint(written(tmp_path, lost))
     # A second field, or numbers that are no index, settle it.
     assert (
         only(tmp_path, with_answers("2", options=["1", "2", "3"])[0] | {"label": "B"}).answer == "B"
@@ -161,7 +168,9 @@ CONTEXTS = {
     "TabMWP": ({"table": "a | 1"}, "a | 1\nWhy?"),
     "an instruction": ({"instruction": "In cm."}, "In cm.\nWhy?"),
     "a unit": ({"unit": "cm"}, "Why? (Unit: cm)"),
-    "there already": ({"text": "So: Why?"}, "Why?"),
+    "there already": ({"text": "So: Why?", "prompt": "Answer this. Why?"}, "Why?"),
+    "a prompt": ({"prompt": "It rains."}, "It rains.\nWhy?"),
+    "a passage that asks itself": ({"passage": "She asks: Why?"}, "She asks: Why?\nWhy?"),
     "nothing": ({"context": None, "passage": "", "hint": "nan", "case": 7}, "Why?"),
 }
 
@@ -181,6 +190,7 @@ LOOKS = {  # an unknown field, what it looks like, and an answer that makes it l
     "options in metadata": ({"details": {"choices": TEXTS}}, "options", "C"),
     "columns": ({"reply_a": "x", "reply_b": "y"}, "options", "B"),
     "an image by its ending": ({"source": None, "scene": "a/b.jpg"}, "an image", "1"),
+    "a video": ({"video": "a.mp4"}, "an image", "1"),
     "an image by name": ({"ct_scan": "patient 7"}, "an image", "1"),
     "an image's number": ({"image_id": 42}, "an image", "1"),
     "an image by what it is": ({"raw": "data:image/png;base64,AA"}, "an image", "1"),
@@ -240,6 +250,7 @@ MATHS = {
     "SQuAD": ({"question": "P", "answers": {"text": ["x"], "answer_start": [1]}}, ["x"]),
     "TriviaQA": ({"question": "P", "answer": {"value": "x", "aliases": ["X"]}}, ["x", "X"]),
     "TRL": ({"prompt": [{"role": "user", "content": "P"}], "solution": "144"}, ["144"]),
+    "ViRL": ({"question": "P", "answer": r"\boxed{\frac{1}{2}}"}, [r"\frac{1}{2}"]),
     "RLVR": ({"messages": [{"role": "user", "content": "P"}], "ground_truth": "5"}, ["5"]),
     "PubMedQA": ({"QUESTION": "P", "final_decision": "yes", "LABELS": ["a", "b"]}, ["yes"]),
     "DAPO, processed": (
@@ -373,6 +384,6 @@ def test_the_table_has_each_name_once_in_a_meaning():
     for meaning, names in NAMES.items():
         assert len(set(names)) == len(names), meaning
     # A name of two meanings is decided by the readers: only these have two.
-    shared = {"input", "instruction", "text", "problem", "sentence", "stem", "answers"}
+    shared = {"input", "instruction", "text", "problem", "sentence", "stem", "answers", "prompt"}
     every = [name for names in NAMES.values() for name in names]
     assert {name for name in every if every.count(name) > 1} == shared and len(MEANINGS) > 10
