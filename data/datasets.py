@@ -268,7 +268,9 @@ def is_array_of_records(value: object) -> bool:
     """Says whether a value may be the records of a file."""
     if not isinstance(value, list) or not value or not all(isinstance(one, dict) for one in value):
         return False
-    return bool(named(value[0], "question")) or "conversations" in value[0]
+    return bool(named(value[0], "question")) or not {"conversations", "messages"}.isdisjoint(
+        value[0]
+    )
 
 
 def parse_json(content: bytes, where: str) -> object:

@@ -313,14 +313,16 @@ OPTION_WORDS = set(
     "distractors incorrect wrong endings".split()
 )
 IMAGE_WORDS = set(
-    "image images img imgs picture pictures photo figure figures diagram scan screenshot xray "
-    "video videos audio frames".split()
+    "image images img imgs picture pictures pic pics photo photos figure figures diagram chart "
+    "scan screenshot radiograph xray dicom visual video videos audio frames".split()
 )
 CONTEXT_WORDS = set(
     "context contexts passage passages article paragraph paragraphs premise vignette background "
     "stimulus story scenario excerpt dialogue dialog transcript history facts information notes "
-    "report findings document documents description".split()
+    "report findings document documents description text content essay email review news snippet "
+    "code para paras sentences premises assumptions setup given tables".split()
 )
+SOLUTION_WORDS = set("answer answers solution response explanation reasoning output".split())
 # A field whose name ends so describes something, and does not hold it: `image_caption`.
 ABOUT_WORDS = set(
     "type types caption description count num width number height size format mode license source "
@@ -331,7 +333,7 @@ ABOUT_WORDS = set(
     "rationale rationales response responses outputs predictions info title name names date "
     "author equation equations numbers operations decomposition entities".split()
 )
-IMAGE_FILE = re.compile(r"\S.*\.(png|jpe?g|webp|gif|bmp|tiff?)", re.IGNORECASE)
+IMAGE_FILE = re.compile(r"\S.*\.(png|jpe?g|webp|gif|bmp|tiff?|svg|dcm|nii|mp4)", re.IGNORECASE)
 
 
 def words_of(name: str) -> list[str]:
@@ -352,14 +354,16 @@ def refuse_unread(
         words = words_of(field)
         if field in read or is_empty(value) or not words:
             continue
-        if words[-1] in ABOUT_WORDS and words != ["description"]:
-            continue
         looks = None
-        if not options and looks_like_options(words, value, answer):
+        if not images and holds_image(value):
+            looks = "an image"
+        elif words[-1] in ABOUT_WORDS and words != ["description"]:
+            continue
+        elif not options and looks_like_options(words, value, answer):
             looks = "options"
         elif not images and looks_like_image(words, value):
             looks = "an image"
-        elif CONTEXT_WORDS & set(words) and is_long(value):
+        elif CONTEXT_WORDS & set(words) and not SOLUTION_WORDS & set(words) and is_long(value):
             looks = "context"
         # Several columns of one name, such as reply_a and reply_b, and an answer that chooses.
         is_column = words[-1] in ("a", "b", "1", "2") and isinstance(value, str | int | float)
@@ -401,13 +405,20 @@ def looks_like_options(words: list[str], value: object, answer: str) -> bool:
     return is_index or bool(re.fullmatch("[A-P]", answer))
 
 
+def holds_image(value: object) -> bool:
+    """Says whether a value is an image's bytes, URI or path, or holds one, whatever its name is."""
+    if isinstance(value, str):
+        return value.startswith("data:image") or bool(IMAGE_FILE.fullmatch(value))
+    if isinstance(value, dict):
+        held = [one for one in value.values() if isinstance(one, str | bytes)]
+        return "bytes" in value or any(map(holds_image, held))
+    if isinstance(value, list):
+        return any(holds_image(one) for one in value if isinstance(one, str | bytes | dict))
+    return isinstance(value, bytes)
+
+
 def looks_like_image(words: list[str], value: object) -> bool:
-    """Says whether a field may hold an image, or name the one that the question is about."""
-    if isinstance(value, str) and (value.startswith("data:image") or IMAGE_FILE.fullmatch(value)):
-        return True
-    if isinstance(value, bytes) or isinstance(value, dict) and "bytes" in value:
-        return True
-    # A number counts where it is the image's name.
+    """Says whether a field names the image that the question is about; that may be a number."""
     is_name = isinstance(value, str | list | dict) or words[-1] == "id"
     return bool(IMAGE_WORDS & set(words)) and is_name
 

@@ -191,10 +191,15 @@ LOOKS = {  # an unknown field, what it looks like, and an answer that makes it l
     "columns": ({"reply_a": "x", "reply_b": "y"}, "options", "B"),
     "an image by its ending": ({"source": None, "scene": "a/b.jpg"}, "an image", "1"),
     "a video": ({"video": "a.mp4"}, "an image", "1"),
+    "an image under any name": ({"source": "img/7.JPG"}, "an image", "1"),
+    "images in a list": ({"media": ["x.png", "y.png"]}, "an image", "1"),
+    "an image in metadata": ({"metadata": {"picture": "x.jpeg"}}, "an image", "1"),
     "an image by name": ({"ct_scan": "patient 7"}, "an image", "1"),
     "an image's number": ({"image_id": 42}, "an image", "1"),
     "an image by what it is": ({"raw": "data:image/png;base64,AA"}, "an image", "1"),
     "context": ({"reading_passage_en": "A man went home."}, "context", "1"),
+    "code": ({"code": "x = 1\nprint(x + 1)"}, "context", "2"),
+    "some text": ({"source_text": "A man went home."}, "context", "1"),
     "history": ({"medical_history": "He smokes a lot."}, "context", "1"),
     "a description": ({"description": "A shop sells apples."}, "context", "1"),
 }
@@ -214,7 +219,13 @@ def test_what_is_unread_but_belongs_to_the_question_is_refused_by_name(tmp_path,
 
 def test_what_only_describes_is_not_refused(tmp_path):
     record = {"question": "Q", "answer": "2", "tags": ["a", "b", "c"], "image_caption": "a b c"}
-    record |= {"num_images": 0, "choice_type": "single", "passage_id": "p 1", "source": "x"}
+    record |= {
+        "num_images": 0,
+        "choice_type": "single",
+        "passage_id": "p 1",
+        "source": "x",
+        "solution_text": "a b c d",
+    }
     record |= {"r1_solution_1": "x", "r1_solution_2": "y", "finish_reasons": ["stop", "length"]}
     assert only(tmp_path, record).meta.keys() == record.keys() - {"question", "answer"}
 
@@ -387,3 +398,26 @@ def test_the_table_has_each_name_once_in_a_meaning():
     shared = {"input", "instruction", "text", "problem", "sentence", "stem", "answers", "prompt"}
     every = [name for names in NAMES.values() for name in names]
     assert {name for name in every if every.count(name) > 1} == shared and len(MEANINGS) > 10
+
+
+def test_the_same_names_in_parquet(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet")
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"{i}+1?"}],
+            "images": [{"bytes": b"x", "path": None}],
+            "reward_model": {"ground_truth": str(i + 1), "style": "rule"},
+            "extra_info": {"index": i, "question": None},
+            "ability": "math",
+        }
+        for i in range(3)
+    ]
+    path = tmp_path / "verl.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    found = list(read_examples(path))
+    assert [(e.question, e.answer) for e in found] == [("0+1?", "1"), ("1+1?", "2"), ("2+1?", "3")]
+    assert all(example.images == [b"x"] and example.schema == "verl" for example in found)
+    rows = [{"question": "Which?", "choices": TEXTS, "answer": i} for i in (3, 0, 1)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    assert [example.answer for example in read_examples(path)] == ["D", "A", "B"]
