@@ -8,7 +8,7 @@ import re
 from reprlib import repr as short
 from typing import NamedTuple
 
-from data.fields import from_json, is_empty, named, plain_name, python_list, required
+from data.fields import OPEN_KEYS, from_json, is_empty, named, plain_name, python_list, required
 from hub.errors import InputError
 
 LETTERS = "ABCDEFGHIJKLMNOP"  # of options
@@ -246,6 +246,10 @@ def read_letter(
         if meant and isinstance(record[field], list | dict | bool):
             continue
         letters = letters_meant(record[field], field, options, where, base)
+        names_letter = re.fullmatch("[A-P]", str(record[field])) and field in keys
+        if meant and names_letter and not letters and plain_name(field) not in OPEN_KEYS:
+            found = short(record[field])
+            raise InputError(f"{where}: field '{field}' is none of the options: {found}")
         for other, before in meant.items():
             if letters and not letters & before:
                 raise InputError(f"{where}: fields '{other}' and '{field}' name different options")
@@ -256,17 +260,17 @@ def read_letter(
         raise InputError(f"{where}: field '{fields[0]}' is none of the options: {found}")
     common = set.intersection(*meant.values())
     if len(common) != 1:
-        raise ambiguous(record, list(meant)[0], options, common, where, base)
+        raise ambiguous(record, list(meant), options, common, where, base)
     return common.pop(), list(meant)
 
 
 def ambiguous(
-    record: dict, field: str, options: Options, meant: set[str], where: str, base: int | None
+    record: dict, fields: list[str], options: Options, meant: set[str], where: str, base: int | None
 ) -> InputError:
     """Returns the complaint about an answer that may mean several options."""
-    value = record[field]
+    value = record[fields[0]]
     message = (
-        f"{where}: field '{field}' may mean option {' or '.join(sorted(meant))}: {short(value)}"
+        f"{where}: field '{fields[0]}' may mean option {' or '.join(sorted(meant))}: {short(value)}"
         " can be read as a letter, an option's text or an index that counts from 0 or from 1; give "
         "options and answer by letters"
     )
@@ -274,9 +278,12 @@ def ambiguous(
     if base is not None or str(value).strip() in texts:
         return InputError(message)
     # A number in JSON counts from 0, as the hub's class labels do. MedMCQA's `cop` does both.
-    is_index = isinstance(value, int | float) or plain_name(field).endswith(("index", "idx"))
-    counts_from_0 = is_index and plain_name(field) != "cop"
-    return Ambiguous(message, 0 if counts_from_0 else None)
+    for field in fields:
+        is_index = isinstance(record[field], int | float)
+        is_index = is_index or plain_name(field).endswith(("index", "idx"))
+        if is_index and plain_name(field) != "cop":
+            return Ambiguous(message, 0)
+    return Ambiguous(message, None)
 
 
 def folded(text: str) -> str:

@@ -93,6 +93,12 @@ def gsm8k(record: dict, where: str) -> dict:
     return record
 
 
+def medqa(record: dict, where: str) -> dict:
+    """The answer is an option's text, which answer_idx names by its letter."""
+    letter = record["answer_idx"]
+    return record | {"answer": letter} if isinstance(letter, str) else record
+
+
 def medqa_hf(record: dict, where: str) -> dict:
     """The question is in one or two parts, and the right ending is given by its number."""
     question = required(record, "sent1", str, where)
@@ -221,7 +227,7 @@ SCHEMAS = (
         orz_eval,
     ),
     # jind11/MedQA; GBaker/MedQA-USMLE-4-options; GBaker/MedQA-USMLE-4-options-hf
-    Schema("medqa", {"question", "options", "answer_idx"}, {"answer": "answer_idx"}),
+    Schema("medqa", {"question", "options", "answer_idx"}, convert=medqa),
     Schema("medqa-hf", {"sent1", "ending0", "label"}, convert=medqa_hf),
     # TIGER-Lab/MMLU-Pro
     Schema(

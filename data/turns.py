@@ -156,15 +156,12 @@ def verl(record: dict, where: str) -> dict:
     if isinstance(bare, str) and bare.strip() and bare.strip() in question:
         question = bare.strip()
     wrapped = DAPO.fullmatch(question)
-    truth = required(record, "reward_model", dict, where)
-    where = f"{where}: field 'reward_model'"
-    field = "ground_truth"
-    truths = truth.get(field)
+    truths = required(record, "reward_model", dict, where).get("ground_truth")
     if isinstance(truths, str):
         truths = from_json(truths)
     if isinstance(truths, dict):
         truths = truths.get("target", truths)
-    answers, _ = read_open_answer({"answer": truths}, where)
+    answers, _ = read_open_answer({"ground_truth": truths}, f"{where}: field 'reward_model'")
     return without(record, "prompt", "reward_model") | {
         "question": wrapped[1] if wrapped else question,
         "answer": answers,

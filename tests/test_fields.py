@@ -63,6 +63,8 @@ CHOICES = {  # published shapes of options, all of them these four colours, "C" 
     "the name of a column": {f"option{end}": text for end, text in COLOURS.items()}
     | {"answer": "optionC"},
     "small letters": {"options": {k.lower(): text for k, text in COLOURS.items()}, "answer": "c"},
+    "a text and its index from 1": {"options": TEXTS, "answer": "green", "answer_idx": 3},
+    "an index, twice": {"options": TEXTS, "answer": "2", "answer_index": 2},
     "a text and its index": {"options": TEXTS, "answer": "green", "answer_index": 2},
     "other case": {"options": TEXTS, "answer": "Green."},
     "all of it": {"options": COLOURS, "answer": "(C) Green"},
@@ -123,6 +125,8 @@ def test_what_can_be_read_in_two_ways_is_refused(tmp_path):
     assert "'answer' and 'answer_index' name different options" in complaint(
         written(tmp_path, both)
     )
+    lost = {"question": "Q", "options": TEXTS, "answer": "red", "answer_letter": "F"}
+    assert "'answer_letter' is none of the options: 'F'" in complaint(written(tmp_path, lost))
     assert "several right options" in complaint(written(tmp_path, *with_answers(["A", "C"])))
     lost = {"question": "Q", "B": "x", "C": "y", "answer": "B"}
     assert "field 'B' looks like an option, but A is missing" in complaint(written(tmp_path, lost))
