@@ -43,7 +43,7 @@ from hub.options import MICRO_BASE, MICRO_DATA, option, parse_options, run_comma
 from hub.weights import weight_files
 from rewards import accuracy_reward, extract_answer, is_equivalent
 from sample import Completion, Sampler, SamplingParams, load_sampler
-from training.record_file import RecordFile, out_file, when_all_are_there
+from training.record_file import RecordFile, out_file, short_names, when_all_are_there
 
 MICRO_TESTS = ("test_text", "test_image", "test_text_other", "test_image_other")
 MICRO_FILES = [str(MICRO_DATA / f"{name}.jsonl") for name in MICRO_TESTS]
@@ -269,10 +269,11 @@ def print_table(results: dict[str, dict]) -> None:
     measures = ["accuracy", *(name for name in first if "@" in name and "stderr" not in name)]
     head = f"{'file':<28}{'n':>6}" + "".join(f"{measure:>14}" for measure in measures)
     print(head + f"{'unparsed':>10}{'forced':>8}{'words':>8}{'tokens':>8}{'dropped':>9}")
+    names = short_names(results)
     for path, figures in results.items():
         unparsed, forced = 100 * figures["unparsed"], 100 * figures["forced"]
         lengths = f"{figures['mean_words']:>8.1f}{figures['mean_tokens']:>8.1f}"
-        line = table_line(Path(path).stem, figures, measures)
+        line = table_line(names[path].removesuffix(Path(path).suffix), figures, measures)
         print(line + f"{unparsed:>10.1f}{forced:>8.1f}{lengths}{figures['dropped']:>9}")
         if len(figures["by_domain"]) > 1:
             for domain, part in figures["by_domain"].items():
@@ -286,7 +287,7 @@ def check_options(options: EvaluateOptions) -> None:
     """Raises InputError for options that do not go together."""
     if options.runs > 1 and options.temperature == 0:
         raise InputError("--runs above 1 needs a --temperature above 0: greedy runs are the same")
-    if len(set(options.data)) < len(options.data):
+    if len({Path(path).resolve() for path in options.data}) < len(options.data):
         raise InputError("--data names a file twice")
     for path in options.data:  # said before a model is loaded
         if not Path(path).exists():

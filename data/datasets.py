@@ -2,39 +2,47 @@
 
     for example in read_examples("medqa.jsonl"): ...
 
-There are three kinds of file. `*.parquet` has rows, and needs pyarrow. `*.tsv` is an OpenCompass
-table. Every other file is JSON: one array if it begins with "[", else one record a line.
+There are four kinds of file. `*.parquet` has rows, and needs pyarrow. `*.tsv` is an OpenCompass
+table, `*.csv` any other. Every other file is JSON: one array if it begins with "[", one object of
+records by their ids if it is a single object, else one record a line.
 
-A record's schema is known by its fields (schemas.py). Text stays as it is published, markers such
-as "<image 1>" too: our prompts put a question's images before its text, in the order of their
-numbers, so "<image 2>" is the second of them.
+A record's schema is known by its fields (schemas.py), which have many names (fields.py). Text stays
+as it is published, markers such as "<image 1>" too: our prompts put a question's images before its
+text, in the order of their numbers, so "<image 2>" is the second of them.
 """
 
 import csv
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from reprlib import repr as short
+from typing import BinaryIO, NamedTuple, TypeVar
 
 from tqdm import tqdm
 
-from data.schemas import (
-    IMAGE_FIELDS,
-    PLAIN_FIELDS,
-    letter_of,
+from data.fields import (
+    NAMES,
+    named,
     optional,
+    plain_name,
     read_images,
-    read_options,
+    read_open_answer,
     read_precision,
-    required,
-    to_plain,
-    without,
+    read_question,
+    refuse_unread,
 )
+from data.options import Ambiguous, read_letter, read_options
+from data.schemas import to_plain
 from hub.errors import InputError
 
 T = TypeVar("T")
+
+# These fields are no part of Example.meta, even if they are empty.
+OURS = {*"id question answer options response domain accepted precision".split(), *NAMES["image"]}
+IMAGE_MARK = re.compile(r"<image ?\d*>")
 
 
 @dataclass
@@ -52,6 +60,7 @@ class Example:
     accepted: list[str] = field(default_factory=list)  # other answers that are right as well
     precision: int | None = None  # decimals that count in a numeric answer
     schema: str = field(default="plain", compare=False)  # what the record was recognised as
+    read: dict = field(default_factory=dict, compare=False)  # meaning -> fields that it is from
     where: str = field(default="", compare=False)  # file and line, for complaints
 
     @property
@@ -69,12 +78,21 @@ def read_examples(path: str | Path, bad: list[str] | None = None) -> Iterator[Ex
     """
     path = Path(path)
     number = 0
+    base = None
     for number, (where, record) in enumerate(records(path), 1):
         try:
             # A line of JSON is parsed here, where a malformed one is a bad record like others.
             if isinstance(record, bytes):
                 record = parse_json(record, where)
-            example = to_example(record, where, path, number)
+            try:
+                example = to_example(record, where, path, number)
+            except Ambiguous as error:
+                # An index: the file is asked, once, whether its indices count from 0 or from 1.
+                if base is None:
+                    base = index_base(path) or (error.default,)
+                if base == (None,):
+                    raise
+                example = to_example(record, where, path, number, base[0])
         except InputError as error:
             if bad is None:
                 raise
@@ -83,6 +101,25 @@ def read_examples(path: str | Path, bad: list[str] | None = None) -> Iterator[Ex
             yield example
     if number == 0:
         raise InputError(f"{path}: no examples in the file")
+
+
+def index_base(path: Path) -> tuple[int] | None:
+    """Returns what the indices of a file count from, (0,) or (1,); None if it does not tell.
+
+    The first record decides that has an index of 0, or one as high as there are options.
+    """
+    for number, (where, record) in enumerate(records(path), 1):
+        found = []
+        for base in (0, 1):
+            try:
+                parsed = parse_json(record, where) if isinstance(record, bytes) else record
+                to_example(parsed, where, path, number, base)
+                found.append(base)
+            except InputError:
+                pass
+        if len(found) == 1:
+            return (found[0],)
+    return None
 
 
 class Loaded(NamedTuple):
@@ -160,6 +197,9 @@ def records(path: Path) -> Iterator[tuple[str, object]]:
             yield from parquet_records(path)
         elif suffix == ".tsv":
             yield from tsv_records(path)
+        elif suffix == ".csv":
+            for number, row in enumerate(table_rows(path, ","), 1):
+                yield f"{path}: row {number}", {name: cell for name, cell in row.items() if cell}
         else:
             yield from json_records(path)
     except OSError as error:
@@ -167,7 +207,7 @@ def records(path: Path) -> Iterator[tuple[str, object]]:
 
 
 def json_records(path: Path) -> Iterator[tuple[str, object]]:
-    """Yields the items of one array, if the file is that; else its lines, as bytes."""
+    """Yields the items of one array or object, if the file is that; else its lines, as bytes."""
     with path.open("rb") as file:
         # White space may stand before the first record, and a byte order mark (EF BB BF).
         start = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")
@@ -176,15 +216,67 @@ def json_records(path: Path) -> Iterator[tuple[str, object]]:
             for number, item in enumerate(parse_json(file.read(), str(path)), 1):
                 yield f"{path}: item {number}", item
             return
+        first = next((line for line in file if line.strip()), b"")
+        file.seek(0)
+        items = object_of_records(first, file, str(path))
+        if items is not None:
+            yield from items
+            return
+        file.seek(0)
         for number, line in enumerate(file, 1):
             if line.strip():
                 yield f"{path}: line {number}", line.rstrip()
 
 
+def object_of_records(first: bytes, file: BinaryIO, where: str) -> list[tuple[str, object]] | None:
+    """Returns the records of a file that is one JSON object; None if it has a record a line.
+
+    The object has the records by their ids (MathVista), or has one array of them, as in
+    {"questions": [...]}. Or it is a record itself, over several lines.
+    """
+    try:
+        content = json.loads(first.decode("utf-8-sig"))
+        lines = 0
+        for line in file:
+            lines += bool(line.strip())
+            if lines > 1:
+                return None
+        is_line = True
+    except ValueError:
+        file.seek(0)
+        try:
+            content = json.loads(file.read().decode("utf-8-sig"))
+        except ValueError:
+            return None
+        is_line = False
+    if not isinstance(content, dict) or not content:
+        return None
+    known = any(plain_name(name) in names for name in content for names in NAMES.values())
+    arrays = [name for name, value in content.items() if is_array_of_records(value)]
+    if len(arrays) == 1 and not known:
+        items = enumerate(content[arrays[0]], 1)
+        return [(f"{where}: item {number}", item) for number, item in items]
+    if all(isinstance(value, dict) for value in content.values()) and not known:
+        return [
+            (f"{where}: item {short(key)}", item if named(item, "id") else {"id": key} | item)
+            for key, item in content.items()
+        ]
+    return None if is_line else [(f"{where}: item 1", content)]
+
+
+def is_array_of_records(value: object) -> bool:
+    """Says whether a value may be the records of a file."""
+    if not isinstance(value, list) or not value or not all(isinstance(one, dict) for one in value):
+        return False
+    return bool(named(value[0], "question")) or not {"conversations", "messages"}.isdisjoint(
+        value[0]
+    )
+
+
 def parse_json(content: bytes, where: str) -> object:
     """Returns what a text in JSON says; InputError if it is malformed."""
     try:
-        return json.loads(content)
+        return json.loads(content.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
         place = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}"
         raise InputError(f"{where}: malformed JSON ({error.msg}, {place})") from None
@@ -198,18 +290,24 @@ def tsv_records(path: Path) -> Iterator[tuple[str, dict]]:
     An `image` of up to 64 characters is the index of another row, before or behind, which has the
     image (VLMEvalKit, vlmeval/dataset/image_base.py). So the whole file is read first.
     """
-    csv.field_size_limit(2**31 - 1)  # images are in base64
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file, delimiter="\t"))
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: malformed TSV ({error})") from None
+    rows = table_rows(path, "\t")
     images = {row.get("index"): row["image"] for row in rows if len(row.get("image") or "") > 64}
     for number, row in enumerate(rows, 1):
         row = {column: cell for column, cell in row.items() if cell}
         if row.get("image") in images:
             row["image"] = images[row["image"]]
         yield f"{path}: row {number}", row
+
+
+def table_rows(path: Path, delimiter: str) -> list[dict]:
+    """Returns the rows of a table whose first line has the names of its columns."""
+    csv.field_size_limit(2**31 - 1)  # images are in base64
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            return list(csv.DictReader(file, delimiter=delimiter))
+    except (csv.Error, UnicodeDecodeError) as error:
+        kind = path.suffix[1:].upper()
+        raise InputError(f"{path}: malformed {kind} ({error})") from None
 
 
 def parquet_records(path: Path) -> Iterator[tuple[str, dict]]:
@@ -236,26 +334,63 @@ def parquet_records(path: Path) -> Iterator[tuple[str, dict]]:
 # --- From a record to an example -----------------------------------------------------------------
 
 
-def to_example(record: object, where: str, path: Path, number: int) -> Example:
-    """Returns a record of any known schema as an example; InputError for a bad one."""
+def to_example(
+    record: object, where: str, path: Path, number: int, base: int | None = None
+) -> Example:
+    """Returns a record of any known schema as an example; InputError for a bad one.
+
+    base: what the file's indices count from; None if that is not known.
+    """
     schema, record = to_plain(record, where, is_tsv=path.suffix.lower() == ".tsv")
+    # 1. Each reader returns what it found, and the fields that it is from.
+    read = {}
     options = read_options(record, where)
-    answer = required(record, "answer", str, where)
-    if options and answer not in options:
-        answer = letter_of(answer, options, where)
-    rest = without(record, *PLAIN_FIELDS, *IMAGE_FIELDS)
+    if options:
+        read["options"] = options.fields
+        answer, read["answer"] = read_letter(record, options, where, base)
+        answers = [answer]
+    else:
+        answers, read["answer"] = read_open_answer(record, where)
+    question, read["question"] = read_question(record, where)
+    images, read["image"] = read_images(record, where, path.parent)
+    for meaning in ("id", "domain", "accepted", "response", "precision"):
+        read[meaning] = named(record, meaning)[:1]
+
+    def first(meaning: str, kind: type) -> object:
+        """Returns the record's field of a meaning, None if it has none."""
+        fields = read[meaning]
+        return optional(record, fields[0], kind, where) if fields else None
+
+    domain = named(record, "domain")
+    if domain and isinstance(record[domain[0]], list):
+        record = record | {domain[0]: ", ".join(map(str, record[domain[0]]))}
+
+    # 2. Nothing that belongs to the question may be left.
+    used = {name for names in read.values() for name in names}
+    refuse_unread(
+        record, used, where, options=bool(options), images=bool(images), answer=answers[0]
+    )
+    texts = [question, *(options.texts.values() if options else ())]
+    mark = IMAGE_MARK.search("\n".join(texts))
+    if mark and not images:
+        raise InputError(f"{where}: the text has {mark[0]}, but the record has no image")
+    accepted = [*answers[1:], *map(str, first("accepted", list) or [])]
+    # What says the answer stays in meta as it was published.
+    told = {name for part in ("question", "options", "image") for name in read.get(part, ())}
+    rest = {name: value for name, value in record.items() if name not in told}
     return Example(
-        id=optional(record, "id", str, where) or f"{path.stem}-{number}",
-        question=required(record, "question", str, where),
-        answer=answer,
-        options=options,
-        images=read_images(record, where, path.parent),
-        response=optional(record, "response", str, where),
-        domain=optional(record, "domain", str, where),
-        meta={name: value for name, value in rest.items() if is_json(value)},
-        accepted=[str(text) for text in optional(record, "accepted", list, where) or []],
+        id=first("id", str) or f"{path.stem}-{number}",
+        question=question,
+        answer=answers[0],
+        options=options.texts if options else None,
+        images=images,
+        response=first("response", str),
+        domain=first("domain", str),
+        meta={k: v for k, v in rest.items() if plain_name(k) not in OURS and is_json(v)},
+        accepted=accepted,
         precision=read_precision(record, where),
         schema=schema,
+        read={meaning: fields for meaning, fields in read.items() if fields},
         where=where,
     )
 

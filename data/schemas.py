@@ -6,117 +6,36 @@ Our plain schema is
      "precision"?}
 
 where options are {"A": text, ...}, an image is a path, a data URI or an array of them, accepted
-are other right answers, and precision is the number of decimals that count. `SCHEMAS`, at the end,
-lists the published ones: by which fields each is known, which of its fields mean the same as one
-of ours, and a function for what else there is to do. To add a dataset, add a line there.
+are other right answers, and precision is the number of decimals that count. All of these have other
+names as well: fields.py has the table. Here is only what a table of names cannot say. `SCHEMAS`, at
+the end, lists the published schemas: by which fields each is known, which of its fields mean the
+same as one of ours, and a function for what else there is to do. To add a dataset whose names are
+not known, add them in fields.py; to add one that needs more, add a line here.
 """
 
-import ast
 import re
 from collections.abc import Callable
-from pathlib import Path
 from reprlib import repr as short
 from typing import NamedTuple
 
-from data.uris import is_uri
+from data.fields import named, optional, python_list, required, without
+from data.options import LETTERS, read_options
+from data.turns import (
+    asked,
+    is_sharegpt,
+    openthoughts,
+    openthoughts_metadata,
+    sharegpt,
+    turns_of,
+    verl,
+)
 from hub.errors import InputError
 
-PLAIN_FIELDS = (
-    "id",
-    "question",
-    "answer",
-    "options",
-    "response",
-    "domain",
-    "accepted",
-    "precision",
-)
-IMAGE_FIELDS = ("decoded_image", "image", "images", *(f"image_{i}" for i in range(1, 8)))
-LETTERS = "ABCDEFGHIJKLMNOP"  # of options
-OPENTHOUGHTS_TAGS = ["begin_of_thought", "end_of_thought", "begin_of_solution", "end_of_solution"]
-KINDS = {str: "text", dict: "an object", list: "an array"}
 
-
-# --- One field of a record, checked. `where` begins each complaint: the file and the line ---------
-
-
-def is_empty(value: object) -> bool:
-    """Says whether a field holds nothing: null, an empty text, array or object, or NaN.
-
-    NaN is what pandas makes of null.
-    """
-    return value in (None, "", [], {}) or value != value
-
-
-def optional(record: object, field: str, kind: type, where: str) -> object:
-    """Returns a record's field, which must be of a kind (str, dict or list); None if it is empty.
-
-    A number passes for text. Raises InputError for a field of another kind.
-    """
-    value = record.get(field) if isinstance(record, dict) else None
-    if is_empty(value):
-        return None
-    if kind is str and type(value) in (int, float):
-        return str(value)
-    if not isinstance(value, kind):
-        kind = KINDS[kind]
-        raise InputError(f"{where}: field '{field}' must be {kind}, not {short(value)}")
-    return value
-
-
-def required(record: object, field: str, kind: type, where: str) -> object:
-    """Returns a record's field like `optional`, but raises InputError if it is empty."""
-    value = optional(record, field, kind, where)
-    if value is None:
-        raise InputError(f"{where}: field '{field}' is missing or empty")
-    return value
-
-
-def without(record: dict, *fields: str) -> dict:
-    """Returns a copy of the record that lacks these fields."""
-    return {field: value for field, value in record.items() if field not in fields}
-
-
-# --- Fields that are published in several forms ---------------------------------------------------
-
-
-def read_options(record: dict, where: str) -> dict[str, str] | None:
-    """Returns the options as letter -> text; None if there are none.
-
-    They may be given so, as an array in the order of the letters, as an array of {"key": letter,
-    "value": text} (MedQA), or as the text of a Python list (MMMU).
-    """
-    options = record.get("options")
-    where = f"{where}: field 'options'"
-    # Whatever the form, it becomes letter -> text.
-    if isinstance(options, str):
-        options = python_list(options)
-    if is_empty(options):
-        return None
-    if isinstance(options, list) and isinstance(options[0], dict):
-        letters = [required(option, "key", str, where) for option in options]
-        texts = [required(option, "value", str, where) for option in options]
-        options = dict(zip(letters, texts))
-    elif isinstance(options, list):
-        options = {chr(ord("A") + i): text for i, text in enumerate(options)}
-    if not isinstance(options, dict):
-        raise InputError(f"{where} must be an object or a list of texts, not {short(options)}")
-    # Parquet's objects have the letters of all rows; those that a row lacks are null.
-    letters = [letter for letter, text in options.items() if text is not None]
-    if not set(letters) <= set(LETTERS):
-        found = ", ".join(letters)[:80]
-        raise InputError(f"{where} must have letters from A to P as keys, not {found}")
-    return {letter: required(options, letter, str, where) for letter in letters}
-
-
-def python_list(text: str) -> list | str:
-    """Returns the list of texts and numbers that a text is in Python; if it is none, the text."""
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
-    is_list = isinstance(value, list) and all(isinstance(one, str | int | float) for one in value)
-    return value if is_list else text
+def option_texts(record: dict, where: str) -> dict[str, str] | None:
+    """Returns the options as letter -> text; None if there are none."""
+    options = read_options(record, where)
+    return None if options is None else options.texts
 
 
 def letter_of(text: str, options: dict[str, str], where: str) -> str:
@@ -127,7 +46,7 @@ def letter_of(text: str, options: dict[str, str], where: str) -> str:
     raise InputError(f"{where}: field 'answer' is none of the options: {short(text)}")
 
 
-def read_open_answer(record: dict, where: str) -> dict:
+def listed_answers(record: dict, where: str) -> dict:
     """Returns the answer of a question without options, and other answers that are right as well.
 
     The text of a Python list of texts means that each of them is right (MMMU).
@@ -141,97 +60,7 @@ def read_open_answer(record: dict, where: str) -> dict:
     return {"answer": answer}
 
 
-def read_precision(record: dict, where: str) -> int | None:
-    """Returns the number of decimals that count; None if the record names none."""
-    precision = optional(record, "precision", str, where)
-    if precision is None:
-        return None
-    if not re.fullmatch(r"\d{1,2}(\.0)?", precision):
-        found = short(precision)
-        raise InputError(f"{where}: field 'precision' must be a small whole number, not {found}")
-    return int(float(precision))
-
-
-def read_images(record: dict, where: str, folder: Path) -> list[str | Path | bytes]:
-    """Returns all images of a record, in the order of IMAGE_FIELDS; paths are from `folder` on."""
-    images = []
-    for field in IMAGE_FIELDS:
-        if field == "image" and record.get("decoded_image"):
-            continue  # MathVista and MathVision have the path beside the image itself
-        value = record.get(field)
-        values = value if isinstance(value, list) else [value]
-        for one in values:
-            if isinstance(one, dict):  # how the hub's Parquet files hold an image
-                one = one.get("bytes") or one.get("path")
-            if is_empty(one):
-                continue
-            if isinstance(one, bytes) or isinstance(one, str) and is_uri(one):
-                images.append(one)
-            elif isinstance(one, str) and len(one) < 4096:
-                images.append(folder / one)
-            else:  # base64 that does not say so is too long for a path
-                raise InputError(
-                    f"{where}: field '{field}' must be a path, a data URI, an image's bytes or "
-                    f"an array of them, not {short(one)}"
-                )
-    return images
-
-
 # --- Published schemas: each function takes a record, and returns it with our fields --------------
-
-
-def openthoughts(record: dict, where: str) -> dict:
-    """The released tags become the paper's.
-
-    The system prompt, which asks for the released ones, stays as a field that we do not read.
-    """
-    turns = required(record, "conversations", list, where)
-    where = f"{where}: field 'conversations'"
-    speakers = [turn.get("from") if isinstance(turn, dict) else None for turn in turns]
-    if speakers != ["user", "assistant"]:
-        raise InputError(f"{where} must be a user's and an assistant's turn")
-    # Splitting at the tags gives text, tag, text, tag, ..., text.
-    released = required(turns[1], "value", str, where)
-    before, *parts = re.split(r"<\|((?:begin|end)_of_(?:thought|solution))\|>", released)
-    tags, texts = parts[::2], parts[1::2]
-    outside = [before, *texts[1::2]]  # of thought and solution
-    if tags != OPENTHOUGHTS_TAGS or any(text.strip() for text in outside):
-        raise InputError(
-            f"{where}: the response is not <|begin_of_thought|> ... <|end_of_solution|>, "
-            "each tag once"
-        )
-    rest = without(record, "conversations")
-    rest["question"] = required(turns[0], "value", str, where)
-    return rest | worked_response(texts[0], texts[2], where)
-
-
-def openthoughts_metadata(record: dict, where: str) -> dict:
-    """The same set with its parts apart. Starter code, of a coding problem, is in the question."""
-    question = required(record, "question", str, where)
-    code = optional(record, "starter_code", str, where)
-    thought = required(record, "deepseek_reasoning", str, where)
-    solution = required(record, "deepseek_solution", str, where)
-    rest = without(record, "problem", "starter_code", "deepseek_reasoning")
-    rest["question"] = f"{question}\n{code}" if code else question
-    return rest | worked_response(thought, solution, where)
-
-
-def worked_response(thought: str, solution: str, where: str) -> dict:
-    """Returns the fields answer and response of a worked solution.
-
-    Raises InputError for a text that has tags of ours: they would end thought or answer early.
-    """
-    thought = thought.strip()
-    solution = solution.strip()
-    if not thought or not solution:
-        raise InputError(f"{where}: the thought or the solution is empty")
-    tag = re.search(r"</?(?:think|answer)>", thought + solution)
-    if tag:
-        raise InputError(f"{where}: the response has a tag of its own: {tag[0]}")
-    # The line break and the space keep `</think>` three tokens of its own: the very ids that a
-    # forced exit appends (sample.py).
-    response = f"<think>\n{thought}\n</think> <answer>{solution}</answer>"
-    return {"answer": solution, "response": response}
 
 
 def orz(record: list, where: str) -> dict:
@@ -250,9 +79,24 @@ def orz_eval(record: dict, where: str) -> dict:
 
 
 def gsm8k(record: dict, where: str) -> dict:
-    """The answer is a worked solution, "####", and a number."""
+    """The answer is a worked solution, "####", and a number.
+
+    For SFT the solution is the thought, without the calculator's marks: "48/2 = <<48/2=24>>24".
+    """
     solution, _, number = required(record, "answer", str, where).rpartition("####")
-    return record | {"answer": number.strip().replace(",", ""), "solution": solution.strip()}
+    solution = solution.strip()
+    number = required({"answer": number.strip()}, "answer", str, where).replace(",", "")
+    record = record | {"answer": number, "solution": solution}
+    thought = re.sub(r"<<[^<>]*>>", "", solution)
+    if thought and "response" not in record:
+        record["response"] = f"<think>{thought}</think>\n<answer>{number}</answer>"
+    return record
+
+
+def medqa(record: dict, where: str) -> dict:
+    """The answer is an option's text, which answer_idx names by its letter."""
+    letter = record["answer_idx"]
+    return record | {"answer": letter} if isinstance(letter, str) else record
 
 
 def medqa_hf(record: dict, where: str) -> dict:
@@ -273,14 +117,14 @@ def medqa_hf(record: dict, where: str) -> dict:
 
 def mmlu_pro(record: dict, where: str) -> dict:
     """There are up to ten options; those that are "N/A" only fill up."""
-    options = read_options(record, where) or {}
+    options = option_texts(record, where) or {}
     kept = {letter: text for letter, text in options.items() if text != "N/A"}
     return record | {"options": kept}
 
 
 def mmmu(record: dict, where: str) -> dict:
     """Texts point to images: <image 1>. The subject is a field, or in the id: validation_Art_1."""
-    options = read_options(record, where)
+    options = option_texts(record, where)
     domain = record.get("domain")
     if not domain:
         name = re.fullmatch(r"[a-z]+_(.+)_\d+", str(record.get("id")))
@@ -293,7 +137,7 @@ def mmmu(record: dict, where: str) -> dict:
                 f"{where}: field 'image_{number}' is missing, but the text has <image {number}>"
             )
     record = record | {"options": options, "domain": domain}
-    return record if options else record | read_open_answer(record, where)
+    return record if options else record | listed_answers(record, where)
 
 
 def mmmu_vision(record: dict, where: str) -> dict:
@@ -305,11 +149,12 @@ def mathvista(record: dict, where: str) -> dict:
     """The answer is the right choice's text. The official prompt has the unit with the question."""
     question = required(record, "question", str, where)
     answer = required(record, "answer", str, where)
-    options = read_options(record, where)
+    options = option_texts(record, where)
     unit = optional(record, "unit", str, where)
     metadata = optional(record, "metadata", dict, where) or {}
     return without(record, "pid", "choices", "unit") | {
         "question": f"{question} (Unit: {unit})" if unit else question,
+        "options": options,
         "answer": letter_of(answer, options, where) if options else answer,
         "domain": metadata.get("task"),
     }
@@ -321,8 +166,6 @@ def opencompass(row: dict, where: str) -> dict:
     Options are in columns A, B, ... or, as the text of a list, in `choices`. An image is in base64;
     several are the text of a list.
     """
-    if None in row:
-        raise InputError(f"{where}: more cells than the first row")
     question = required(row, "question", str, where)
     options = {letter: row[letter] for letter in LETTERS if letter in row} or row.get("choices")
     images = row.get("image", row.get("image_path", ""))
@@ -338,8 +181,20 @@ def opencompass(row: dict, where: str) -> dict:
         "domain": row.get("category", row.get("task")),
     }
     if not options:
-        return record | read_open_answer(row, where)
+        return record | listed_answers(row, where)
     return record | {"answer": row.get("answer_option", row.get("answer"))}
+
+
+def medxpertqa(record: dict, where: str) -> dict:
+    """The hub's questions end with their options, which our prompts show anyway."""
+    question = required(record, "question", str, where)
+    bare, mark, listed = question.rpartition("\nAnswer Choices:")
+    options = option_texts(record, where) or {}
+    repeated = bool(mark) and all(text in listed for text in options.values())
+    return record | {
+        "question": bare.strip() if repeated else question,
+        "domain": record.get("medical_task"),
+    }
 
 
 # --- The table ------------------------------------------------------------------------------------
@@ -372,7 +227,7 @@ SCHEMAS = (
         orz_eval,
     ),
     # jind11/MedQA; GBaker/MedQA-USMLE-4-options; GBaker/MedQA-USMLE-4-options-hf
-    Schema("medqa", {"question", "options", "answer_idx"}, {"answer": "answer_idx"}),
+    Schema("medqa", {"question", "options", "answer_idx"}, convert=medqa),
     Schema("medqa-hf", {"sent1", "ending0", "label"}, convert=medqa_hf),
     # TIGER-Lab/MMLU-Pro
     Schema(
@@ -394,10 +249,16 @@ SCHEMAS = (
     # AI4Math/MathVista
     Schema(
         "mathvista",
-        {"question", "question_type", "answer_type"},
+        {"question", "choices", "question_type", "answer_type"},
         {"id": "pid", "options": "choices"},
         mathvista,
     ),
+    # TsinghuaC3I/MedXpertQA, and eval/data/input of its repository
+    Schema("medxpertqa", {"question", "options", "medical_task"}, convert=medxpertqa),
+    # volcengine/verl: DAPO-Math, geometry3k, ...
+    Schema("verl", {"prompt", "reward_model"}, convert=verl),
+    # AILab-CVPR/SEED-Bench
+    Schema("seed-bench", {"choice_a", "data_id"}, {"image": "data_id"}),
     # MathLLMs/MathVision. Options may be mere letters: then the image has their texts.
     Schema("mathvision", {"question", "options", "level", "subject"}, {"domain": "subject"}),
 )
@@ -411,12 +272,21 @@ def to_plain(record: object, where: str, *, is_tsv: bool) -> tuple[str, dict]:
     # Open-Reasoner-Zero, data/orz_math_57k_collected.json
     if isinstance(record, list) and len(record) == 2:
         return "orz", orz(record, where)
+    if isinstance(record, dict) and None in record:  # where csv puts them
+        raise InputError(f"{where}: more cells than the first row")
     if not isinstance(record, dict):
         raise InputError(
             f"{where}: a record must be an object or [{{from, value}}, {{ground_truth}}]"
         )
     if is_tsv:
         return "opencompass", opencompass(record, where)
+    if is_sharegpt(record):
+        return "sharegpt", sharegpt(record, where)
+    # allenai/RLVR: the turns before an answer
+    spoken = turns_of(record.get("messages"))
+    if spoken and spoken[-1][0] == "user" and named(record, "answer") and "question" not in record:
+        question = asked(record["messages"], f"{where}: field 'messages'")
+        record = without(record, "messages") | {"question": question}
     for schema in SCHEMAS:
         if schema.known_by <= record.keys() and not schema.lacks & record.keys():
             for ours, theirs in schema.means.items():
@@ -424,9 +294,15 @@ def to_plain(record: object, where: str, *, is_tsv: bool) -> tuple[str, dict]:
             if schema.convert is not None:
                 record = schema.convert(record, where)
             return schema.name, record
-    if not {"question", "answer"} & record.keys():
-        raise InputError(f"{where}: unknown schema (fields: {', '.join(record)[:80]})")
     # openai/grade-school-math; openai/gsm8k
     if "####" in str(record.get("answer")) and not record.get("options"):
         return "gsm8k", gsm8k(record, where)
-    return "plain", record
+    # allenai/arc: {"question": {"stem", "choices"}, "answerKey"}
+    if isinstance(record.get("question"), dict):
+        record = without(record, "question") | record["question"]
+    asks = named(record, "question")
+    if not asks and not named(record, "answer"):
+        raise InputError(f"{where}: unknown schema (fields: {', '.join(record)[:80]})")
+    if asks and turns_of(record[asks[0]]):
+        record = record | {asks[0]: asked(record[asks[0]], f"{where}: field '{asks[0]}'")}
+    return ("plain" if "question" in asks and "answer" in record else "by names"), record

@@ -12,6 +12,7 @@ import tiny
 from data import InputError
 from sample import Sampler
 from tools import compare_masked
+from training.record_file import short_names
 
 
 def masked_file(
@@ -95,6 +96,53 @@ def test_other_files_are_refused(tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             compare_masked.main(arguments)
+
+
+def several_files(path: Path, answers: dict[str, str | None], *, correct: str) -> str:
+    """An --out file with one question, test-1, of each file; `answers` are the right ones."""
+    records = [
+        {"file": file, "id": "test-1", "masked": True, "correct": file == correct, "vote": None}
+        | ({} if answer is None else {"answer": answer})
+        for file, answer in answers.items()
+        for _ in range(2)
+    ]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def test_files_of_one_name_are_two_files(tmp_path, capsys):
+    """Default ids begin with the file's name, so theirs are the same, too."""
+    files = {"x/a/test.jsonl": None, "x/b/test.jsonl": None, "x/c.jsonl": None}
+    one = several_files(tmp_path / "one", files, correct="x/a/test.jsonl")
+    elsewhere = {name.replace("x/", "/data/"): None for name in files}
+    two = several_files(tmp_path / "two", elsewhere, correct="/data/c.jsonl")
+    compare_masked.main([one, two, "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert (found["n"], found["remaining"]) == (3, 1)
+    assert [q["file"] for q in found["text_solvable"]] == ["a/test.jsonl", "c.jsonl"]
+    # One model has only one of the two: which one is not to be guessed.
+    some = several_files(tmp_path / "some", {"x/a/test.jsonl": None}, correct="")
+    with pytest.raises(InputError, match="question test-1 of test.jsonl is missing"):
+        compare_masked.main([one, some])
+
+
+def test_other_questions_under_one_name_are_refused(tmp_path):
+    one = several_files(tmp_path / "one", {"a/test.jsonl": "1"}, correct="")
+    two = several_files(tmp_path / "two", {"b/test.jsonl": "2"}, correct="")
+    message = "two: question test-1 of test.jsonl has another answer than in .*one"
+    with pytest.raises(InputError, match=message):
+        compare_masked.main([one, two])
+
+
+def test_short_names():
+    assert short_names(["a/x.jsonl", "b/y.jsonl"]) == {
+        "a/x.jsonl": "x.jsonl",
+        "b/y.jsonl": "y.jsonl",
+    }
+    same = ["a/b/x.jsonl", "c/b/x.jsonl", "x.jsonl", "c/d.jsonl"]
+    names = ["a/b/x.jsonl", "c/b/x.jsonl", "x.jsonl", "d.jsonl"]
+    assert list(short_names(same).values()) == names
+    assert set(short_names(["./x.jsonl", "x.jsonl"]).values()) == {"x.jsonl"}
 
 
 def test_from_the_answers_of_evaluate(tmp_path, monkeypatch, capsys):

@@ -246,7 +246,13 @@ SCHEMAS = {  # record, what it is read as; images relative to the file's folder
     ),
     "gsm8k": (
         GSM8K,
-        Example("d-1", "How many?", "1224", meta={"solution": "48/2 = <<48/2=24>>24\nso"}),
+        Example(
+            "d-1",
+            "How many?",
+            "1224",
+            response="<think>48/2 = 24\nso</think>\n<answer>1224</answer>",
+            meta={"solution": "48/2 = <<48/2=24>>24\nso"},
+        ),
     ),
     "medqa": (
         MEDQA,

@@ -136,6 +136,20 @@ def test_the_prompt_style_is_applied(tmp_path, folder, capsys):
     assert "Options:\n    \n    A: 1\n    B: 2<|im_end|>" in out
 
 
+def test_what_was_recognised_is_shown(tmp_path, folder, capsys):
+    record = {"Problem": "Which?", "choice_a": "x", "choice_b": "y", "label": ["B"], "level": 1}
+    path = written(tmp_path / "d.jsonl", record | {"passage": "See."}, worked(2))
+    inspection.main([str(path), "--model", str(folder)])
+    out = capsys.readouterr().out
+    shown = "recognised as: by names\n    options    from choice_a, choice_b\n"
+    shown += (
+        "    answer     from label\n    question   from Problem, passage\n    not read: level\n"
+    )
+    assert shown in out and "See.\n    Which?\n    A: x\n    B: y<|im_end|>" in out
+    assert "answer 'B'" in out and "recognised as: plain\n" in out
+    assert "schema: by names 1, plain 1" in out
+
+
 def test_long_texts_are_shown_short(tmp_path, folder, capsys):
     texts = {"question": "x" * 5000, "answer": "z" * 5000, "response": None}
     path = written(tmp_path / "d.jsonl", worked(1, **texts))

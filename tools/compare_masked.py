@@ -25,9 +25,9 @@ from evaluate import accuracy, standard_error
 from hub.errors import InputError
 from hub.options import option, parse_options, run_command
 from training.journal import json_lines, write_whole
-from training.record_file import out_file
+from training.record_file import out_file, short_names
 
-Key = tuple[str, str]  # names a question: its file's name and its id
+Key = tuple[str, str]  # names a question: its file (see short_names) and its id
 Answers = dict[Key, list[dict]]  # the records of each question's runs
 
 
@@ -50,18 +50,25 @@ def read_answers(path: str, *, masked: bool) -> Answers:
 
     Raises InputError where a line is no such record.
     """
-    answers = defaultdict(list)
+    records = []
     number = 1
     try:
         for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
             record = json.loads(line)
-            if record["masked"] == masked:
-                # The two models may have read the question file from different folders.
-                key = (Path(record["file"]).name, record["id"])
-                answers[key].append({"correct": record["correct"], "vote": record["vote"]})
+            fields = ("file", "id", "masked", "correct", "vote")
+            records.append(
+                {name: record[name] for name in fields} | {"truth": record.get("answer")}
+            )
     except (ValueError, TypeError, KeyError):
         complaint = f"{path}: line {number}: not a record of evaluate.py --out"
         raise InputError(complaint) from None
+    # The two models may have read the question files from different folders, but two files of one
+    # name that one model has read are two files.
+    names = short_names({str(record["file"]) for record in records})
+    answers = defaultdict(list)
+    for record in records:
+        if record["masked"] == masked:
+            answers[names[str(record["file"])], record["id"]].append(record)
     return answers
 
 
@@ -90,6 +97,14 @@ def read_files(options: CompareOptions) -> tuple[list[Answers], list[Answers]]:
         if lacking:
             name, question = lacking[0]
             raise InputError(f"{path}: question {question} of {name} is missing")
+        # Files of one name, and questions of one id, may still be others.
+        for key in questions:
+            if answers[key][0]["truth"] != masked[0][key][0]["truth"]:
+                name, question = key
+                raise InputError(
+                    f"{path}: question {question} of {name} has another answer than in {paths[0]}: "
+                    "they are not the same questions"
+                )
     return masked, shown
 
 

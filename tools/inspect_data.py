@@ -44,6 +44,16 @@ def show(example: Example, texts: list[str], number: int) -> None:
         print("    " + text.strip().replace("\n", "\n    "))
 
 
+def show_reading(example: Example) -> None:
+    """Prints which fields of a record were read as what, and which were not read."""
+    print(f"recognised as: {example.schema}")
+    for meaning, fields in example.read.items():
+        print(f"    {meaning:<10} from {', '.join(fields)}")
+    read = {field for fields in example.read.values() for field in fields}
+    unread = [field for field in example.meta if field not in read]
+    print(f"    not read: {', '.join(unread) or 'nothing'}")
+
+
 def show_counts(title: str, counts: Counter[str]) -> None:
     """Prints the most frequent of some values."""
     print(f"{title}: " + ", ".join(f"{name} {count:,}" for name, count in counts.most_common(10)))
@@ -76,6 +86,8 @@ def main(argv: list[str]) -> None:
         if example.response:
             newline = tokenizer.encode("\n")
             response = [*tokenizer.encode(example.response), tokenizer.im_end, *newline]
+        if example.schema not in schemas:
+            show_reading(example)
         if schemas.total() < SHOWN:
             texts = [tokenizer.decode(ids, skip_special=False) for ids in (prompt, response)]
             show(example, texts, schemas.total() + 1)

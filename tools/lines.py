@@ -28,7 +28,8 @@ READING_PATH = (
     "grpo.py",
 )
 # What one need not read to understand the paper, so it does not count in the closure of grpo.py.
-ASIDE = ("answers/", "data/datasets.py", "data/schemas.py", "_triton.py")
+READERS = ("datasets", "schemas", "fields", "options", "turns")
+ASIDE = ("answers/", "_triton.py", *(f"data/{name}.py" for name in READERS))
 
 
 def source_files() -> list[str]:

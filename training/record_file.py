@@ -36,6 +36,20 @@ def check_unused(path: Path, config_path: Path, overwrite: bool) -> None:
         raise InputError(f"{path} holds results: use --resume, --overwrite, or another --out")
 
 
+def short_names(paths: Iterable[str]) -> dict[str, str]:
+    """Returns for each path as much of its end as tells it from the others: its base name if no
+    other has that, else with as many folders as it takes. Two files of one name are two files."""
+    parts = {path: Path(path).parts for path in paths}
+    names = {}
+    for path, whole in parts.items():
+        length = 1
+        others = [other for other in parts.values() if other != whole]
+        while any(other[-length:] == whole[-length:] for other in others):
+            length += 1
+        names[path] = "/".join(whole[-length:])
+    return names
+
+
 class RecordFile:
     """FILE with a command's records, and beside it FILE.config.json.
 

@@ -1,0 +1,431 @@
+"""What the fields of a record mean: one table of names, and the readers that follow from it.
+
+The rule: a field that `MEANINGS` names is read under any of its names; a field that it does not
+name, but that looks like options, an image or context, makes the record bad. So no record becomes
+another question silently: what could change what it asks is read or refused by name.
+
+Names are compared without case, spaces, `_` and `-`: "Correct Answer" is "correctanswer".
+Options and the answer that is one of them are in options.py.
+"""
+
+import ast
+import json
+import re
+from functools import cache
+from pathlib import Path
+from reprlib import repr as short
+
+from data.uris import follow_uri, is_uri
+from hub.errors import InputError
+
+# Of several fields with one meaning, the one that stands first here counts. (The context is all of
+# them, and so are the images.)
+MEANINGS = {
+    "id": "id question_id qid pid uid unique_id problem_id",
+    "question": "question problem query question_text problem_text problem_statement question_stem "
+    "stem prompt sentence ctx goal qtext input instruction text",
+    # Text that stands before the question, because it cannot be answered without.
+    "context": "context contexts passage passages flores_passage article paragraph body premise "
+    "background story scenario vignette case clinical_case case_report document dialogue dialog "
+    "transcript abstract excerpt statement stimulus hint table text prompt instruction input "
+    "problem sentence stem",
+    "options": "options option choices candidates alternatives endings answer_choices "
+    "answer_options possible_answers candidate_answers option_list choice_list options_text "
+    "choices_text multiple_choice_options mc_choices answers",
+    "answer": "answer final_answer correct_answer ground_truth gt_answer gold_answer golden_answer "
+    "reference_answer standard_answer best_answer right_answer expected_answer answer_number "
+    "final_decision target gold gt answers correct_answers gold_answers golden_answers targets",
+    # Where there are options, these too say which of them is right: by letter or number.
+    "key": "answer_idx answer_index answer_key answer_letter answer_option answer_label "
+    "answer_choice correct_idx correct_index correct_option correct_choice correct_letter "
+    "correct_choice_idx correct_choice_index correct_option_index correct_answer_idx "
+    "correct_answer_index correct_answer_id correct_answer_num gold_idx gold_index target_idx "
+    "correct cop ra label labels",
+    # Where there is no answer: it stands in <answer> tags or a box.
+    "solution": "solution",
+    "image": "decoded_image image images image_1 image_2 image_3 image_4 image_5 image_6 image_7 "
+    "image_path image_paths image_file image_files image_filename image_name img imgs img_path "
+    "img_paths img_name img_file img_filename figure figures figure_path diagram picture photo "
+    "image_bytes image_base64 question_image image_url image_urls img_url "
+    "image_local_name",
+    # These are an image if they end like one.
+    "file": "file_name file path image_id img_id data_id",
+    "unit": "unit",
+    "domain": "domain subject category",
+    "accepted": "accepted accepted_answers aliases answer_aliases",
+    "response": "response",
+    "precision": "precision",
+}
+OPEN_KEYS = {"label", "labels", "correct"}  # may be anything, where there are no options
+KINDS = {str: "text", dict: "an object", list: "an array"}
+
+
+@cache
+def plain_name(name: str) -> str:
+    """Returns a field's name as names are compared."""
+    return re.sub(r"[\W_]", "", name).lower()
+
+
+NAMES = {meaning: [plain_name(name) for name in MEANINGS[meaning].split()] for meaning in MEANINGS}
+
+
+# --- One field of a record, checked. `where` begins each complaint: the file and the line ---------
+
+
+def is_empty(value: object) -> bool:
+    """Says whether a field holds nothing: null, an empty text, array or object, or NaN.
+
+    NaN is what pandas makes of null.
+    """
+    return value in (None, "", [], {}) or value != value
+
+
+def optional(record: object, field: str, kind: type, where: str) -> object:
+    """Returns a record's field, which must be of a kind (str, dict or list); None if it is empty.
+
+    A number passes for text. Raises InputError for a field of another kind.
+    """
+    value = record.get(field) if isinstance(record, dict) else None
+    if is_empty(value):
+        return None
+    if kind is str and type(value) in (int, float):
+        return str(value)
+    if not isinstance(value, kind):
+        kind = KINDS[kind]
+        raise InputError(f"{where}: field '{field}' must be {kind}, not {short(value)}")
+    return value
+
+
+def required(record: object, field: str, kind: type, where: str) -> object:
+    """Returns a record's field like `optional`, but raises InputError if it is empty."""
+    value = optional(record, field, kind, where)
+    if value is None:
+        raise InputError(f"{where}: field '{field}' is missing or empty")
+    return value
+
+
+def without(record: dict, *fields: str) -> dict:
+    """Returns a copy of the record that lacks these fields."""
+    return {field: value for field, value in record.items() if field not in fields}
+
+
+def named(record: dict, meaning: str) -> list[str]:
+    """Returns the record's fields of this meaning that hold something, in the table's order."""
+    found = {}
+    for field, value in record.items():
+        if not is_empty(value):
+            found.setdefault(plain_name(field), field)
+    return [found[name] for name in NAMES[meaning] if name in found]
+
+
+def python_list(text: str) -> list | str:
+    """Returns the list of texts and numbers that a text is in Python; if it is none, the text."""
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+    is_list = isinstance(value, list) and all(isinstance(one, str | int | float) for one in value)
+    return value if is_list else text
+
+
+def from_json(text: str) -> object:
+    """Returns the array or object that a text is in JSON; if it is none, the text."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return value if isinstance(value, list | dict) else text
+
+
+# --- The question and what belongs to it ----------------------------------------------------------
+
+
+def read_question(record: dict, where: str) -> tuple[str, list[str]]:
+    """Returns the whole text of the question, and the fields that it is from.
+
+    Context stands before the question, a line each; the unit of the answer stands behind it, as in
+    MathVista's official prompt.
+    """
+    [field, *_] = named(record, "question") or ["question"]
+    question = required(record, field, str, where)
+    fields = [field]
+    lines = []
+    for name in named(record, "context"):
+        value = record[name]
+        if name == field or isinstance(value, bool | int | float) or value == "nan":
+            continue
+        # Some files have question and context together in one more field.
+        is_whole = plain_name(name) in ("text", "prompt")
+        if is_whole and (not isinstance(value, str) or question in value):
+            continue
+        fields.append(name)
+        text = context_text(value, f"{where}: field '{name}'")
+        if text not in question:
+            lines.append(text)
+    unit = optional(record, "unit", str, where)
+    if unit:
+        fields.append("unit")
+        question = f"{question} (Unit: {unit})"
+    return "\n".join([*lines, question]), fields
+
+
+def context_text(value: object, where: str) -> str:
+    """Returns a field's text, or the texts of its array (also as PubMedQA nests it) as lines."""
+    texts = value.get("contexts") if isinstance(value, dict) else value
+    texts = texts if isinstance(texts, list) else [texts]
+    if not all(isinstance(text, str) for text in texts):
+        raise InputError(f"{where} looks like context, but is no text: {short(value)}")
+    return "\n".join(texts)
+
+
+def read_open_answer(record: dict, where: str) -> tuple[list[str], list[str]]:
+    """Returns the right answers of a question without options, and the fields that they are from.
+
+    An array means that each of its texts is right. Raises InputError where a field names an option.
+    """
+    keys = [key for key in named(record, "key") if plain_name(key) not in OPEN_KEYS]
+    keys = [key for key in keys if re.fullmatch(r"[A-Pa-p]|\d{1,2}", str(record[key]))]
+    fields = named(record, "answer")
+    if not fields:
+        solution = named(record, "solution")
+        answer = solution and final_answer(optional(record, solution[0], str, where) or "")
+        if answer:
+            return [answer], solution
+    if keys:
+        reason = "is missing or empty" if not fields else "may be an option's text"
+        raise InputError(
+            f"{where}: field 'answer' {reason}; field '{keys[0]}' names an option, but there are "
+            "no fields that are known to be options"
+        )
+    [field, *_] = fields or named(record, "key") or ["answer"]
+    value = record.get(field)
+    if isinstance(value, dict):  # SQuAD, TriviaQA
+        value = value.get("text") or [value.get("value"), *(value.get("aliases") or [])]
+    if not isinstance(value, list):
+        answer = required(record, field, str, where)
+        is_box = answer.startswith(r"\boxed{") and answer.endswith("}")
+        return [final_answer(answer) or answer if is_box else answer], [field]
+    texts = [optional({field: one}, field, str, where) for one in value]
+    if None in texts or not texts:
+        raise InputError(f"{where}: field '{field}' has an empty answer")
+    if len(texts) > 1 and all(re.fullmatch("[A-P]", text) for text in texts):
+        raise InputError(f"{where}: field '{field}' names several right options")
+    return list(dict.fromkeys(texts)), [field]
+
+
+def final_answer(solution: str) -> str | None:
+    r"""Returns what a worked solution answers: in <answer> tags, else in its last \boxed{...}.
+
+    A solution of a few words is an answer itself. Returns None where nothing of that is there.
+    """
+    tags = re.findall(r"<answer>(.*?)</answer>", solution, re.DOTALL)
+    if tags:
+        return tags[-1].strip() or None
+    _, box, rest = solution.rpartition(r"\boxed{")
+    if not box:
+        is_sentence = len(solution.split()) > 5 or solution.rstrip().endswith(".")
+        return None if is_sentence else solution.strip() or None
+    depth = 1
+    for place, sign in enumerate(rest):
+        depth += (sign == "{") - (sign == "}")
+        if depth == 0:
+            return rest[:place].strip() or None
+    return None
+
+
+def read_precision(record: dict, where: str) -> int | None:
+    """Returns the number of decimals that count; None if the record names none."""
+    precision = optional(record, "precision", str, where)
+    if precision is None:
+        return None
+    if not re.fullmatch(r"\d{1,2}(\.0)?", precision):
+        found = short(precision)
+        raise InputError(f"{where}: field 'precision' must be a small whole number, not {found}")
+    return int(float(precision))
+
+
+def read_images(record: dict, where: str, folder: Path) -> tuple[list[str | Path | bytes], list]:
+    """Returns all images of a record, and the fields that they are from.
+
+    They are in the order of `MEANINGS`; paths are from `folder` on. Where fields hold the same
+    image, one by its path and one by its bytes, it is taken once.
+    """
+    images = []
+    fields = named(record, "image")
+    for field in named(record, "file"):
+        if not fields and IMAGE_FILE.fullmatch(str(record[field])):
+            fields = [field]
+    for field in fields:
+        again = bool(images) and not re.fullmatch(r"image[2-7]", plain_name(field))
+        # MathVista and MathVision have the path beside the image itself.
+        if again and not all(isinstance(image, Path) for image in images):
+            continue
+        found = images_of(record[field], f"{where}: field '{field}'", folder)
+        if again:
+            found = [
+                one for one in found if not any(same_file(one, image, folder) for image in images)
+            ]
+        images += found
+    return images, fields
+
+
+def same_file(one: object, other: object, folder: Path) -> bool:
+    """Says whether of two paths, as the record has them, the longer ends with the shorter."""
+    if not isinstance(one, Path) or not isinstance(other, Path):
+        return one == other
+    published = [p.relative_to(folder) if p.is_relative_to(folder) else p for p in (one, other)]
+    parts, others = sorted((path.parts for path in published), key=len)
+    return others[len(others) - len(parts) :] == parts
+
+
+def images_of(value: object, where: str, folder: Path) -> list[str | Path | bytes]:
+    """Returns the images of one field."""
+    if isinstance(value, str) and value.startswith("["):
+        value = python_list(value)
+    values = value if isinstance(value, list) else [value]
+    images = []
+    for one in values:
+        if isinstance(one, dict):  # how the hub's Parquet files hold an image
+            known = [one.get(name) for name in ("bytes", "path", "image", "url")]
+            known = [held for held in known if not is_empty(held)]
+            if not known and not all(is_empty(held) for held in one.values()):
+                raise InputError(f"{where} must have its image as bytes or path: {short(one)}")
+            one = known[0] if known else None
+        if is_empty(one):
+            continue
+        if isinstance(one, str) and re.match(r"https?:", one, re.IGNORECASE):
+            raise InputError(f"{where} is an address: load the image, and write its path there")
+        if isinstance(one, str) and re.match(r"file:", one, re.IGNORECASE):
+            one = follow_uri(one)
+        if isinstance(one, bytes) or isinstance(one, str) and is_uri(one):
+            images.append(one)
+        elif isinstance(one, str) and len(one) < 4096:
+            images.append(folder / one)
+        else:  # base64 that does not say so is too long for a path
+            raise InputError(
+                f"{where} must be a path, a data URI, an image's bytes or an array of them, "
+                f"not {short(one)}"
+            )
+    return images
+
+
+# --- What is left: does it look like something that changes the question? -------------------------
+
+OPTION_WORDS = set(
+    "option options choice choices candidate candidates alternative alternatives distractor "
+    "distractors incorrect wrong endings".split()
+)
+IMAGE_WORDS = set(
+    "image images img imgs picture pictures pic pics photo photos figure figures diagram chart "
+    "scan screenshot radiograph xray dicom visual video videos audio frames".split()
+)
+CONTEXT_WORDS = set(
+    "context contexts passage passages article paragraph paragraphs premise vignette background "
+    "stimulus story scenario excerpt dialogue dialog transcript history facts information notes "
+    "report findings document documents description text content essay email review news snippet "
+    "code para paras sentences premises assumptions setup given tables".split()
+)
+SOLUTION_WORDS = set("answer answers solution response explanation reasoning output".split())
+# A field whose name ends so describes something, and does not hold it: `image_caption`.
+ABOUT_WORDS = set(
+    "type types caption description count num width number height size format mode license source "
+    "sources class category categories style hash explanation explanations required needed quality "
+    "split tag tags topic topics keyword keywords phrases step steps skill skills concepts "
+    "generations generation solution solutions hint hints domains subjects authors references url "
+    "urls languages tests cases messages turns conversations reasons metadata score scores "
+    "rationale rationales response responses outputs predictions info title name names date "
+    "author equation equations numbers operations decomposition entities".split()
+)
+IMAGE_FILE = re.compile(r"\S.*\.(png|jpe?g|webp|gif|bmp|tiff?|svg|dcm|nii|mp4)", re.IGNORECASE)
+
+
+def words_of(name: str) -> list[str]:
+    """Returns the words of a field's name: `answerChoice_a` has three."""
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)
+    return re.findall(r"[a-z]+|\d+", name.lower())
+
+
+def refuse_unread(
+    record: dict, read: set[str], where: str, *, options: bool, images: bool, answer: str
+) -> None:
+    """Raises InputError for an unread field that looks as if it belonged to the question.
+
+    `options` and `images` say whether there are any: what is beside them may repeat them.
+    """
+    stems = {}
+    for field, value in record.items():
+        words = words_of(field)
+        if field in read or is_empty(value) or not words:
+            continue
+        looks = None
+        if not images and holds_image(value):
+            looks = "an image"
+        elif words[-1] in ABOUT_WORDS and words != ["description"]:
+            continue
+        elif not options and looks_like_options(words, value, answer):
+            looks = "options"
+        elif not images and looks_like_image(words, value):
+            looks = "an image"
+        elif CONTEXT_WORDS & set(words) and not SOLUTION_WORDS & set(words) and is_long(value):
+            looks = "context"
+        # Several columns of one name, such as reply_a and reply_b, and an answer that chooses.
+        is_column = words[-1] in ("a", "b", "1", "2") and isinstance(value, str | int | float)
+        if is_column and len(words) > 1 and words[-2] not in ABOUT_WORDS:
+            stems.setdefault((*words[:-1], words[-1].isdigit()), []).append(field)
+            chooses = not options and re.fullmatch(r"[A-Pa-p]|\d", answer)
+            if chooses and len(stems[(*words[:-1], words[-1].isdigit())]) > 1:
+                looks = "options"
+        if looks:
+            raise InputError(
+                f"{where}: field '{field}' looks like {looks}, but is no name that is known "
+                "(data/fields.py): rename it, or remove it if the question does not need it"
+            )
+
+
+def looks_like_options(words: list[str], value: object, answer: str) -> bool:
+    """Says whether a field may hold options: by its name, or by what it holds.
+
+    By what it holds: letters and their texts, or several short texts, of which the answer is one,
+    or names one by its letter or its number.
+    """
+    if isinstance(value, bool | int | float):
+        return False
+    if OPTION_WORDS & set(words):
+        return True
+    if isinstance(value, dict):
+        names = {plain_name(name) for name in value}
+        is_named = bool(names & {"options", "choices"}) and bool(re.fullmatch("[A-P]", answer))
+        return {"a", "b"} <= names or is_named
+    if not isinstance(value, list) or len(value) < 2:
+        return False
+    if all(isinstance(one, dict) for one in value):
+        return bool(re.fullmatch("[A-P]", answer))
+    if not all(isinstance(text, str) and len(text) <= 200 for text in value):
+        return False
+    if answer in value:
+        return len(set(value)) > 1
+    is_index = bool(re.fullmatch(r"\d{1,2}", answer)) and int(answer) <= len(value)
+    return is_index or bool(re.fullmatch("[A-P]", answer))
+
+
+def holds_image(value: object) -> bool:
+    """Says whether a value is an image's bytes, URI or path, or holds one, whatever its name is."""
+    if isinstance(value, str):
+        return value.startswith("data:image") or bool(IMAGE_FILE.fullmatch(value))
+    if isinstance(value, dict):
+        held = [one for one in value.values() if isinstance(one, str | bytes)]
+        return "bytes" in value or any(map(holds_image, held))
+    if isinstance(value, list):
+        return any(holds_image(one) for one in value if isinstance(one, str | bytes | dict))
+    return isinstance(value, bytes)
+
+
+def looks_like_image(words: list[str], value: object) -> bool:
+    """Says whether a field names the image that the question is about; that may be a number."""
+    is_name = isinstance(value, str | list | dict) or words[-1] == "id"
+    return bool(IMAGE_WORDS & set(words)) and is_name
+
+
+def is_long(value: object) -> bool:
+    """Says whether a value is more than a name or a number."""
+    return isinstance(value, list | dict) or isinstance(value, str) and len(value.split()) > 2

@@ -1,0 +1,334 @@
+"""Options in every shape that they are published in, and which of them a record calls right.
+
+The rule: each field that names the answer stands for the set of letters that it may mean. The
+right option is the one letter that is in all of these sets. No letter, or several: a bad record.
+"""
+
+import re
+from reprlib import repr as short
+from typing import NamedTuple
+
+from data.fields import OPEN_KEYS, from_json, is_empty, named, plain_name, python_list, required
+from hub.errors import InputError
+
+LETTERS = "ABCDEFGHIJKLMNOP"  # of options
+# The fields of an option that is an object.
+NAME_FIELDS = ("key", "letter", "label", "id", "aid", "name", "option")
+TEXT_FIELDS = ("value", "content", "text", "atext", "answer", "option", "choice", "description")
+# Columns, one an option: choice_a, option1, ending0, opa, A.
+COLUMN = re.compile(
+    r"(|choices?|options?|opt|op|answers?|ans|candidate|ending|sol|alternative|answerchoice|"
+    r"answeroption|optiontext|choicetext|mcanswer)([a-p]|\d{1,2})"
+)
+
+
+class Options(NamedTuple):
+    """The options of a record."""
+
+    texts: dict[str, str]  # letter -> text
+    names: dict[str, str] = {}  # what the record calls an option -> its letter: "1", "choiceb"
+    lettered: bool = False  # whether the record itself has the letters
+    fields: list[str] = []  # of the record
+
+
+class Ambiguous(InputError):
+    """An index may count from 0 or from 1; `default` is what is meant if the file does not tell."""
+
+    def __init__(self, message: str, default: int | None):
+        super().__init__(message)
+        self.default = default
+
+
+def read_options(record: dict, where: str) -> Options | None:
+    """Returns the options of a record; None if it has none."""
+    # `answers` are options only where another field says which of them is right.
+    fields = named(record, "options")
+    answers = [field for field in fields if plain_name(field) == "answers"]
+    if answers and (len(fields) > 1 or not is_choice_of(record, answers[0])):
+        fields = [field for field in fields if field not in answers]
+    found = []
+    for field in fields:
+        options = one_field(record[field], f"{where}: field '{field}'")
+        found.append(options and options._replace(fields=[field]))
+    found.append(column_options(record, where))
+    shapes = [options for options in found if options is not None]
+    if not shapes:
+        return wrong_answers(record, where)
+    for other in shapes[1:]:
+        if list(other.texts.values()) != list(shapes[0].texts.values()):
+            one, two = shapes[0].fields[0], other.fields[0]
+            raise InputError(f"{where}: fields '{one}' and '{two}' both look like options")
+    return strip_letters(shapes[0])._replace(fields=[f for shape in shapes for f in shape.fields])
+
+
+def is_choice_of(record: dict, field: str) -> bool:
+    """Says whether an array is what a key chooses from (ReClor), not a list of right answers."""
+    value = record[field]
+    return isinstance(value, list) and len(value) > 1 and bool(named(record, "key"))
+
+
+def one_field(options: object, where: str) -> Options | None:
+    """Returns the options that one field holds; None if there are none.
+
+    An object {letter: text}; an array of texts, in the order of the letters; an array of objects
+    such as {"key": letter, "value": text} (MedQA); {"label": [...], "text": [...]} (ARC); one of
+    these as a text in JSON or Python (MMMU); or a text "A) red, B) blue" (MathQA).
+    """
+    if isinstance(options, str):
+        options = parse_text(options)
+    if is_empty(options):
+        return None
+    if isinstance(options, dict) and isinstance(options.get("text"), list):
+        texts, labels = options["text"], options.get("label")
+        if not isinstance(labels, list) or len(labels) != len(texts):
+            labels = LETTERS[: len(texts)]
+        options = [{"key": label, "value": text} for label, text in zip(labels, texts)]
+    if is_empty(options):
+        return None
+    if isinstance(options, list) and isinstance(options[0], dict):
+        return from_objects(options, where)
+    if isinstance(options, list):
+        return Options(checked(by_letter(options, where), where))
+    if not isinstance(options, dict):
+        raise InputError(f"{where} must be an object or a list of texts, not {short(options)}")
+    # Parquet's objects have the letters of all rows; those that a row lacks are null.
+    given = {letter: text for letter, text in options.items() if text is not None}
+    if set(given) <= set(LETTERS.lower()):
+        given = {letter.upper(): text for letter, text in given.items()}
+    return Options(checked(given, where), lettered=True) if given else None
+
+
+def parse_text(text: str) -> object:
+    """Returns the list or object that a text of options is; the text itself if it is none."""
+    parsed = from_json(text)
+    if isinstance(parsed, str):
+        parsed = python_list(text)
+    if not isinstance(parsed, str):
+        return parsed
+    # "a ) 38 , b ) 27", "A. red\nB. blue", "(A) red (B) blue"
+    marks = list(re.finditer(r"(?:^|[\n,;]|(?<=\s)(?=\())\s*\(?([A-Pa-p])\s?[).:](?=\s|\S)", text))
+    letters = "".join(mark[1].upper() for mark in marks)
+    if len(letters) < 2 or letters != LETTERS[: len(letters)] or text[: marks[0].start()].strip():
+        return text
+    ends = [*(mark.start() for mark in marks[1:]), len(text)]
+    return {
+        letter: text[mark.end() : end].strip(" ,;\n")
+        for letter, mark, end in zip(letters, marks, ends)
+    }
+
+
+def from_objects(options: list, where: str) -> Options:
+    """Returns options that are objects of a name and a text, or of a text only.
+
+    Raises InputError where one has no field that is known as name or text, and for names that are
+    neither letters nor the numbers from 0 or 1 on.
+    """
+    fields = options[0].keys()
+    name_field = next((name for name in NAME_FIELDS if name in fields), None)
+    text_field = next((name for name in TEXT_FIELDS if name in fields and name != name_field), None)
+    if not name_field and text_field and all(isinstance(option, dict) for option in options):
+        texts = [option.get(text_field) for option in options]
+        return Options(checked(by_letter(texts, where), where))
+    names = [required(option, name_field or "key", str, where) for option in options]
+    names = [name.strip("(). ").upper() for name in names]
+    texts = [required(option, text_field or "value", str, where) for option in options]
+    if set(names) <= set(LETTERS) and len(set(names)) == len(names):
+        return Options(checked(dict(zip(names, texts)), where), lettered=True)
+    numbers = [str(i) for i in range(len(names) + 1)]
+    if names not in (numbers[:-1], numbers[1:]):
+        found = ", ".join(names)[:80]
+        raise InputError(f"{where} must be named by letters from A to P, not {found}")
+    return Options(by_letter(texts, where), dict(zip(names, LETTERS)))
+
+
+def by_letter(texts: list, where: str) -> dict:
+    """Returns texts under A, B, ..."""
+    if len(texts) > len(LETTERS):
+        found = f"{len(texts)} options"
+        raise InputError(f"{where} must have letters from A to P as keys, not {found}")
+    return dict(zip(LETTERS, texts))
+
+
+def checked(options: dict, where: str) -> dict[str, str]:
+    """Returns letter -> text; InputError for other letters, and for what is no text."""
+    if not set(options) <= set(LETTERS):
+        found = ", ".join(options)[:80]
+        raise InputError(f"{where} must have letters from A to P as keys, not {found}")
+    return {letter: required(options, letter, str, where) for letter in options}
+
+
+def column_options(record: dict, where: str) -> Options | None:
+    """Returns options that are columns of their own: at least two, from a, A, 0 or 1 on.
+
+    Mere letters must be capitals: `a` and `b` may be anything.
+    """
+    groups = {}
+    for field, value in record.items():
+        match = COLUMN.fullmatch(plain_name(field))
+        is_text = isinstance(value, str | int | float) and not isinstance(value, bool)
+        if match and is_text and not is_empty(value) and value != "nan":
+            if match[1] or re.fullmatch("[A-P]", field):
+                groups.setdefault(match[1], {})[match[2]] = field
+    for stem, columns in groups.items():
+        ends = sorted(columns, key=lambda end: (len(end), end))
+        numbered = ends[0].isdigit()
+        if numbered:
+            low = min(int(ends[0]), 1)
+            expected = [str(low + i) for i in range(len(ends))]
+            letters = LETTERS
+        else:
+            expected = ["a", *ends[1:]]
+            letters = "".join(ends).upper()
+        fields = [columns[end] for end in ends]
+        if len(ends) > 1 and ends != expected and not numbered:
+            raise InputError(f"{where}: field '{fields[0]}' looks like an option, but A is missing")
+        if len(ends) < 2 or ends != expected:
+            continue
+        texts = [required(record, field, str, where) for field in fields]
+        names = {stem + end: letter for end, letter in zip(ends, letters)}
+        if numbered:
+            names |= dict(zip(ends, letters))
+        return Options(dict(zip(letters, texts)), names, not numbered, fields)
+    return None
+
+
+def wrong_answers(record: dict, where: str) -> Options | None:
+    """Returns the right answer and the wrong ones that a record names (GPQA, SciQ), by alphabet."""
+    wrong = {}
+    for field, value in record.items():
+        name = plain_name(field)
+        if re.fullmatch(r"(incorrectanswers?|wronganswers?|distractors?)\d*", name):
+            if not is_empty(value):
+                values = value if isinstance(value, list) else [value]
+                wrong[field] = [required({field: one}, field, str, where) for one in values]
+    right = named(record, "answer")
+    if not wrong or not right:
+        return None
+    field = right[0]
+    right = required(record, field, str, where)
+    if re.fullmatch("[A-P]", right):
+        wrong_field = list(wrong)[0]
+        raise InputError(
+            f"{where}: field '{wrong_field}' has the wrong options, but '{field}' is no text"
+        )
+    texts = sorted({right, *(text for values in wrong.values() for text in values)})
+    return Options(by_letter(texts, where), fields=list(wrong))
+
+
+def strip_letters(options: Options) -> Options:
+    """Returns the options without letters that their texts begin with: "(A) red" (AGIEval)."""
+    bare = {}
+    for letter, text in options.texts.items():
+        match = re.fullmatch(rf"(?:\({letter}\)|{letter}[).:])\s*(.+)", text.strip(), re.DOTALL)
+        if match is None:
+            return options
+        bare[letter] = match[1]
+    return options._replace(texts=bare, lettered=True)
+
+
+# --- Which option is right ------------------------------------------------------------------------
+
+
+def read_letter(
+    record: dict, options: Options, where: str, base: int | None
+) -> tuple[str, list[str]]:
+    """Returns the right option's letter, and the fields that say so.
+
+    base: what indices count from, 0 or 1; None if that is not known.
+    """
+    answers = [field for field in named(record, "answer") if field not in options.fields]
+    keys = [field for field in named(record, "key") if not isinstance(record[field], bool | dict)]
+    fields = [*answers, *keys]
+    if not fields:
+        raise InputError(f"{where}: field 'answer' is missing or empty")
+    meant: dict[str, set[str]] = {}
+    for field in fields:
+        if meant and isinstance(record[field], list | dict | bool):
+            continue
+        letters = letters_meant(record[field], field, options, where, base)
+        names_letter = re.fullmatch("[A-P]", str(record[field])) and field in keys
+        if meant and names_letter and not letters and plain_name(field) not in OPEN_KEYS:
+            found = short(record[field])
+            raise InputError(f"{where}: field '{field}' is none of the options: {found}")
+        for other, before in meant.items():
+            if letters and not letters & before:
+                raise InputError(f"{where}: fields '{other}' and '{field}' name different options")
+        if letters:
+            meant[field] = letters
+    if not meant:
+        found = short(record[fields[0]])
+        raise InputError(f"{where}: field '{fields[0]}' is none of the options: {found}")
+    common = set.intersection(*meant.values())
+    if len(common) != 1:
+        raise ambiguous(record, list(meant), options, common, where, base)
+    return common.pop(), list(meant)
+
+
+def ambiguous(
+    record: dict, fields: list[str], options: Options, meant: set[str], where: str, base: int | None
+) -> InputError:
+    """Returns the complaint about an answer that may mean several options."""
+    value = record[fields[0]]
+    message = (
+        f"{where}: field '{fields[0]}' may mean option {' or '.join(sorted(meant))}: {short(value)}"
+        " can be read as a letter, an option's text or an index that counts from 0 or from 1; give "
+        "options and answer by letters"
+    )
+    texts = [text.strip() for text in options.texts.values()]
+    if base is not None or str(value).strip() in texts:
+        return InputError(message)
+    # A number in JSON counts from 0, as the hub's class labels do. MedMCQA's `cop` does both.
+    for field in fields:
+        is_index = isinstance(record[field], int | float)
+        is_index = is_index or plain_name(field).endswith(("index", "idx"))
+        if is_index and plain_name(field) != "cop":
+            return Ambiguous(message, 0)
+    return Ambiguous(message, None)
+
+
+def folded(text: str) -> str:
+    """Returns a text as texts are compared that do not agree to the letter."""
+    return text.strip().rstrip(".").casefold()
+
+
+def letters_meant(
+    value: object, field: str, options: Options, where: str, base: int | None
+) -> set[str]:
+    """Returns the letters that a field may mean: as a letter, a name, an option's text, an index.
+
+    Where the record itself has the letters, a letter is just that. Raises InputError for several
+    right options.
+    """
+    if isinstance(value, list):
+        if len(value) != 1:
+            raise InputError(f"{where}: field '{field}' names several right options")
+        value = value[0]
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        found = short(value)
+        raise InputError(f"{where}: field '{field}' must be text, not {found}")
+    text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    text = re.sub(r"^\\boxed\{(.*)\}$", r"\1", text.strip())
+    texts = options.texts
+    # 1. A letter: B, (B), b., B: Blue
+    letters = set()
+    match = re.fullmatch(r"(?i:option |choice )?\(?([A-Pa-p])(?:\)?[.:]?|\)?[.:)]\s*(.+))", text)
+    if match and match[1].upper() in texts:
+        letter = match[1].upper()
+        if match[2] is None or folded(match[2]) == folded(texts[letter]):
+            letters.add(letter)
+    if letters and (options.lettered or match[2]):
+        return letters
+    # 2. An option's text: as it stands, else without case and a full stop.
+    same = [letter for letter, option in texts.items() if option.strip() == text]
+    alike = [letter for letter, option in texts.items() if folded(option) == folded(text)]
+    letters |= set(same[:1] or alike)
+    # 3. The name of an option. A `label` is rather an index, as the hub's class labels are.
+    name = plain_name(text)
+    if name in options.names and not (name.isdigit() and plain_name(field) == "label"):
+        return letters | {options.names[name]}
+    # 4. An index.
+    if re.fullmatch(r"\d{1,2}", text):
+        for low in (0, 1) if base is None else (base,):
+            if 0 <= int(text) - low < len(texts):
+                letters.add(list(texts)[int(text) - low])
+    return letters
