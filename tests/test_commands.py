@@ -112,7 +112,7 @@ def error_lines(stderr: str) -> list[str]:
     return [
         line
         for line in re.split(r"[\r\n]+", stderr)
-        if line.strip() and not re.match(r"(training|sampling|reading):\s+\d+%", line)
+        if line.strip() and not re.match(r"[\w-]+:\s+\d+%\|", line)
     ]
 
 
