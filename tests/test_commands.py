@@ -871,10 +871,10 @@ WRONG = {
     ),
     "record is a number": (lambda s: tune(s, s.file("x.jsonl", "3\n")), "x.jsonl", "line 1"),
     "unknown schema": (
-        lambda s: examine(s, s.data({"prompt": "?"})),
+        lambda s: examine(s, s.data({"theme": "?"})),
         "questions.jsonl",
         "line 1",
-        "prompt",
+        "theme",
     ),
     "field of another type": (
         lambda s: examine(s, s.data(question(1, question=["?"]))),
