@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from answers.boxes import box_content, says_more_than_its_box
 from answers.choice import choose
 from answers.equivalence import as_text, is_equivalent, rounds_to
-from answers.formulas import MAX_CHARS
+from answers.typography import MAX_CHARS
 
 __all__ = ["accuracy_reward", "extract_answer", "is_equivalent"]
 

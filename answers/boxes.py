@@ -2,7 +2,7 @@ r"""What a \boxed{} holds, and whether an answer says more than that."""
 
 import re
 
-from answers.formulas import MAX_CHARS
+from answers.typography import MAX_CHARS
 from answers.parsing import is_value
 
 

@@ -3,7 +3,8 @@
 import re
 
 from answers.equivalence import is_equivalent, same_text
-from answers.formulas import Budget, plain
+from answers.formulas import Budget
+from answers.typography import plain
 
 _LETTER = re.compile(  # the letter, what sets it off from a text, the text
     r"[(\[]?(?:(?:option|choice) ?:? ?)?[(\[]?([A-P])(?![\w'^])"

@@ -33,9 +33,10 @@ Where reasonable people differ, this is what we chose:
 
 import re
 
-from answers.formulas import MAX_CHARS, Budget, Node
+from answers.formulas import Budget, Node
 from answers.parsing import Answer, parse_answer, parse_truth
 from answers.trees import by_value, relations_agree, trees_agree
+from answers.typography import MAX_CHARS
 
 
 def answers_agree(one: Answer, other: Answer, budget: Budget) -> bool:
@@ -48,7 +49,7 @@ def answers_agree(one: Answer, other: Answer, budget: Budget) -> bool:
     if one.name != other.name and "=" in _relation_signs(one, other):
         return relations_agree(_as_relation(one), _as_relation(other), budget)
     # 2. Units and names must be the same if both sides have them.
-    if one.unit != other.unit and (one.unit and other.unit or "base" in one.unit + other.unit):
+    if one.unit != other.unit and (one.unit and other.unit or "base " in one.unit + other.unit):
         return False
     if one.name != other.name and one.name and other.name:
         return False

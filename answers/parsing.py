@@ -8,8 +8,9 @@ Answer(value=('/', ('num', 1), ('num', 2)), text='x=frac{1}{2}cm', unit='cm', na
 True
 """
 
+import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from answers.formulas import (
@@ -20,11 +21,12 @@ from answers.formulas import (
     NotMaths,
     Parser,
     aliases,
-    plain,
+    is_product,
     tokenise,
     variables,
 )
-from answers.trees import MIRRORED, has_kind, trees_agree
+from answers.trees import MIRRORED, has_kind, is_rounding, trees_agree
+from answers.typography import plain
 
 
 @dataclass(frozen=True)
@@ -40,24 +42,37 @@ class Answer:
 # --- From a text to an answer ---------------------------------------------------------------------
 
 _UNITS = aliases("""
-    % percent; $ ¤ dollar usd; ¢ cent; € euro; £; degree deg °; radian rad; cup; day; week; month
-    year yr; mph; unit; mm millimeter millimetre; cm centimeter centimetre; m meter metre
-    km kilometer kilometre; in inch inche; yard yd; ft foot feet; mile mi; g gram; kg kilogram
-    mg milligram; lb pound; oz ounce; l liter litre; men; of; / per; th st nd rd
-    ml milliliter millilitre; s second sec; min minute; h hour hr""")
-# Words that change what a number says, so no unit begins with them: 3 million, 3 squared.
-_NOT_UNITS = tuple(
-    """zero three four five seven eight nine eleven twelve thirt twent fift sixt hundred thousand
-    million billion trillion half halves third quarter tenth squared cubed factorial plus minus
-    times over more less than modulo root maybe perhaps either else about remainder choose sqrt
-    infty approx except fort sevent ninet ninth twelfth dozen score gross lakh crore quadr double
-    triple divided multiplied added raised square wrong incorrect false nope none undefined unknown
-    impossible infinite negative below above only when""".split()
+    % percent pct; $ ¤ dollar usd; ¢ cent; € euro; £; degree deg °; radian rad; cup; day; week wk
+    month; year yr; mph; unit; nm nanometer nanometre; mm millimeter millimetre; microm micrometer
+    cm centimeter centimetre; m meter metre; km kilometer kilometre; in inch inche; yard yd
+    ft foot feet; mile mi; g gram gm; kg kilogram; mg milligram; microg microgram; lb pound; oz ounce
+    l L liter litre; ml mL milliliter millilitre; th st nd rd; ms millisecond; s second sec
+    min minute; h hour hr; N newton; J joule; kJ kilojoule; cal calorie; kcal kilocalorie; W watt
+    kW kilowatt; mW milliwatt; MW megawatt; V volt; A ampere amp; ohm Omega; Hz hertz; kHz kilohertz
+    Pa pascal; kPa kilopascal; atm atmosphere; K kelvin; mol mole; eV; mmHg; bpm; rpm""")
+# Words that change what a number says, so nothing that stands beside a number has them: 3 million,
+# 3 squared, not 3, 3 times as many.
+_CHANGES = re.compile(
+    r"""\b(?:[a-z]*n[o']t|no|nor|neither|never|zero|one|two|three|four|five|six|seven|eight|nine|ten
+    |eleven|twelve|(?:thir|four?|fif|six|seven|eigh|nine)t(?:een|y|h|ie)|(?:hundred|thousand|million
+    |billion|trillion|hal[fv]e?|third|quarter|tenth|ninth|twelfth|dozen|score\b|gross|lakh|crore
+    |quadr|double|twice|triple|squared|cubed|(?:square|cube)\ (?:root|of)|factorial|plus|minus|times|over|mod|root|sqrt
+    |infinit|infty|negative|divided|multipl|added|raised|power|remainder|choose|log\b|sine|cos
+    |more|less|fewer|greater|larger|smaller|than|least|most\b|below|above|between|about|approx
+    |almost|nearly|around|maybe|perhaps|possibl|probabl|either|else|other|except|without|unless
+    |any|wrong|incorrect|false|none|undefined|unknown|if|when|only|or|but|and/or|too))""",
+    re.IGNORECASE | re.VERBOSE,
+)
+# Behind a noun or a unit these begin a remark: 8 years | old, 3 cups | of water, 6 | is the answer.
+_IDLE_WORDS = """of old on at for to from by with is are was were has have had will would can
+    wide long tall deep high away left total altogether each that which who so as the""".split()
+_REMARK = re.compile(
+    rf" (?:{'|'.join(_IDLE_WORDS)})\b.*|(?<=\S) in .*| in (?:all|total|the|a)\b.*", re.IGNORECASE
 )
 # A number or formula, a space perhaps, and what may be its unit.
 _TAIL = re.compile(
     r"(.*?(?:[0-9)}\]!]|pi))( ?)"
-    r"([^\W\d_][^0-9(){}\\=<>+]{0,40}(?:\^?\{?(?<! )[23]\}?)?"
+    r"([^\W\d_][^0-9(){}\\=<>+]{0,80}(?:\^?\{?(?<! )-?[1-3]\}?[^0-9(){}\\=<>+]{0,20}){0,3}"
     r"|[%¤¢€£°](?: ?(?:[CF]|celsius|fahrenheit))?)",
     re.IGNORECASE,
 )
@@ -71,44 +86,69 @@ _NAME = (
     r"|\([a-z](?:, ?[a-z])+\)"
 )
 _NAMES = re.compile(rf"((?:(?:{_NAME}) ?(?:=|\\in(?![a-z])) ?)+)(?!=)(.+)")
-_DATE = re.compile("[0-9]{1,4}([-/])[0-9]{1,2}\\1[0-9]{2,4}")
+# What may be called by a formula: |PQ|, P(X = 2), S_{\triangle ABC}, \frac{AB}{CD}, AB:CD, area.
+_GROUP = re.compile(r"_\{[^{}]*\}|_.|(?<=[a-zA-Z}]) ?\([^()]*\)|(?<![a-zA-Z0-9]) ?\|[a-zA-Z ]+\|")
+_QUANTITY = re.compile(
+    r"\\frac\{?[A-Z]+\}?\{?[A-Z]+\}?|[a-zA-Z]+(?: ?[:/] ?[a-zA-Z]+)+"
+    r"|(?![xyz ]+$)(?:\\?[a-zA-Z]+'*(?:\{[a-zA-Z ]*\})? ?){1,8}|"
+)
+# What looks like a number and is none: the date 2023-01-01, the range or score 3-5.
+_NO_NUMBER = re.compile(
+    r"[0-9]{1,4}([-/])[0-9]{1,2}\1[0-9]{2,4}|[0-9]+(?: ?- ?[0-9]+)+|[0-9]+ ?/ ?[0-9]+(?= ?mm)"
+)
+_SIZE = re.compile(r"[0-9]{1,4}(?: ?(?:\\times|\\cdot|\*) ?[0-9]{1,4})+")
+# What a formula holds for: 2x (x > 0).
+_DOMAIN = re.compile(r"(.*[a-z].*?)[ ,]+\(([a-z] ?(?:\\in|\\n?eq?|\\[lg]eq?|[<>!]=?)[^()]*)\)")
+_CLOCK = re.compile(r"([0-9]{1,2})(?:\s?:\s?([0-9]{2}))?(?:\s?:\s?([0-9]{2}))? ?([ap]m)?")
 _POINT = re.compile(r"([A-Z]) ?(\([^()]*,[^()]*\))")
 _INTEGER = re.compile(r"[-+]?(?:[0-9]+|[1-9][0-9]{0,2}(?:,[0-9]{3})+)")
 _PARTED = re.compile(",|;|and|or")
 _PIECES = re.compile(rf"{THOUSANDS}|[(\[{{)\]}},;]|\b(?:and|or)\b")
 
 
-def _unit(text: str, glued: bool) -> str:
+def _unit(text: str, glued: bool) -> str | None:
     """Returns one spelling of a unit: "square metres" -> "m^2", "eggs" -> "egg".
 
-    Returns "" if the words are not surely a unit. `glued`: no space stands before them.
+    Returns None if the words are not surely a unit, "" for "is the answer". `glued`: no space
+    stands before them.
     """
-    unit = []
-    power = ""
-    words = re.findall(r"[^\W\d_]+|\^?[23]|\S", re.sub("[{}]", "", text.lower()))
-    for word in words:
+    if _CHANGES.search(text):
+        return None
+    text = _REMARK.sub("", text if glued else " " + text)
+    powers = {}  # of each unit
+    sign = 1
+    power = 1
+    for word in re.findall(r"[^\W\d_]+|\^?-?[1-3]|[^\s.*{}]", text):
         # A known unit, in the singular; F is only a unit behind "degree".
-        name = _UNITS.get(word) or _UNITS.get(word.removesuffix("s"))
-        if unit == ["degree"] and word in ("c", "celsius", "f", "fahrenheit"):
-            name = word[0]
-        if word in ("square", "sq"):
-            power = "^2"
-        elif word == "cubic":
-            power = "^3"
+        lower = word.lower()
+        name = _UNITS.get(word) or _UNITS.get(lower) or _UNITS.get(lower.removesuffix("s"))
+        if list(powers) == ["degree"] and lower in ("c", "celsius", "f", "fahrenheit"):
+            name = lower[0]
+        if lower in ("square", "sq", "cubic"):
+            power = 3 if lower == "cubic" else 2
+        elif lower in ("/", "per", "a") and powers and sign == 1:
+            sign = -1
+        elif powers and (number := word.lstrip("^")).lstrip("-").isdigit():
+            powers[last] = int(number) * (1 if powers[last] > 0 else -1)
         elif name and not (glued and len(word) == 1 and word.isalpha()):
             # 3 m is a length; 3m may be 3 times m.
-            unit.append(name + power)
-            power = ""
+            last = name
+            powers[last] = sign * power
+            power = 1
             glued = False
-        elif word.lstrip("^") in ("2", "3") and unit:
-            unit.append("^" + word.lstrip("^"))
-        elif len(word) > 3 and word.isalpha() and not glued and not word.startswith(_NOT_UNITS):
+        elif _is_noun(word) and not glued:
             # "18 eggs": any noun will do, since 18 is all that was asked for.
-            unit.append(word.removesuffix("s"))
+            last = lower.removesuffix("s")
+            powers[last] = sign
         else:
-            return ""
-    spelling = "".join(unit)
-    return "mph" if spelling == "mile/h" else spelling
+            return None
+    spelling = " ".join(f"{name}^{power}".removesuffix("^1") for name, power in powers.items())
+    return {"mile h^-1": "mph"}.get(spelling, spelling)
+
+
+def _is_noun(word: str) -> bool:
+    """Returns whether a word is surely no product of letters or a function."""
+    return word.isalpha() and (len(word) > 3 or len(word) == 3 and not is_product(word))
 
 
 _IDLE = re.compile(r"(?<=[0-9]) ?(\*) ?(?=[0-9])|(?<=[0-9])( )(?=[0-9])| |\*")
@@ -198,45 +238,80 @@ def _single(text: str) -> Answer:
     if match:
         digits = ("num", int(match[1])) if match[1].isdigit() else ("var", match[1])
         return Answer(digits, canonical, f"base {match[2] or match[3]}")
-    # 2. A date is no quotient or difference.
-    if _DATE.fullmatch(text):
-        return Answer(None, canonical)
+    # 2. A time of day is compared as it is written.
+    match = _CLOCK.fullmatch(text) if ":" in text or text.endswith("m") else None
+    clock = _clock(*match.groups()) if match else None
+    if clock:
+        return Answer(None, clock)
     # 3. A formula with a unit behind it. "S3 gallop" is no number of gallops.
     body = text if text.isascii() else _MONEY.sub(r"\1\3 \2", text)  # -$5 -> -5 $
     match = _TAIL.fullmatch(body)
-    unit = _unit(match[3], glued=not match[2]) if match else ""
-    if unit and not (unit == "degree" and _TRIG_CALL.search(body)):
+    unit = _unit(match[3], glued=not match[2]) if match else None
+    if unit is not None and not (unit == "degree" and _TRIG_CALL.search(body)):
         answer = _formula(match[1], canonical, unit)
         if answer and not variables(answer.value):
             return answer
-    # 4. A formula, or else a text.
-    return _formula(body, canonical, "") or Answer(None, canonical)
+    # 4. A formula, perhaps with its domain in brackets, or else a text.
+    match = _DOMAIN.fullmatch(body)
+    domain = match[2].replace(" ", "") if match else ""
+    return _formula(match[1] if match else body, canonical, domain) or Answer(None, canonical)
+
+
+def _clock(hour: str, minute: str | None, second: str | None, half: str | None) -> str | None:
+    """Returns the time of day that 7:30 pm or 19:30 is; None for a ratio.
+
+    11:30 may be either, but a ratio is in lowest terms, and none of these begins with a zero.
+    """
+    if int(hour) > 23 or max(int(minute or 0), int(second or 0)) > 59:
+        return None
+    hours = int(hour) % 12 + 12 * (half == "pm") if half else int(hour)
+    terms = [part for part in (hour, minute, second) if part]
+    is_ratio = math.gcd(*map(int, terms)) == 1 and not any(part[0] == "0" for part in terms)
+    if not half and (is_ratio or not minute):
+        return None
+    return f"{hours}:{minute or '00'}:{second or '00'}"
 
 
 def _formula(text: str, canonical: str, unit: str) -> Answer | None:
-    r"""Returns the answer in a formula, perhaps with a name: x = 5, x \in [0, 1], O(0, 0).
+    r"""Returns the answer in a formula, perhaps with a name: x = 5, x \in [0, 1], |PQ| = 4, O(0, 0).
 
     Returns None if it is not maths.
     """
+    if _NO_NUMBER.fullmatch(text):
+        return None
+    if _SIZE.fullmatch(text):
+        sides = ("size", tuple(map(int, re.findall("[0-9]+", text))))
+        return Answer(sides, canonical, unit)
+    # 1. x = 5: the name goes.
     name = ""
     named = _NAMES.fullmatch(text) if "=" in text or "\\in" in text else None
-    if named and not re.fullmatch("[a-zA-Z] ?= ?[a-zA-Z]", text):  # a = b is a relation
-        name = re.sub(r"\\in(?![a-z])|[= \\]", "", named[1])
+    if named and not re.fullmatch("[a-zA-Z] ?= ?[a-zA-Z]|[xyz]{2,} ?=.*", text):
+        name = re.sub(r"\\in(?![a-z])|[= \\]", "", named[1])  # (a = b and xy = 1 are relations)
         text = named[2]
     point = None if named else _POINT.fullmatch(text)
     if point:
         name, text = point.groups()
     try:
-        return _interpret(Parser(tokenise(text)).parse(), canonical, unit, name)
+        answer = _interpret(Parser(tokenise(text)).parse(), canonical, unit, name)
     except (NotMaths, ValueError, RecursionError):
-        return None
+        answer = None
+    # 2. |PQ| = 4: so does what is called by a formula or by words.
+    if not name and "=" in text and (answer is None or answer.value[0] == "chain"):
+        place = _GROUP.sub(lambda match: "#" * len(match[0]), text).find("=")
+        quantity = _GROUP.sub("", text[:place]).strip()
+        if _QUANTITY.fullmatch(quantity) and not _CHANGES.search(quantity) and place > 0:
+            value = _formula(text[place + 1 :].strip(), canonical, unit)
+            if value and not value.name:
+                return replace(value, name=re.sub(r"[ \\{}]", "", text[:place]))
+    return answer
 
 
 def _interpret(tree: Node, canonical: str, unit: str, name: str) -> Answer:
-    r"""Returns what a formula's tree says as an answer. Four forms are not taken as they are:
+    r"""Returns what a formula's tree says as an answer. Five forms are not taken as they are:
 
     x > 3              the interval (3, \infty), by the name of x
-    1/2 = 0.5          its last number, if all are the same
+    1/2 = 0.5          its number, if all are the same
+    2/3 \approx 0.67  the exact one
     \{0, \pm 1\}       the set with both signs
     2 \pm 1            the list of both values
     """
@@ -247,10 +322,7 @@ def _interpret(tree: Node, canonical: str, unit: str, name: str) -> Answer:
         if interval:
             variable, tree = interval
             return Answer(tree, canonical, unit, variable)
-        if set(signs) == {"="} and not variables(tree):
-            budget = Budget(MAX_WORK // 8)
-            if all(trees_agree(terms[0], term, budget) for term in terms[1:]):
-                tree = terms[-1]
+        tree = _last_value(terms, signs, bool(name)) or tree
     elif tree[0] == "set" and has_signs:
         items = [_with_sign(item, plus) for item in tree[1] for plus in (True, False)]
         tree = ("set", tuple(dict.fromkeys(items)))
@@ -259,6 +331,27 @@ def _interpret(tree: Node, canonical: str, unit: str, name: str) -> Answer:
         minus = Answer(_with_sign(tree, False), canonical + "-", unit, name)
         return Answer(("list", (plus, minus)), canonical)
     return Answer(tree, canonical, unit, name)
+
+
+def _last_value(terms: tuple[Node, ...], signs: tuple[str, ...], named: bool) -> Node | None:
+    """Returns the last exact number of a chain: 4 of x + 1 = 3 + 1 = 4, 2/3 of 2/3 = 0.67.
+
+    Returns None if two of its numbers differ, by more than rounding, or for a relation: x + y = 4.
+    """
+    if not set(signs) <= {"=", "approx"}:
+        return None
+    numbers = [term for term in terms if not variables(term)]
+    skipped = len(terms) - len(numbers)
+    if len(numbers) < 2 - (named or skipped > 1) or terms[skipped:] != tuple(numbers):
+        return None
+    budget = Budget(MAX_WORK // 8)
+    value = numbers[0]
+    for number, sign in zip(numbers[1:], signs[skipped:]):
+        if trees_agree(value, number, budget):
+            value = number
+        elif not is_rounding(value, number, 0 if sign == "approx" else 2, budget):
+            return None
+    return value
 
 
 def _with_sign(node: Node, plus: bool) -> Node:

@@ -53,13 +53,15 @@ def trees_agree(one: Node, other: Node, budget: Budget) -> bool:
     if kinds == {"chain"}:
         return relations_agree(one, other, budget)
     if kinds == {"ratio"} and len(one[1]) == len(other[1]):
-        # a : b : c equals d : e : f if a e = d b and a f = d c.
+        # a : b : c equals d : e : f if b/a = e/d and c/a = f/d. 0:0 equals nothing.
         first, *rest = one[1]
         other_first, *other_rest = other[1]
         return all(
-            _scalars_agree(("*", first, y), ("*", other_first, x), budget)
+            _scalars_agree(("/", x, first), ("/", y, other_first), budget)
             for x, y in zip(rest, other_rest)
         )
+    if kinds == {"size"}:  # 3 x 4 is not 2 x 6; three factors are in any order
+        return sorted(one[1]) == sorted(other[1]) if len(one[1]) > 2 else False
     if kinds & {"set", "union", "seq", "chain"}:
         return False
     # All else is a number or an expression.
@@ -82,7 +84,7 @@ def _all_agree(ours: Iterable[Node], others: Iterable[Node], budget: Budget) -> 
 
 
 def _values_at_points(
-    trees: list[Node], names: frozenset[str], budget: Budget, log_base: int = 0
+    trees: list[Node], names: frozenset[str], budget: Budget, log_base: int | None = None
 ) -> Iterator[list[Value]]:
     """Yields the trees' values at each random point where all of them have one.
 
@@ -97,13 +99,13 @@ def _values_at_points(
 
 def _scalars_agree(one: Node, other: Node, budget: Budget) -> bool:
     """Returns whether two expressions have equal values. log has base e or 10, whichever fits."""
-    if _equal_at_points(one, other, budget, log_base=0):
+    if _equal_at_points(one, other, budget, log_base=None):
         return True
     has_log = "log" in str(one) + str(other)
     return has_log and _equal_at_points(one, other, budget, log_base=10)
 
 
-def _equal_at_points(one: Node, other: Node, budget: Budget, log_base: int) -> bool:
+def _equal_at_points(one: Node, other: Node, budget: Budget, log_base: int | None) -> bool:
     """Returns whether the values are equal wherever both have one, at three points at least."""
     names = variables(one) | variables(other)
     seen = 0
@@ -112,6 +114,27 @@ def _equal_at_points(one: Node, other: Node, budget: Budget, log_base: int) -> b
             return False
         seen += 1
     return seen >= (3 if names else 1)
+
+
+def is_rounding(node: Node, rounded: Node, decimals: int, budget: Budget) -> bool:
+    """Returns whether a decimal is a number cut off or rounded behind its last digit.
+
+    decimals: how many the decimal must have at least.
+    """
+    sign = -1 if rounded[0] == "neg" else 1
+    digits = rounded[1] if rounded[0] == "neg" else rounded
+    if digits[0] != "num" or has_kind(node, "infty"):
+        return False
+    places = 0
+    while places < 12 and digits[1] * 10**places % 1:
+        places += 1
+    if places < decimals:
+        return False
+    try:
+        number = complex(approximate(Evaluator({}, budget)(node)).value)
+    except NO_VALUE:
+        return False
+    return number.imag == 0 and abs(number.real - float(sign * digits[1])) < 10**-places
 
 
 # --- Equations and inequalities -------------------------------------------------------------------

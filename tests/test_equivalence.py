@@ -7,11 +7,10 @@ from fractions import Fraction
 
 import pytest
 
-from answers import equivalence, formulas, parsing, trees
+from answers import equivalence, formulas, parsing, trees, typography
 from answers.equivalence import answers_agree, is_equivalent
 from answers.formulas import (
     MAX_BITS,
-    MAX_CHARS,
     Approx,
     Budget,
     Evaluator,
@@ -19,12 +18,12 @@ from answers.formulas import (
     NoValue,
     Parser,
     approximate,
-    plain,
     tokenise,
     values_agree,
     variables,
 )
 from answers.parsing import parse_answer
+from answers.typography import MAX_CHARS, plain
 from benchmarks import rewards as bench
 
 BLOCKS = bench.answer_blocks()
@@ -296,6 +295,6 @@ def test_limits():
 
 
 def test_examples_in_the_docstring():
-    for module in (formulas, trees, parsing, equivalence):
+    for module in (formulas, trees, parsing, equivalence, typography):
         result = doctest.testmod(module)
         assert result.attempted >= 2 and result.failed == 0
