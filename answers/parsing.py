@@ -90,7 +90,7 @@ _NAMES = re.compile(rf"((?:(?:{_NAME}) ?(?:=|\\in(?![a-z])) ?)+)(?!=)(.+)")
 _GROUP = re.compile(r"_\{[^{}]*\}|_.|(?<=[a-zA-Z}]) ?\([^()]*\)|(?<![a-zA-Z0-9]) ?\|[a-zA-Z ]+\|")
 _QUANTITY = re.compile(
     r"\\frac\{?[A-Z]+\}?\{?[A-Z]+\}?|[a-zA-Z]+(?: ?[:/] ?[a-zA-Z]+)+"
-    r"|(?![xyz ]+$)(?:\\?[a-zA-Z]+'*(?:\{[a-zA-Z ]*\})? ?){1,8}|"
+    r"|(?:\\?[a-zA-Z]+'*(?:\{[a-zA-Z ]*\})? ?){1,8}|"
 )
 # What looks like a number and is none: the date 2023-01-01, the range or score 3-5.
 _NO_NUMBER = re.compile(
@@ -100,6 +100,7 @@ _SIZE = re.compile(r"[0-9]{1,4}(?: ?(?:\\times|\\cdot|\*) ?[0-9]{1,4})+")
 # What a formula holds for: 2x (x > 0).
 _DOMAIN = re.compile(r"(.*[a-z].*?)[ ,]+\(([a-z] ?(?:\\in|\\n?eq?|\\[lg]eq?|[<>!]=?)[^()]*)\)")
 _CLOCK = re.compile(r"([0-9]{1,2})(?:\s?:\s?([0-9]{2}))?(?:\s?:\s?([0-9]{2}))? ?([ap]m)?")
+_RELATION = re.compile("[a-zA-Z] ?= ?[a-zA-Z]|[xyz] ?[xyz]+ ?=.*")  # no names: a = b, xy = 1
 _POINT = re.compile(r"([A-Z]) ?(\([^()]*,[^()]*\))")
 _INTEGER = re.compile(r"[-+]?(?:[0-9]+|[1-9][0-9]{0,2}(?:,[0-9]{3})+)")
 _PARTED = re.compile(",|;|and|or")
@@ -118,7 +119,7 @@ def _unit(text: str, glued: bool) -> str | None:
     powers = {}  # of each unit
     sign = 1
     power = 1
-    for word in re.findall(r"[^\W\d_]+|\^?-?[1-3]|[^\s.*{}]", text):
+    for word in re.findall(r"[^\W\d_]+|\^?-?[1-3]|[^\s.*]", re.sub("[{}]", "", text)):
         # A known unit, in the singular; F is only a unit behind "degree".
         lower = word.lower()
         name = _UNITS.get(word) or _UNITS.get(lower) or _UNITS.get(lower.removesuffix("s"))
@@ -284,9 +285,10 @@ def _formula(text: str, canonical: str, unit: str) -> Answer | None:
         return Answer(sides, canonical, unit)
     # 1. x = 5: the name goes.
     name = ""
-    named = _NAMES.fullmatch(text) if "=" in text or "\\in" in text else None
-    if named and not re.fullmatch("[a-zA-Z] ?= ?[a-zA-Z]|[xyz]{2,} ?=.*", text):
-        name = re.sub(r"\\in(?![a-z])|[= \\]", "", named[1])  # (a = b and xy = 1 are relations)
+    relation = _RELATION.fullmatch(text)
+    named = _NAMES.fullmatch(text) if not relation and ("=" in text or "\\in" in text) else None
+    if named:
+        name = re.sub(r"\\in(?![a-z])|[= \\]", "", named[1])
         text = named[2]
     point = None if named else _POINT.fullmatch(text)
     if point:
@@ -296,7 +298,7 @@ def _formula(text: str, canonical: str, unit: str) -> Answer | None:
     except (NotMaths, ValueError, RecursionError):
         answer = None
     # 2. |PQ| = 4: so does what is called by a formula or by words.
-    if not name and "=" in text and (answer is None or answer.value[0] == "chain"):
+    if not (name or relation) and "=" in text and (answer is None or answer.value[0] == "chain"):
         place = _GROUP.sub(lambda match: "#" * len(match[0]), text).find("=")
         quantity = _GROUP.sub("", text[:place]).strip()
         if _QUANTITY.fullmatch(quantity) and not _CHANGES.search(quantity) and place > 0:

@@ -5,6 +5,8 @@ Standard library only. Behind this door an answer is ASCII or LaTeX on one line,
 
 >>> plain(r"So the answer is **$\dfrac{１}{2}$**."), plain("12\u202f345 µm"), plain("７：３０ p.m.")
 ('\\dfrac{1}{2}', '12345 microm', '7:30 pm')
+>>> plain("9 (apples)"), plain("(B) is correct"), plain(r"x\in（2，3］")
+('9 apples', 'B', 'x\\in(2,3]')
 """
 
 import re
@@ -104,7 +106,9 @@ _PREAMBLE = re.compile(  # So the final answer is: 5 -> 5, I choose B -> B, and 
     r"(?:is|must be|should be|would be|:|=) ?:? ?|I (?:choose|pick|select) |(?:\\approx|=) ?)?",
     re.IGNORECASE,
 )
-_CORRECT = re.compile(r" is (?:the )?(?:correct|right|best)?(?: (?:answer|option|choice))?$")
+_VERDICT = re.compile(
+    r" is (?:the )?(?:(?:correct|right|best)(?: (?:answer|option|choice))?|answer)$", re.IGNORECASE
+)
 _SMALL = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen
     fifteen sixteen seventeen eighteen nineteen""".split()
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
@@ -187,6 +191,7 @@ def plain(text: str) -> str:
     text = _PREAMBLE.sub("", text.strip("*_` ").rstrip("\\ ")).strip("*_` ")
     if not text.endswith("..."):
         text = text.rstrip(".,; ")
+    text = _VERDICT.sub("", text)
     # 7. One way to write 7:30 pm, 9 (apples), x in [0, 1], (5), {x | x > 3}.
     text = _IN.sub(r"\1 \\in ", _NOON.sub(lambda match: f" {match[1].lower()}m", text))
     text = _NOUN.sub(r"\1 \2", text)
