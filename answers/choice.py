@@ -1,6 +1,7 @@
 """Multiple choice: which option does an answer name?"""
 
 import re
+from functools import lru_cache
 
 from answers.equivalence import is_equivalent, same_text
 from answers.formulas import Budget
@@ -69,10 +70,15 @@ def choose(answer: str, options: dict[str, str]) -> str | None:
     return equivalent[0] if len(equivalent) == 1 else None  # rows 6 and 7
 
 
+@lru_cache(maxsize=4096)
+def _spelling(text: str) -> str:
+    return "".join(plain(text).split())
+
+
 def _same_texts(text: str, options: dict[str, str]) -> list[str]:
     """Returns the letters of the options with this text; if there are any, with its very case."""
-    spelling = "".join(plain(text).split())
-    cased = [key for key, option in options.items() if "".join(plain(option).split()) == spelling]
+    spelling = _spelling(text)
+    cased = [key for key, option in options.items() if spelling and _spelling(option) == spelling]
     return cased or [key for key, option in options.items() if same_text(text, option)]
 
 

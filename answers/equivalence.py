@@ -34,7 +34,7 @@ Where reasonable people differ, this is what we chose:
 import re
 
 from answers.formulas import Budget, Node
-from answers.parsing import Answer, parse_answer, parse_truth
+from answers.parsing import Answer, parse_answer, parse_sentence, parse_truth
 from answers.trees import by_value, relations_agree, trees_agree
 from answers.typography import MAX_CHARS
 
@@ -143,8 +143,9 @@ def _lists_agree(items: tuple[Answer, ...], others: tuple[Answer, ...], budget: 
 
 
 def is_equivalent(predicted: str, truth: str, budget: Budget | None = None) -> bool:
-    """Returns whether two answers agree. Symmetric; never raises.
+    """Returns whether two answers agree. Never raises.
 
+    Symmetric, but for sentences: an answer may state its value in one, a truth is what it is.
     Numbers are taken as text; what is neither, or is longer than MAX_CHARS, equals nothing. Several
     calls may share one budget.
     """
@@ -158,14 +159,37 @@ def is_equivalent(predicted: str, truth: str, budget: Budget | None = None) -> b
         return False
     if answers_agree(one, other, budget):
         return True
-    # 100,200 is a number, but against a list it may be one: 100, 200.
-    if one.value is None or other.value is None:
+    if other.value is None:
         return False
-    one_list = (one.value[0] == "list") != (other.value[0] == "list")
-    if not one_list or any(re.search(",0[0-9]|and|or", text) for text in texts):
+    if one.value is None:
+        one = parse_sentence(texts[0])
+        return one is not None and answers_agree(one, other, budget)
+    # What a comma in digits means shows the other side: 100,200 may be 100, 200, and 0,5 be 0.5.
+    if (one.value[0] == "list") == (other.value[0] == "list"):
         return False
-    one, other = (parse_answer(text.replace(",", ", ")) for text in texts)
-    return one is not None and other is not None and answers_agree(one, other, budget)
+    for respelled in (_parted, _decimal):
+        pair = [respelled(text) for text in texts]
+        one, other = map(parse_answer, pair)
+        if pair != texts and one and other and answers_agree(one, other, budget):
+            return True
+    return False
+
+
+def _parted(text: str) -> str:
+    """Returns 100,200 as a list; 500,000 is none, whatever stands opposite."""
+    return text if re.search(",0[0-9]|and|or", text) else text.replace(",", ", ")
+
+
+_DECIMAL_COMMA = re.compile(  # 0,5 and 3,14 and 1.234,56 and 2,5 cm, but not 2,5 and 1,234
+    r"[\s$]*([-+]?(?:(?:0|[1-9][0-9]{0,2}(?:\.[0-9]{3})+),[0-9]+|[0-9]+,(?:[0-9]{2}|[0-9]{4,})"
+    r"|[0-9]+,[0-9](?= ?[a-zA-Z%\\€])))([^0-9,]*)"
+)
+
+
+def _decimal(text: str) -> str:
+    """Returns a number with a decimal comma with a decimal point, any other text as it is."""
+    match = _DECIMAL_COMMA.fullmatch(text)
+    return match[1].replace(".", "").replace(",", ".") + match[2] if match else text
 
 
 def same_text(answer: str, option: str) -> bool:

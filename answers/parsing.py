@@ -223,6 +223,38 @@ parse_answer = lru_cache(maxsize=64)(_parse)
 parse_truth = lru_cache(maxsize=4096)(_parse)
 
 
+# What may stand before the one value of a sentence: words, and names such as f(x) and \\angle A...
+_WORDS = re.compile(r"(?:[a-zA-Z\\][a-zA-Z'(){}\\-]*[,:]? )+")
+# ... but none that makes it the number of something, or a part of a formula in words.
+_NO_STATEMENT = re.compile(
+    r"\b(?:step|question|problem|part|case|type|stage|grade|level|figure|phase|class|exercise|page"
+    r"|up to|close to|by|from|with|before|after|until|per"
+    r"|(?<!\btotal )(?<!\bvalue )(?<!\banswer )(?<!\bsum )of) $",
+    re.IGNORECASE,
+)
+
+
+@lru_cache(maxsize=64)
+def parse_sentence(text: str) -> Answer | None:
+    """Returns the one value that a sentence states, with its unit: 72 of "A total of 72 clips".
+
+    Returns None for other sentences, and for those with words that may change what the value says.
+    """
+    text = plain(text)
+    if not re.search("[a-zA-Z]{2}", text):
+        return None
+    for start in (0, *(match.end() for match in re.finditer(" ", text))):
+        if start and not _WORDS.fullmatch(text[:start]):
+            return None
+        if start and (_CHANGES.search(text[:start]) or _NO_STATEMENT.search(text[:start])):
+            continue
+        rest = text[start:]
+        for answer in (_parse(rest), _single(rest)):
+            if answer is not None and answer.value is not None and answer.value[0] != "var":
+                return answer
+    return None
+
+
 def is_value(text: str) -> bool:
     """Returns whether a text is maths, and more than a single letter."""
     answer = parse_answer(text)

@@ -29,7 +29,12 @@ EXTRACT = [
     (r"<answer>The answer is $\boxed{\frac{1}{2}}$.</answer>", r"\frac{1}{2}"),
     (r"<answer>\boxed{\boxed{7}}</answer>", "7"),
     (r"<answer>1</answer> \boxed{2}", "1"),  # the tags come first
-    (r"\boxed{1} and \boxed{2}", "2"),
+    (r"\boxed{1} and then \boxed{2}", "2"),
+    (r"\boxed{1} and \boxed{2}", "1, 2"),
+    (r"$\boxed{1}$, $\boxed{2}$ or \boxed{3}.", "1, 2, 3"),
+    (r"\boxed{1}\boxed{2}", "1, 2"),
+    (r"<answer>x = \boxed{1} and y = \boxed{2}</answer>", "1, 2"),
+    (r"<answer>\boxed{1} but \boxed{2}</answer>", None),
     (r"\boxed{\frac{1}{\sqrt{2}}}", r"\frac{1}{\sqrt{2}}"),
     (r"\fbox{9} units", "9"),
     (r"\boxed {9}", "9"),
