@@ -28,8 +28,8 @@ def box_content(text: str) -> str | None:
 _MAX_BOXES = 16
 _JOINT = re.compile(r"[\s$.,;&]*(?:and|or)?[\s$,]*(?:[a-z](?:_[0-9a-z])? ?= ?[\s$]*)?")
 _FILLER = ",;:$*( \n\t"
-_OPERATOR_BEHIND = re.compile(r"[\s$)]*[-+/^!](?!\\circ|\{\\circ)")
-_FURTHER_VALUE = re.compile(r"[\s.$*)]*(?:[,;]|or\b|and\b)[\s$]*(?=\S)")
+_OPERATOR_BEHIND = re.compile(r"[\s$)}]*[-+/^!](?!\\circ|\{\\circ)")
+_FURTHER_VALUE = re.compile(r"[\s.$*)}]*(?:[,;]|or\b|and\b)[\s$]*(?=\S)")
 
 
 def boxed_answer(text: str, strict: bool) -> str | None:

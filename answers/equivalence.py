@@ -53,6 +53,9 @@ def answers_agree(one: Answer, other: Answer, budget: Budget) -> bool:
         return False
     if one.name != other.name and one.name and other.name:
         return False
+    sizes = {answer.value[0] == "size" for answer in (one, other)}
+    if len(sizes) > 1 and (one.unit if one.value[0] == "size" else other.unit):
+        return False  # a 3 x 5 matrix is not 15
     # 3. The values.
     if one.value[0] == "list":
         return _list_agrees(one.value[1], other.value, budget)

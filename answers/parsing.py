@@ -56,8 +56,8 @@ _CHANGES = re.compile(
     r"""\b(?:[a-z]*n[o']t|no|nor|neither|never|zero|one|two|three|four|five|six|seven|eight|nine|ten
     |eleven|twelve|(?:thir|four?|fif|six|seven|eigh|nine)t(?:een|y|h|ie)|(?:hundred|thousand|million
     |billion|trillion|hal[fv]e?|third|quarter|tenth|ninth|twelfth|dozen|score\b|gross|lakh|crore
-    |quadr|double|twice|triple|squared|cubed|(?:square|cube)\ (?:root|of)|factorial|plus|minus|times|over|mod|root|sqrt
-    |infinit|infty|negative|divided|multipl|added|raised|power|remainder|choose|log\b|sine|cos
+    |quadr|double|twice|triple|squared|cubed|(?:square|cube)\ (?:root|of)|factorial|plus|minus|times|over|mod|sqrt
+    |infinit|infty|negative|divided|multipl|added|raised|power|remainder|choose|roots?\b(?!\ (?:is|are)\b)|log\b|sine|cos
     |more|less|fewer|greater|larger|smaller|than|least|most\b|below|above|between|about|approx
     |almost|nearly|around|maybe|perhaps|possibl|probabl|either|else|other|except|without|unless
     |any|wrong|incorrect|false|none|undefined|unknown|if|when|only|or|but|and/or|too))""",
@@ -85,16 +85,16 @@ _NAME = (
     r"(?:_(?:\{[^{}]{1,12}\}|[a-zA-Z0-9]))?'*(?: ?\([a-zA-Z0-9, ]{1,12}\))?"
     r"|\([a-z](?:, ?[a-z])+\)"
 )
-_NAMES = re.compile(rf"((?:(?:{_NAME}) ?(?:=|\\in(?![a-z])) ?)+)(?!=)(.+)")
+_NAMES = re.compile(rf"((?:(?:{_NAME}) ?(?:=|\\in(?![a-z])|\\approx) ?)+)(?!=)(.+)")
 # What may be called by a formula: |PQ|, P(X = 2), S_{\triangle ABC}, \frac{AB}{CD}, AB:CD, area.
 _GROUP = re.compile(r"_\{[^{}]*\}|_.|(?<=[a-zA-Z}]) ?\([^()]*\)|(?<![a-zA-Z0-9]) ?\|[a-zA-Z ]+\|")
 _QUANTITY = re.compile(
     r"\\frac\{?[A-Z]+\}?\{?[A-Z]+\}?|[a-zA-Z]+(?: ?[:/] ?[a-zA-Z]+)+"
-    r"|(?:\\?[a-zA-Z]+'*(?:\{[a-zA-Z ]*\})? ?){1,8}|"
+    r"|[a-w](?: ?\+ ?[a-w])+|(?:\\?[a-zA-Z]+'*(?:\{[a-zA-Z ]*\})? ?){1,8}|"
 )
-# What looks like a number and is none: the date 2023-01-01, the range or score 3-5.
+# What looks like a number and is none: the date 2023-01-01, the range or score 3-5, 120/80 mmHg.
 _NO_NUMBER = re.compile(
-    r"[0-9]{1,4}([-/])[0-9]{1,2}\1[0-9]{2,4}|[0-9]+(?: ?- ?[0-9]+)+|[0-9]+ ?/ ?[0-9]+(?= ?mm)"
+    r"[0-9]{1,4}([-/])[0-9]{1,2}\1[0-9]{2,4}|[0-9]+(?: ?- ?[0-9]+)+|[0-9]+ ?/ ?[0-9]+(?: ?mm ?Hg)"
 )
 _SIZE = re.compile(r"[0-9]{1,4}(?: ?(?:\\times|\\cdot|\*) ?[0-9]{1,4})+")
 # What a formula holds for: 2x (x > 0).
@@ -271,7 +271,9 @@ def _single(text: str) -> Answer:
     if match:
         digits = ("num", int(match[1])) if match[1].isdigit() else ("var", match[1])
         return Answer(digits, canonical, f"base {match[2] or match[3]}")
-    # 2. A time of day is compared as it is written.
+    # 2. A date is compared as it is written, and so is a time of day.
+    if _NO_NUMBER.fullmatch(text):
+        return Answer(None, canonical)
     match = _CLOCK.fullmatch(text) if ":" in text or text.endswith("m") else None
     clock = _clock(*match.groups()) if match else None
     if clock:
@@ -302,7 +304,7 @@ def _clock(hour: str, minute: str | None, second: str | None, half: str | None) 
     is_ratio = math.gcd(*map(int, terms)) == 1 and not any(part[0] == "0" for part in terms)
     if not half and (is_ratio or not minute):
         return None
-    return f"{hours}:{minute or '00'}:{second or '00'}"
+    return ":".join([str(hours), minute or "00"] + [second] * (second not in (None, "00")))
 
 
 def _formula(text: str, canonical: str, unit: str) -> Answer | None:
@@ -318,9 +320,9 @@ def _formula(text: str, canonical: str, unit: str) -> Answer | None:
     # 1. x = 5: the name goes.
     name = ""
     relation = _RELATION.fullmatch(text)
-    named = _NAMES.fullmatch(text) if not relation and ("=" in text or "\\in" in text) else None
+    named = _NAMES.fullmatch(text) if not relation and re.search(r"=|\\in|\\approx", text) else None
     if named:
-        name = re.sub(r"\\in(?![a-z])|[= \\]", "", named[1])
+        name = re.sub(r"\\in(?![a-z])|\\approx|[= \\]", "", named[1])
         text = named[2]
     point = None if named else _POINT.fullmatch(text)
     if point:
@@ -333,10 +335,16 @@ def _formula(text: str, canonical: str, unit: str) -> Answer | None:
     if not (name or relation) and "=" in text and (answer is None or answer.value[0] == "chain"):
         place = _GROUP.sub(lambda match: "#" * len(match[0]), text).find("=")
         quantity = _GROUP.sub("", text[:place]).strip()
-        if _QUANTITY.fullmatch(quantity) and not _CHANGES.search(quantity) and place > 0:
+        changes = _CHANGES.search(re.sub(r"\\[a-z]+", "", quantity))
+        if _QUANTITY.fullmatch(quantity) and place > 0 and not changes:
             value = _formula(text[place + 1 :].strip(), canonical, unit)
-            if value and not value.name:
-                return replace(value, name=re.sub(r"[ \\{}]", "", text[:place]))
+            # Only m + n = 113 is a sum with a value; x + y = 4 and a + b = 0 are relations.
+            trivial = "+" in quantity and (not value or value.value in (("num", 0), ("num", 1)))
+            if value and not value.name and not trivial:
+                # Of "the solution x" the name is x, and "the area" is none.
+                called = quantity.split(" ")[-1] if " " in quantity else text[:place]
+                called = "" if re.search("[a-zA-Z]{3} ?$", called) else called.replace(" ", "")
+                return replace(value, name=re.sub(r"[\\{}]", "", called))
     return answer
 
 
@@ -402,26 +410,39 @@ _MINUS_INFINITY = ("neg", _INFINITY)
 
 
 def _interval(terms: tuple[Node, ...], signs: tuple[str, ...]) -> tuple[str, Node] | None:
-    """Returns the variable and the interval of x > 3 or 1 < x <= 5; None for other relations."""
+    """Returns the variable and where it may be: an interval, or the union of two.
+
+    An interval for x > 3, 1 < x <= 5 and |x| < 2, a union for |x| > 2 and x != 2. Returns None for
+    other relations.
+    """
     if all(sign in MIRRORED for sign in signs):  # 5 >= x > 1 is 1 < x <= 5
         terms = terms[::-1]
         signs = tuple(MIRRORED[sign] for sign in reversed(signs))
-    if not all(sign in ("<", "<=") for sign in signs) or len(terms) > 3:
+    if signs != ("!=",) and not set(signs) <= {"<", "<="} or len(terms) > 3:
         return None
-    # A half-line gets its infinite end.
-    if len(terms) == 2 and terms[0][0] == "var":
-        terms = (_MINUS_INFINITY, *terms)
-        signs = ("<", *signs)
-    elif len(terms) == 2:
-        terms = (*terms, _INFINITY)
-        signs = (*signs, "<")
-    # In the middle the variable, at the ends numbers.
-    low, variable, high = terms
-    if variable[0] != "var" or variables(low) or variables(high):
+    # 1. The unknown and its ends. An `outer` one lies beyond them.
+    low, high = terms[0], terms[-1]
+    outer = signs == ("!=",) or high[:2] == ("call", "abs") and len(terms) == 2
+    if len(terms) == 3:
+        unknown = terms[1]
+    elif low[:2] == ("call", "abs") or outer:  # |x| < 2, x != 2, or else 2 < |x|
+        bound, unknown = (low, high) if signs != ("!=",) and low[1:2] != ("abs",) else (high, low)
+        low, high = (bound if signs == ("!=",) else ("neg", bound)), bound
+        unknown = unknown[2] if unknown[:2] == ("call", "abs") else unknown
+    elif low[0] == "var":
+        unknown, low = low, _MINUS_INFINITY
+    else:
+        unknown, high = high, _INFINITY
+    if unknown[0] != "var" or variables(low) or variables(high):
         return None
-    opening = "[" if signs[0] == "<=" else "("
-    closing = "]" if signs[1] == "<=" else ")"
-    return variable[1], ("seq", opening + closing, (low, high))
+    # 2. Its brackets.
+    opening = "[" if signs[0] == "<=" and low != _MINUS_INFINITY else "("
+    closing = "]" if signs[-1] == "<=" and high != _INFINITY else ")"
+    if not outer:
+        return unknown[1], ("seq", opening + closing, (low, high))
+    below = "seq", "(" + closing, (_MINUS_INFINITY, low)
+    above = "seq", opening + ")", (high, _INFINITY)
+    return unknown[1], ("union", (below, above))
 
 
 def _both_hold(one: Answer, other: Answer) -> Node | None:

@@ -212,7 +212,11 @@ def by_value(items: Iterable, budget: Budget, node_of: Callable = lambda item: i
 
 
 def _matrices_agree(one: Node, other: Node, budget: Budget) -> bool:
-    """Returns whether the entries agree. A single row or column also equals a tuple."""
+    """Returns whether the entries agree. A single row or column also equals a tuple.
+
+    [[1, 2], [3, 4]] is a matrix as well.
+    """
+    one, other = _rows_as_matrix(one), _rows_as_matrix(other)
     if one[0] == other[0]:
         return len(one[1]) == len(other[1]) and all(
             _all_agree(row, other_row, budget) for row, other_row in zip(one[1], other[1])
@@ -222,6 +226,12 @@ def _matrices_agree(one: Node, other: Node, budget: Budget) -> bool:
     if other[0] != "seq" or (len(rows) > 1 and len(rows[0]) > 1):
         return False
     return _all_agree([entry for row in rows for entry in row], other[2], budget)
+
+
+def _rows_as_matrix(node: Node) -> Node:
+    if node[0] == "seq" and all(item[0] == "seq" for item in node[2]):
+        return "matrix", tuple(item[2] for item in node[2])
+    return node
 
 
 def has_kind(node: Node, *kinds: str) -> bool:

@@ -76,6 +76,8 @@ _LATEX = [
         (r"\\text\{micro\}\\(?:text|mathrm) ?\{ ?", r"\\text{micro"),
         # \text{ cm} -> cm
         (_MACRO + r"\{([^{}]*)\}", r" \1 "),
+        # kg \cdot m -> kg*m
+        (r"(?<=[a-zA-Z]) ?\\cdot ?(?=[a-zA-Z])", "*"),
         # 2k, k \in \mathbb{Z} -> 2k: that k is any whole number goes without saying
         (r",? ?\(?[a-z] ?\\in ?\\mathbb ?\{?[ZN]\}?(?:[_^]\{?[*+]\}?)?\)?[ .]*$", ""),
         # 1 \lor 2 -> 1 or 2
@@ -118,7 +120,12 @@ _WORD = re.compile("[a-zA-Z]{4}")
 _COMPOUND = re.compile(rf"\b({'|'.join(_TENS)})[- ]({'|'.join(_SMALL[1:10])})\b", re.IGNORECASE)
 _ZEROS = {"thousand": 3, "million": 6, "billion": 9}
 _LARGE = re.compile(rf"(?<=[0-9]) ?({'|'.join(_ZEROS)})\b", re.IGNORECASE)
-_TIMES = re.compile(r"(?<=[0-9]) ?x ?(?=[0-9])")
+_TIMES = re.compile(r"(?<=[0-9]) ?(?:x| by ) ?(?=[0-9])")
+_THOUSANDS = re.compile("[1-9][0-9]{0,2}(?: [0-9]{3})+")
+_WHOLE = re.compile(  # that k is any whole number goes without saying
+    r",? \(?(?:where|for|with) (?:any |all |every )?\\?[a-z] ?(?:is |are )?(?:an? |any )?"
+    r"(?:positive |non-?negative |natural )?(?:integer|whole number|number)s?\)?$"
+)
 _NOON = re.compile(r"(?<=[0-9]) ?([ap])(?:m\b|\. ?m\b\.?)", re.IGNORECASE)
 _NOUN = re.compile(r"(.*[0-9}]) ?\(([a-zA-Z][a-z]{2,}(?: [a-z]+)*)\)")  # 9 (apples)
 _IN = re.compile(r"^([a-zA-Z]) in (?=[(\[{\\])")
@@ -181,6 +188,8 @@ def plain(text: str) -> str:
         text = _SYSTEM.sub(lambda match: match[1].strip("\\ ").replace("\\\\", ", "), text)
         text = " ".join(_REPEATING.sub(_repeating, text).split())
     # 5. 2 x 3 is a product, twenty-five is 25, 3 million is 3*10^6.
+    if _THOUSANDS.fullmatch(text):
+        return text.replace(" ", "")
     text = _TIMES.sub(r" \\times ", text)
     if _WORD.search(text):
         text = _COMPOUND.sub(
@@ -191,7 +200,7 @@ def plain(text: str) -> str:
     text = _PREAMBLE.sub("", text.strip("*_` ").rstrip("\\ ")).strip("*_` ")
     if not text.endswith("..."):
         text = text.rstrip(".,; ")
-    text = _VERDICT.sub("", text)
+    text = _WHOLE.sub("", _VERDICT.sub("", text))
     # 7. One way to write 7:30 pm, 9 (apples), x in [0, 1], (5), {x | x > 3}.
     text = _IN.sub(r"\1 \\in ", _NOON.sub(lambda match: f" {match[1].lower()}m", text))
     text = _NOUN.sub(r"\1 \2", text)
