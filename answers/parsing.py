@@ -50,18 +50,19 @@ _UNITS = aliases("""
     min minute; h hour hr; N newton; J joule; kJ kilojoule; cal calorie; kcal kilocalorie; W watt
     kW kilowatt; mW milliwatt; MW megawatt; V volt; A ampere amp; ohm Omega; Hz hertz; kHz kilohertz
     Pa pascal; kPa kilopascal; atm atmosphere; K kelvin; mol mole; eV; mmHg; bpm; rpm""")
-# Words that change what a number says, so nothing that stands beside a number has them: 3 million,
-# 3 squared, not 3, 3 times as many.
+# Words that change what a number says, and beginnings of such words: 3 million, not 3, 3 or more.
+_WORDS_THAT_CHANGE = """no nor not neither never zero one two three four five six seven eight nine
+    ten plus minus times over mod sqrt log sine cos sin tan more less fewer greater larger smaller
+    than least most below above between about almost nearly around maybe perhaps either else other
+    except without unless any wrong if when only or but too score gross root square.of cube.of
+    roots.of square.root""".split()
+_STEMS_THAT_CHANGE = """eleven twelve thirt fourte fort fift sixt sevent eighte eighty ninet hundred
+    thousand million billion trillion half halves third quarter tenth ninth twelfth dozen lakh crore
+    quadr double twice triple squared cubed factorial infinit infty negative divided multipl added
+    raised power remainder choose approx possibl probabl incorrect false none undefined unknown
+    impossible [a-z]+n't cannot""".split()
 _CHANGES = re.compile(
-    r"""\b(?:[a-z]*n[o']t|no|nor|neither|never|zero|one|two|three|four|five|six|seven|eight|nine|ten
-    |eleven|twelve|(?:thir|four?|fif|six|seven|eigh|nine)t(?:een|y|h|ie)|(?:hundred|thousand|million
-    |billion|trillion|hal[fv]e?|third|quarter|tenth|ninth|twelfth|dozen|score\b|gross|lakh|crore
-    |quadr|double|twice|triple|squared|cubed|(?:square|cube)\ (?:root|of)|factorial|plus|minus|times|over|mod|sqrt
-    |infinit|infty|negative|divided|multipl|added|raised|power|remainder|choose|roots?\b(?!\ (?:is|are)\b)|log\b|sine|cos
-    |more|less|fewer|greater|larger|smaller|than|least|most\b|below|above|between|about|approx
-    |almost|nearly|around|maybe|perhaps|possibl|probabl|either|else|other|except|without|unless
-    |any|wrong|incorrect|false|none|undefined|unknown|if|when|only|or|but|and/or|too))""",
-    re.IGNORECASE | re.VERBOSE,
+    rf"\b(?:(?:{'|'.join(_WORDS_THAT_CHANGE)})\b|{'|'.join(_STEMS_THAT_CHANGE)})", re.IGNORECASE
 )
 # Behind a noun or a unit these begin a remark: 8 years | old, 3 cups | of water, 6 | is the answer.
 _IDLE_WORDS = """of old on at for to from by with is are was were has have had will would can

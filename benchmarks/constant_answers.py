@@ -9,6 +9,7 @@ same answer; a bare number may stand for a number with any unit, and so is not l
 
 import itertools
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -18,6 +19,15 @@ from answers.parsing import parse_answer  # noqa: E402
 from benchmarks.rewards import answer_blocks  # noqa: E402
 from data import read_examples  # noqa: E402
 from hub.options import option, parse_options, run_command  # noqa: E402
+
+
+@dataclass
+class ConstantOptions:
+    """Is there an answer that is right too often? Asks the tables' truths, and those of files."""
+
+    files: list[str] = option([], "files with questions and answers", positional=True)
+    length: int = option(2, "pieces that an answer may have", low=1)
+
 
 PIECES = r"""0 1 2 x \infty \pi i - + / : ^ , = < \{ \} ( ) [ ] | ! \pm \cup \sqrt \log \emptyset
     \in \approx % or x ° \times""".split()
@@ -85,3 +95,7 @@ def main(argv: list[str]) -> None:
     print(f"{len(answers):,} answers, {len(truths):,} truths, {len(found)} accepted by several")
     for answer, accepting in sorted(found.items(), key=lambda item: -len(item[1]))[:100]:
         print(f"{answer!r}: {accepting}")
+
+
+if __name__ == "__main__":
+    run_command(main)
