@@ -19,12 +19,12 @@ _NAMED = re.compile(r"""[(\["']([A-P])[)\]"']|(?:OPTION|CHOICE|ANSWER) ?:? ?([A-
 _JOINTS = re.compile(r"[,;/=]|\b(?:or|and|but|not)\b")
 # Words that take the letter back: B: wrong, B is not it, B or none. "B: No" echoes the prompts.
 _TAKEN_BACK = re.compile(
-    r"^(?:(?:is|it is|it's|that is|this is|is it) )?"
-    r"(?:no$|no[,.] |not\b(?! enough)|wrong|incorrect|false\b|untrue|never|neither|none|impossible)"
+    r"^(?:no$|no[,.] |(?:is )?not\b(?! enough)|(?:(?:it|this|that) is |it's )?(?:wrong|false|untrue)"
+    r"|never|neither|none|impossible)|\bincorrect"
     r"|\b(?:not|n't|never) (?:the |a |an )?(?:correct|right|true|answer|best|it\b|this\b|chosen)"
-    r"|\b(?:is|are|was|be|looks|seems) (?:wrong|incorrect|false|excluded|eliminated|ruled out)"
-    r"|\b(?:incorrect|(?:all|both|none|any|either|neither) (?:of|are|is)\b)"
-    r"|\b(?:or|and|but) (?:none|not|neither|both|all|any|maybe|perhaps)|\b(?:maybe|perhaps)\b",
+    r"|(?<!others )(?<!rest )\b(?:is|are|was|be|looks|seems) (?:wrong|false|excluded|eliminated)"
+    r"|\b(?:all|both|none|any|either|neither) (?:of|are|is)\b|\b(?:maybe|perhaps)\b"
+    r"|\b(?:or|and|but) (?:none|not|neither|both|all|any)",
     re.IGNORECASE,
 )
 
@@ -62,7 +62,9 @@ def choose(answer: str, options: dict[str, str]) -> str | None:
         is_capital = match[1].isupper()
         if mark and (is_capital or mark[0] in ":)]"):
             others = {other: option for other, option in options.items() if other != letter}
-            if not (_TAKEN_BACK.search(words) or _names_any(words, others, budget)):
+            own = options[letter]
+            said = words[len(own) :] if words.casefold().startswith(own.casefold()) else words
+            if not (_TAKEN_BACK.search(said) or _names_any(words, others, budget)):
                 return letter  # row 4
         if mark and is_capital:
             return None  # row 5

@@ -105,7 +105,7 @@ _BOLD = re.compile(r"(?<![\w)])\*\*([^*]+)\*\*(?!\w)")
 _PREAMBLE = re.compile(  # So the final answer is: 5 -> 5, I choose B -> B, and = 5 -> 5
     r"^(?:(?:so|thus|hence|therefore|then|finally|and)\b,? ?)*"
     r"(?:(?:(?:the|my|our) )?(?:(?:final|correct|best|right) )*(?:answer|option|choice) ?"
-    r"(?:is|must be|should be|would be|:|=) ?:? ?|I (?:choose|pick|select) |(?:\\approx|=) ?)?",
+    r"(?:is|must be|should be|would be|:|=) ?:? ?|I(?:'d| would| will)? (?:choose|pick|select|go with) |(?:\\approx|=) ?)?",
     re.IGNORECASE,
 )
 _VERDICT = re.compile(
