@@ -48,7 +48,7 @@ def extract_answer(response: str) -> str | None:
     _, tag, inside = text.rpartition("</answer>")[0].rpartition("<answer>")
     if tag:
         text = inside.partition("</answer>")[0]
-    # 3. The last box in it, or the boxes that are a list; without a box, what the tags hold, or else what GSM8K's "####" marks.
+    # 3. The last box in it, or boxes that are a list; else what the tags hold, or GSM8K's "####".
     if "\\boxed" in text or "\\fbox" in text:
         text = boxed_answer(text, strict=bool(tag)) or ""
     elif not tag:

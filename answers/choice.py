@@ -19,7 +19,7 @@ _NAMED = re.compile(r"""[(\["']([A-P])[)\]"']|(?:OPTION|CHOICE|ANSWER) ?:? ?([A-
 _JOINTS = re.compile(r"[,;/=]|\b(?:or|and|but|not)\b")
 # Words that take the letter back: B: wrong, B is not it, B or none. "B: No" echoes the prompts.
 _TAKEN_BACK = re.compile(
-    r"^(?:no$|no[,.] |(?:is )?not\b(?! enough)|(?:(?:it|this|that) is |it's )?(?:wrong|false|untrue)"
+    r"^(?:no$|no[,.] |(?:is )?not\b(?! enough)|(?:(?:it|this|that) is )?(?:wrong|false|untrue)"
     r"|never|neither|none|impossible)|\bincorrect"
     r"|\b(?:not|n't|never) (?:the |a |an )?(?:correct|right|true|answer|best|it\b|this\b|chosen)"
     r"|(?<!others )(?<!rest )\b(?:is|are|was|be|looks|seems) (?:wrong|false|excluded|eliminated)"

@@ -838,16 +838,13 @@ def random_point(names: frozenset[str], turn: int) -> dict[str, Value]:
     between 0 and 1 (for arcsin); the last three have small whole ones in reverse order (n of m).
     """
     point = {}
-    for rank, name in enumerate(sorted(names)):
+    for rank, name in enumerate(sorted(names, reverse=turn > 12)):
         random = zlib.crc32(f"{turn} {name}".encode())
-        if turn < 3:
-            point[name] = 2 + 3 * rank + random % (3 + turn)
-        elif turn < 5:
-            point[name] = 2 + random % 11
-        elif turn < 8:
+        if 5 <= turn < 8:
             point[name] = Fraction(random % 60_000 - (30_000 if turn > 5 else -1), 101)
-        elif turn < 13:
+        elif 8 <= turn < 13:
             point[name] = Fraction(1 + random % 996, 997)
         else:
-            point[name] = 2 + 3 * (len(names) - rank) + random % 4
+            ordered = turn < 3 or turn > 12
+            point[name] = 2 + (3 * rank + random % 3 if ordered else random % 11)
     return point

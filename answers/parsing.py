@@ -45,8 +45,8 @@ _UNITS = aliases("""
     % percent pct; $ ¤ dollar usd; ¢ cent; € euro; £; degree deg °; radian rad; cup; day; week wk
     month; year yr; mph; unit; nm nanometer nanometre; mm millimeter millimetre; microm micrometer
     cm centimeter centimetre; m meter metre; km kilometer kilometre; in inch inche; yard yd
-    ft foot feet; mile mi; g gram gm; kg kilogram; mg milligram; microg microgram; lb pound; oz ounce
-    l L liter litre; ml mL milliliter millilitre; th st nd rd; ms millisecond; s second sec
+    ft foot feet; mile mi; g gram gm; kg kilogram; mg milligram; microg microgram; lb pound
+    oz ounce; l L liter litre; ml mL milliliter millilitre; th st nd rd; ms millisecond; s second sec
     min minute; h hour hr; N newton; J joule; kJ kilojoule; cal calorie; kcal kilocalorie; W watt
     kW kilowatt; mW milliwatt; MW megawatt; V volt; A ampere amp; ohm Omega; Hz hertz; kHz kilohertz
     Pa pascal; kPa kilopascal; atm atmosphere; K kelvin; mol mole; eV; mmHg; bpm; rpm""")
@@ -93,7 +93,7 @@ _QUANTITY = re.compile(
     r"\\frac\{?[A-Z]+\}?\{?[A-Z]+\}?|[a-zA-Z]+(?: ?[:/] ?[a-zA-Z]+)+"
     r"|[a-w](?: ?\+ ?[a-w])+|(?:\\?[a-zA-Z]+'*(?:\{[a-zA-Z ]*\})? ?){1,8}|"
 )
-# What looks like a number and is none: the date 2023-01-01, the range or score 3-5, 120/80 mmHg.
+# What looks like a number and is none: the date 2023-01-01, the range or score 3-5, 120/80 mmHg
 _NO_NUMBER = re.compile(
     r"[0-9]{1,4}([-/])[0-9]{1,2}\1[0-9]{2,4}|[0-9]+(?: ?- ?[0-9]+)+|[0-9]+ ?/ ?[0-9]+(?: ?mm ?Hg)"
 )
@@ -118,6 +118,7 @@ def _unit(text: str, glued: bool) -> str | None:
         return None
     text = _REMARK.sub("", text if glued else " " + text)
     powers = {}  # of each unit
+    last = ""
     sign = 1
     power = 1
     for word in re.findall(r"[^\W\d_]+|\^?-?[1-3]|[^\s.*]", re.sub("[{}]", "", text)):
@@ -321,7 +322,8 @@ def _formula(text: str, canonical: str, unit: str) -> Answer | None:
     # 1. x = 5: the name goes.
     name = ""
     relation = _RELATION.fullmatch(text)
-    named = _NAMES.fullmatch(text) if not relation and re.search(r"=|\\in|\\approx", text) else None
+    has_sign = re.search(r"=|\\in|\\approx", text)
+    named = _NAMES.fullmatch(text) if has_sign and not relation else None
     if named:
         name = re.sub(r"\\in(?![a-z])|\\approx|[= \\]", "", named[1])
         text = named[2]
@@ -330,7 +332,7 @@ def _formula(text: str, canonical: str, unit: str) -> Answer | None:
         name, text = point.groups()
     try:
         answer = _interpret(Parser(tokenise(text)).parse(), canonical, unit, name)
-    except (NotMaths, ValueError, RecursionError):
+    except (NotMaths, ValueError, ArithmeticError, RecursionError):
         answer = None
     # 2. |PQ| = 4: so does what is called by a formula or by words.
     if not (name or relation) and "=" in text and (answer is None or answer.value[0] == "chain"):
@@ -447,19 +449,14 @@ def _interval(terms: tuple[Node, ...], signs: tuple[str, ...]) -> tuple[str, Nod
 
 
 def _both_hold(one: Answer, other: Answer) -> Node | None:
-    """Returns the interval (2, 3) for x > 2 and x < 3.
-
-    Returns None if they are not two half-lines of one variable in opposite directions.
-    """
+    """Returns the interval (2, 3) for x > 2 and x < 3; None for other pairs."""
     if not one.name or one.name != other.name:
         return None
     if any(answer.value[0] != "seq" or len(answer.value[2]) != 2 for answer in (one, other)):
         return None
     # From the one that is bounded below to the one that is bounded above.
-    if one.value[2][0] == _MINUS_INFINITY:
-        one, other = other, one
-    _, brackets, (low, high) = one.value
-    _, other_brackets, (other_low, other_high) = other.value
+    halves = sorted((one.value, other.value), key=lambda half: half[2][0] == _MINUS_INFINITY)
+    (_, brackets, (low, high)), (_, other_brackets, (other_low, other_high)) = halves
     if high != _INFINITY or other_low != _MINUS_INFINITY:
         return None
     return "seq", brackets[0] + other_brackets[1], (low, other_high)

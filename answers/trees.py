@@ -14,9 +14,9 @@ point says nothing.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from fractions import Fraction
 
 from answers.formulas import (
-    NO_VALUE,
     ROUNDS,
     Approx,
     Budget,
@@ -39,14 +39,14 @@ def trees_agree(one: Node, other: Node, budget: Budget) -> bool:
     if one == other:
         return True
     one, other = _only_element(one), _only_element(other)
-    # What has several entries or sides, by kind.
     kinds = {one[0], other[0]}
+    if kinds == {"num"}:
+        return one == other
+    # What has several entries or sides, by kind.
     if "matrix" in kinds:
         return _matrices_agree(one, other, budget)
     if kinds == {"set"} or kinds == {"union"}:
-        if len(one[1]) != len(other[1]):
-            return False
-        return _all_agree(by_value(one[1], budget), by_value(other[1], budget), budget)
+        return agree_in_any_order(one[1], other[1], lambda x, y: trees_agree(x, y, budget))
     if kinds == {"seq"}:
         # Brackets tell the interval [1, 2] from (1, 2). Three numbers are no interval.
         return (one[1] == other[1] or len(one[2]) > 2) and _all_agree(one[2], other[2], budget)
@@ -116,25 +116,24 @@ def _equal_at_points(one: Node, other: Node, budget: Budget, log_base: int | Non
     return seen >= (3 if names else 1)
 
 
+def plain_number(node: Node | None) -> int | Fraction | None:
+    """Returns the number that a tree is, perhaps with a minus sign; None if it is none."""
+    if node is not None and node[0] == "neg":
+        number = plain_number(node[1])
+        return None if number is None else -number
+    return node[1] if node is not None and node[0] == "num" else None
+
+
 def is_rounding(node: Node, rounded: Node, decimals: int, budget: Budget) -> bool:
     """Returns whether a decimal is a number cut off or rounded behind its last digit.
 
     decimals: how many the decimal must have at least.
     """
-    sign = -1 if rounded[0] == "neg" else 1
-    digits = rounded[1] if rounded[0] == "neg" else rounded
-    if digits[0] != "num" or has_kind(node, "infty"):
+    digits, number = plain_number(rounded), value_or_none(Evaluator({}, budget), node)
+    if digits is None or number is None or isinstance(approximate(number).value, complex):
         return False
-    places = 0
-    while places < 12 and digits[1] * 10**places % 1:
-        places += 1
-    if places < decimals:
-        return False
-    try:
-        number = complex(approximate(Evaluator({}, budget)(node)).value)
-    except NO_VALUE:
-        return False
-    return number.imag == 0 and abs(number.real - float(sign * digits[1])) < 10**-places
+    places = next((n for n in range(12) if digits * 10**n % 1 == 0), 12)
+    return places >= decimals and abs(approximate(number).value - float(digits)) < 10**-places
 
 
 # --- Equations and inequalities -------------------------------------------------------------------
@@ -190,25 +189,17 @@ def _links_agree(one: tuple[Node, str], other: tuple[Node, str], budget: Budget)
 # --- Sets and matrices ----------------------------------------------------------------------------
 
 
-def by_value(items: Iterable, budget: Budget, node_of: Callable = lambda item: item) -> list:
-    """Returns the items sorted by the value of their trees, not by their spelling.
-
-    node_of: an item's tree.
-    """
-
-    def key(node: Node) -> tuple:
-        # Three groups: what has a value, tuples and sets, and all else, sorted by its text.
-        if node[0] in ("seq", "set", "union"):
-            return 1, *(key(child) for child in node[-1])
-        evaluator = Evaluator(random_point(variables(node), 0), budget)
-        try:
-            number = complex(approximate(evaluator(node)).value)
-        except NO_VALUE:
-            return 2, str(node)
-        # Nine digits: rounding errors must not decide. + 0.0 makes 0.0 of -0.0.
-        return 0, float(f"{number.real:.9g}") + 0.0, float(f"{number.imag:.9g}") + 0.0
-
-    return sorted(items, key=lambda item: key(node_of(item)))
+def agree_in_any_order(ones: Iterable, others: Iterable, agree: Callable) -> bool:
+    """Returns whether each item agrees with another one of the other side, and none is left."""
+    if len(ones) != len(others):
+        return False
+    left = list(others)
+    for one in ones:
+        partner = next((place for place, other in enumerate(left) if agree(one, other)), None)
+        if partner is None:
+            return False
+        del left[partner]
+    return True
 
 
 def _matrices_agree(one: Node, other: Node, budget: Budget) -> bool:

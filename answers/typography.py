@@ -52,48 +52,40 @@ _MACRO = (
     r"\\(?:(?:text|math)(?:bf|it|rm|sf|tt|normal)?|[fm]box|boxed|operatorname|boldsymbol|bm)\s*"
 )
 _WRAPPED = re.compile(_MACRO + r"\{(.*)\}")
+# Commands that are for the eye only, and others by what they say.
+_FOR_THE_EYE = """left right middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr
+    displaystyle textstyle limits phantom hline""".split()
+_DOTS = "ldots cdots dots dotsb dotsc dotsi dotsm dotso".split()
+_COMMANDS = dict.fromkeys(_FOR_THE_EYE, "") | dict.fromkeys(_DOTS, "...")
+_COMMANDS |= {"lor": " or ", "vee": " or ", "land": " and ", "wedge": " and ", "langle": "("}
+_COMMANDS |= {"rangle": ")", "lbrace": r"\{", "rbrace": r"\}", "R": r"\mathbb{R}", "cr": r"\\"}
+_COMMANDS |= {"quad": " ", "qquad": " ", "tabularnewline": r"\\"}
+_COMMAND = re.compile(r"\\([a-zA-Z]+)")
 _LATEX = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         # 1{,}234 -> 1234, and 1\,234 -> 1234
         (r"(?<=[0-9])(?:\{,\}|,\\! ?|\\[,! ;:]|~)(?=[0-9]{3}(?![0-9]))", ""),
-        # \\[4pt] -> \\ : both end a matrix row
-        (r"\\\\\*?\[-?[0-9.]+ ?[a-z]{2}\]|\\cr(?![a-zA-Z])|\\tabularnewline", r"\\\\"),
-        # \left( -> (, and \right. -> nothing
-        (
-            r"\\(?:left|right|middle|[bB]igg?[lrm]?|displaystyle|textstyle|limits|phantom|hline)"
-            r"(?![a-zA-Z])\.?",
-            "",
-        ),
+        # \right. -> nothing, \\[4pt] -> \\, x \not= 2 -> x != 2
+        (r"\\(?:left|right)\.", ""),
+        (r"\\\\\*?\[-?[0-9.]+ ?[a-z]{2}\]", r"\\\\"),
+        (r"\\not ?=", "!="),
         # a\,b -> a b, and \[5\] -> 5
-        (r"(?<!\\)\\[,;:! ()\[\]]|\\q?quad(?![a-zA-Z])|~|\\hspace\{[^{}]*\}", " "),
+        (r"(?<!\\)\\[,;:! ()\[\]]|~|\\hspace\{[^{}]*\}", " "),
         # 90^{\circ} -> 90°
         (r"\^\s*(?:\{\s*)?\\(?:circ|degree)(?![a-zA-Z])(?:\s*\})?|\\degree(?![a-zA-Z])", "°"),
         # 5^{\text{th}} -> 5th
         (r"\^ ?\{? ?\\(?:text|mathrm) ?\{ ?(st|nd|rd|th) ?\} ?\}?", r"\1"),
         # 5 \mu \text{m} -> 5 microm
-        (r"(?<=[0-9]) ?\\mu ?(?=\\(?:text|mathrm) ?\{ ?[a-zA-Z])", r" \\text{micro}"),
-        (r"\\text\{micro\}\\(?:text|mathrm) ?\{ ?", r"\\text{micro"),
-        # \text{ cm} -> cm
+        (r"(?<=[0-9]) ?\\mu ?\\(?:text|mathrm) ?\{ ?(?=[a-zA-Z])", r" \\text{micro"),
+        # \text{ cm} -> cm, kg \cdot m -> kg*m
         (_MACRO + r"\{([^{}]*)\}", r" \1 "),
-        # kg \cdot m -> kg*m
         (r"(?<=[a-zA-Z]) ?\\cdot ?(?=[a-zA-Z])", "*"),
         # 2k, k \in \mathbb{Z} -> 2k: that k is any whole number goes without saying
-        (r",? ?\(?[a-z] ?\\in ?\\mathbb ?\{?[ZN]\}?(?:[_^]\{?[*+]\}?)?\)?[ .]*$", ""),
-        # 1 \lor 2 -> 1 or 2
-        (r"\\(?:lor|vee)(?![a-zA-Z])", " or "),
-        # 1 \land 2 -> 1 and 2
-        (r"\\(?:land|wedge)(?![a-zA-Z])", " and "),
-        # 1, \ldots, n -> 1, ..., n
-        (r"\\(?:[lc]dots|dots[bcimo]?)(?![a-zA-Z])", "..."),
-        # \langle 1, 2 \rangle -> (1, 2)
-        (r"\\langle(?![a-zA-Z])", "("),
-        (r"\\rangle(?![a-zA-Z])", ")"),
-        # \lbrace 1 \rbrace -> \{1\}
-        (r"\\lbrace(?![a-zA-Z])", r"\\{"),
-        (r"\\rbrace(?![a-zA-Z])", r"\\}"),
-        # x \not= 2 -> x != 2
-        (r"\\not ?=", "!="),
+        (
+            r"(?<=[^\s,]),? ?\(?[a-z] ?\\in ?(?:\\mathbb ?\{?[ZN]\}?|[ZN])(?:[_^]?\{?[*+]\}?)?\)?[ .]*$",
+            "",
+        ),
     )
 ]
 # A system of equations is a list: \begin{cases} x = 1 \\ y = 2 \end{cases} -> x = 1, y = 2
@@ -184,6 +176,7 @@ def plain(text: str) -> str:
         text = _unwrapped(text)
         for pattern, replacement in _LATEX:
             text = pattern.sub(replacement, text)
+        text = _COMMAND.sub(lambda match: _COMMANDS.get(match[1], match[0]), text)
         text = text.replace("{,}", ".").replace("{:}", ":").replace("=<", "<=")
         text = _SYSTEM.sub(lambda match: match[1].strip("\\ ").replace("\\\\", ", "), text)
         text = " ".join(_REPEATING.sub(_repeating, text).split())

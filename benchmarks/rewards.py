@@ -24,7 +24,7 @@ from benchmarks.common import ask_peer  # noqa: E402
 from hub.options import ROOT, option, parse_options, run_command  # noqa: E402
 from training.journal import git_commit  # noqa: E402
 
-Block = dict[str, list[str]]  # the spellings by their mark: = ! ~ > (the tables says what these mean)
+Block = dict[str, list[str]]  # the spellings by their mark: = ! ~ > (see the tables)
 LabelledPair = tuple[str, str, bool]  # truth, answer, are they the same
 
 
@@ -44,7 +44,9 @@ def answer_blocks(name: str = "answers.txt") -> list[Block]:
     for part in table.read_text(encoding="utf-8").split("\n\n"):
         lines = [line for line in part.splitlines() if line and not line.startswith("#")]
         if lines:
-            blocks.append({mark: [line[2:] for line in lines if line[0] == mark] for mark in "=!~>"})
+            blocks.append(
+                {mark: [line[2:] for line in lines if line[0] == mark] for mark in "=!~>"}
+            )
     return blocks
 
 
