@@ -26,7 +26,7 @@ from answers.formulas import (
     variables,
 )
 from answers.trees import MIRRORED, has_kind, is_rounding, trees_agree
-from answers.typography import plain
+from answers.typography import NUMBERS, plain
 
 
 @dataclass(frozen=True)
@@ -51,18 +51,18 @@ _UNITS = aliases("""
     kW kilowatt; mW milliwatt; MW megawatt; V volt; A ampere amp; ohm Omega; Hz hertz; kHz kilohertz
     Pa pascal; kPa kilopascal; atm atmosphere; K kelvin; mol mole; eV; mmHg; bpm; rpm""")
 # Words that change what a number says, and beginnings of such words: 3 million, not 3, 3 or more.
-_WORDS_THAT_CHANGE = """no nor not neither never zero one two three four five six seven eight nine
+_WORDS_THAT_CHANGE = set(
+    """no nor not neither never zero one two three four five six seven eight nine
     ten plus minus times over mod sqrt log sine cos sin tan more less fewer greater larger smaller
     than least most below above between about almost nearly around maybe perhaps either else other
-    except without unless any wrong if when only or but too score gross root square.of cube.of
-    roots.of square.root""".split()
-_STEMS_THAT_CHANGE = """eleven twelve thirt fourte fort fift sixt sevent eighte eighty ninet hundred
+    except without unless any wrong if when only or but too score gross root cannot""".split()
+)
+_STEMS_THAT_CHANGE = tuple(
+    """eleven twelve thirt fourte fort fift sixt sevent eighte eighty ninet hundred
     thousand million billion trillion half halves third quarter tenth ninth twelfth dozen lakh crore
     quadr double twice triple squared cubed factorial infinit infty negative divided multipl added
     raised power remainder choose approx possibl probabl incorrect false none undefined unknown
-    impossible [a-z]+n't cannot""".split()
-_CHANGES = re.compile(
-    rf"\b(?:(?:{'|'.join(_WORDS_THAT_CHANGE)})\b|{'|'.join(_STEMS_THAT_CHANGE)})", re.IGNORECASE
+    impossible""".split()
 )
 # Behind a noun or a unit these begin a remark: 8 years | old, 3 cups | of water, 6 | is the answer.
 _IDLE_WORDS = """of old on at for to from by with is are was were has have had will would can
@@ -91,7 +91,7 @@ _NAMES = re.compile(rf"((?:(?:{_NAME}) ?(?:=|\\in(?![a-z])|\\approx) ?)+)(?!=)(.
 _GROUP = re.compile(r"_\{[^{}]*\}|_.|(?<=[a-zA-Z}]) ?\([^()]*\)|(?<![a-zA-Z0-9]) ?\|[a-zA-Z ]+\|")
 _QUANTITY = re.compile(
     r"\\frac\{?[A-Z]+\}?\{?[A-Z]+\}?|[a-zA-Z]+(?: ?[:/] ?[a-zA-Z]+)+"
-    r"|[a-w](?: ?\+ ?[a-w])+|(?:\\?[a-zA-Z]+'*(?:\{[a-zA-Z ]*\})? ?){1,8}|"
+    r"|[a-w](?: ?\+ ?[a-w])+|(?:\\?[a-zA-Z]+'*(?:\{[a-zA-Z ]*\})?(?: |(?=\\)|$)){1,8}|"
 )
 # What looks like a number and is none: the date 2023-01-01, the range or score 3-5, 120/80 mmHg
 _NO_NUMBER = re.compile(
@@ -99,7 +99,7 @@ _NO_NUMBER = re.compile(
 )
 _SIZE = re.compile(r"[0-9]{1,4}(?: ?(?:\\times|\\cdot|\*) ?[0-9]{1,4})+")
 # What a formula holds for: 2x (x > 0).
-_DOMAIN = re.compile(r"(.*[a-z].*?)[ ,]+\(([a-z] ?(?:\\in|\\n?eq?|\\[lg]eq?|[<>!]=?)[^()]*)\)")
+_DOMAIN = re.compile(r"(?<=[a-z0-9)}])[ ,]+\(([a-z] ?(?:\\in|\\n?eq?|\\[lg]eq?|[<>!]=?)[^()]*)\)$")
 _CLOCK = re.compile(r"([0-9]{1,2})(?:\s?:\s?([0-9]{2}))?(?:\s?:\s?([0-9]{2}))? ?([ap]m)?")
 _RELATION = re.compile("[a-zA-Z] ?= ?[a-zA-Z]|[xyz] ?[xyz]+ ?=.*")  # no names: a = b, xy = 1
 _POINT = re.compile(r"([A-Z]) ?(\([^()]*,[^()]*\))")
@@ -108,13 +108,21 @@ _PARTED = re.compile(",|;|and|or")
 _PIECES = re.compile(rf"{THOUSANDS}|[(\[{{)\]}},;]|\b(?:and|or)\b")
 
 
+def _changes(text: str) -> bool:
+    """Returns whether a text has a word that changes what a number beside it says."""
+    if re.search(r"\b(?:square|cube|roots?) of\b|n't\b", text, re.IGNORECASE):
+        return True
+    words = re.findall("[a-z]+", text.lower())
+    return any(word in _WORDS_THAT_CHANGE or word.startswith(_STEMS_THAT_CHANGE) for word in words)
+
+
 def _unit(text: str, glued: bool) -> str | None:
     """Returns one spelling of a unit: "square metres" -> "m^2", "eggs" -> "egg".
 
     Returns None if the words are not surely a unit, "" for "is the answer". `glued`: no space
     stands before them.
     """
-    if _CHANGES.search(text):
+    if _changes(text):
         return None
     text = _REMARK.sub("", text if glued else " " + text)
     powers = {}  # of each unit
@@ -243,17 +251,21 @@ def parse_sentence(text: str) -> Answer | None:
     Returns None for other sentences, and for those with words that may change what the value says.
     """
     text = plain(text)
-    if not re.search("[a-zA-Z]{2}", text):
-        return None
-    for start in (0, *(match.end() for match in re.finditer(" ", text))):
-        if start and not _WORDS.fullmatch(text[:start]):
-            return None
-        if start and (_CHANGES.search(text[:start]) or _NO_STATEMENT.search(text[:start])):
+    words = _WORDS.match(text) if " " in text else None
+    starts = [match.end() for match in re.finditer(" ", words[0])][:32] if words else []
+    for start in (0, *starts):
+        before, rest = text[:start], text[start:]
+        if before and (_changes(before) or _NO_STATEMENT.search(before)):
             continue
-        rest = text[start:]
-        for answer in (_parse(rest), _single(rest)):
+        # An ordinary word is no value; "72 clips in April and May" is no list.
+        word = re.match("([a-zA-Z]{4,}) ", rest)
+        if before and not (word and word[1].lower() not in NUMBERS):
+            answer = _parse(rest)
             if answer is not None and answer.value is not None and answer.value[0] != "var":
                 return answer
+        answer = _single(rest) if _PARTED.search(rest) and not word else None
+        if answer is not None and answer.value is not None and answer.value[0] != "var":
+            return answer
     return None
 
 
@@ -289,9 +301,10 @@ def _single(text: str) -> Answer:
         if answer and not variables(answer.value):
             return answer
     # 4. A formula, perhaps with its domain in brackets, or else a text.
-    match = _DOMAIN.fullmatch(body)
-    domain = match[2].replace(" ", "") if match else ""
-    return _formula(match[1] if match else body, canonical, domain) or Answer(None, canonical)
+    match = _DOMAIN.search(body) if body.endswith(")") else None
+    domain = match[1].replace(" ", "") if match else ""
+    body = body[: match.start()] if match else body
+    return _formula(body, canonical, domain) or Answer(None, canonical)
 
 
 def _clock(hour: str, minute: str | None, second: str | None, half: str | None) -> str | None:
@@ -338,7 +351,7 @@ def _formula(text: str, canonical: str, unit: str) -> Answer | None:
     if not (name or relation) and "=" in text and (answer is None or answer.value[0] == "chain"):
         place = _GROUP.sub(lambda match: "#" * len(match[0]), text).find("=")
         quantity = _GROUP.sub("", text[:place]).strip()
-        changes = _CHANGES.search(re.sub(r"\\[a-z]+", "", quantity))
+        changes = _changes(re.sub(r"\\[a-z]+", "", quantity))
         if _QUANTITY.fullmatch(quantity) and place > 0 and not changes:
             value = _formula(text[place + 1 :].strip(), canonical, unit)
             # Only m + n = 113 is a sum with a value; x + y = 4 and a + b = 0 are relations.

@@ -45,6 +45,8 @@ def _ascii(text: str) -> str:
     """
     text = _MICRO.sub("micro", _RAISED.sub(_raised, _THIN_SPACE.sub("", text)))
     text = unicodedata.normalize("NFKC", text.translate(_UNICODE)).translate(_UNICODE)
+    if text.isascii():
+        return text
     return "".join(c for c in text if c.isascii() or unicodedata.category(c) != "Cf")
 
 
@@ -81,11 +83,6 @@ _LATEX = [
         # \text{ cm} -> cm, kg \cdot m -> kg*m
         (_MACRO + r"\{([^{}]*)\}", r" \1 "),
         (r"(?<=[a-zA-Z]) ?\\cdot ?(?=[a-zA-Z])", "*"),
-        # 2k, k \in \mathbb{Z} -> 2k: that k is any whole number goes without saying
-        (
-            r"(?<=[^\s,]),? ?\(?[a-z] ?\\in ?(?:\\mathbb ?\{?[ZN]\}?|[ZN])(?:[_^]?\{?[*+]\}?)?\)?[ .]*$",
-            "",
-        ),
     )
 ]
 # A system of equations is a list: \begin{cases} x = 1 \\ y = 2 \end{cases} -> x = 1, y = 2
@@ -114,12 +111,18 @@ _ZEROS = {"thousand": 3, "million": 6, "billion": 9}
 _LARGE = re.compile(rf"(?<=[0-9]) ?({'|'.join(_ZEROS)})\b", re.IGNORECASE)
 _TIMES = re.compile(r"(?<=[0-9]) ?(?:x| by ) ?(?=[0-9])")
 _THOUSANDS = re.compile("[1-9][0-9]{0,2}(?: [0-9]{3})+")
-_WHOLE = re.compile(  # that k is any whole number goes without saying
+# 2k, k \in \mathbb{Z} and 2k, where k is an integer: that k is any whole number goes without saying.
+_IN_INTEGERS = re.compile(
+    r"(?<=[^\s,]),? ?\(?[a-z] ?\\in ?(?:\\mathbb ?\{?[ZN]\}?|[ZN])(?:[_^]?\{?[*+]\}?)?\)?[ .]*$"
+)
+_WHOLE = re.compile(
     r",? \(?(?:where|for|with) (?:any |all |every )?\\?[a-z] ?(?:is |are )?(?:an? |any )?"
     r"(?:positive |non-?negative |natural )?(?:integer|whole number|number)s?\)?$"
 )
 _NOON = re.compile(r"(?<=[0-9]) ?([ap])(?:m\b|\. ?m\b\.?)", re.IGNORECASE)
-_NOUN = re.compile(r"(.*[0-9}]) ?\(([a-zA-Z][a-z]{2,}(?: [a-z]+)*)\)")  # 9 (apples)
+_NOUN = re.compile(
+    r"(?<=[0-9}]) ?\(([a-zA-Z][a-z]{2,}(?: [a-z]+)*|[ck]?m(?:\^[23])?|kg)\)$"
+)  # 9 (apples)
 _IN = re.compile(r"^([a-zA-Z]) in (?=[(\[{\\])")
 _SINGLE = re.compile(r"\(([^(),]*)\)")  # (B) and (-3), but not the pair (1,234)
 _BUILDER = re.compile(  # {x | x > 3}, {x \in \mathbb{R} : x > 3}
@@ -176,6 +179,7 @@ def plain(text: str) -> str:
         text = _unwrapped(text)
         for pattern, replacement in _LATEX:
             text = pattern.sub(replacement, text)
+        text = _IN_INTEGERS.sub("", text) if "\\in" in text else text
         text = _COMMAND.sub(lambda match: _COMMANDS.get(match[1], match[0]), text)
         text = text.replace("{,}", ".").replace("{:}", ":").replace("=<", "<=")
         text = _SYSTEM.sub(lambda match: match[1].strip("\\ ").replace("\\\\", ", "), text)
@@ -196,6 +200,7 @@ def plain(text: str) -> str:
     text = _WHOLE.sub("", _VERDICT.sub("", text))
     # 7. One way to write 7:30 pm, 9 (apples), x in [0, 1], (5), {x | x > 3}.
     text = _IN.sub(r"\1 \\in ", _NOON.sub(lambda match: f" {match[1].lower()}m", text))
-    text = _NOUN.sub(r"\1 \2", text)
+    if text.endswith(")"):
+        text = _NOUN.sub(r" \1", text)
     single = _SINGLE.fullmatch(text) or _BUILDER.fullmatch(text)
     return single[single.lastindex].strip() if single else text
