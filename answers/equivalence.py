@@ -27,8 +27,11 @@ Where reasonable people differ, this is what we chose:
   product.
 - Numbers in a list or set may come in any order, letters and words not; (1, 2) is ordered, and
   equals the list 1, 2.
-- A decimal is what it says: 0.33 is not 1/3. log has base e or 10, whichever makes the two agree.
+- A decimal is what it says: 0.33 is not 1/3, and of 1/3 \approx 0.33 the 1/3 counts. log has base e or 10, whichever makes the two agree.
 - Letter case counts in formulas (R is not r), not in words or single letters.
+- What is no number is not calculated with: times (4:00), dates, ranges (3-5) and runs of capitals
+  (HTH) equal themselves only, 3 x 4 (a size) no other size. An identity that zero or infinity
+  satisfies proves nothing: 0:0, 0/0, 0^0, \log_0 and \infty + 1 equal nothing.
 """
 
 import re
@@ -165,7 +168,8 @@ def _parted(text: str) -> str:
 
 
 _DECIMAL_COMMA = re.compile(  # 0,5 and 3,14 and 1.234,56 and 2,5 cm, but not 2,5 and 1,234
-    r"[\s$]*(?!0,0+$)([-+]?(?:(?:0|[1-9][0-9]{0,2}(?:\.[0-9]{3})+),[0-9]+|[0-9]+,(?:[0-9]{2}|[0-9]{4,})"
+    r"[\s$]*(?!0,0+$)([-+]?(?:(?:0|[1-9][0-9]{0,2}(?:\.[0-9]{3})+),[0-9]+"
+    r"|[0-9]+,(?:[0-9]{2}|[0-9]{4,})"
     r"|[0-9]+,[0-9](?= ?[a-zA-Z%\\€])))([^0-9,]*)"
 )
 

@@ -71,7 +71,7 @@ _TOKEN = re.compile(
     |(?P<command>\\(?:(?:begin|end)\{{[a-zA-Z]+\}}(?:\{{[lcr| ]+\}})?|[a-zA-Z]+|.))
     |(?P<word>[A-Za-z](?=sqrt(?![A-Za-z]))
         |(?:{_FUNCTION})(?=[^A-Za-z]|[A-Za-z]{{0,2}}(?![A-Za-z]))|[A-Za-z]+)
-    |(?P<sign><=|>=|=<|!=|==|[-+*/^_=<>(){{}}\[\]|,;:!&°'])|(?P<space>\s+)|(?P<other>.)""",
+    |(?P<sign><=|>=|=/=|=<|<>|!=|==|[-+*/^_=<>(){{}}\[\]|,;:!&°'])|(?P<space>\s+)|(?P<other>.)""",
     re.VERBOSE | re.DOTALL,
 )
 _COMMANDS = aliases(r"""
@@ -131,6 +131,9 @@ def _command(name: str) -> Token:
     raise NotMaths
 
 
+_SPELLINGS = {"==": "=", "=<": "<=", "=/=": "!=", "<>": "!="}
+
+
 def tokenise(text: str) -> list[Token]:
     """Returns the tokens of a text. Raises NotMaths."""
     tokens = []
@@ -142,7 +145,7 @@ def tokenise(text: str) -> list[Token]:
         kind, value = match.lastgroup, match[0]
         if kind == "sign":
             depth += (value in "([") - (value in ")]")
-            tokens.append((kind, {"==": "=", "=<": "<="}.get(value, value)))
+            tokens.append((kind, _SPELLINGS.get(value, value)))
         elif kind == "num" and depth > 0:  # (1,234) is a pair
             first, *others = value.split(",")
             tokens.append((kind, first))

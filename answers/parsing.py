@@ -46,9 +46,10 @@ _UNITS = aliases("""
     month; year yr; mph; unit; nm nanometer nanometre; mm millimeter millimetre; microm micrometer
     cm centimeter centimetre; m meter metre; km kilometer kilometre; in inch inche; yard yd
     ft foot feet; mile mi; g gram gm; kg kilogram; mg milligram; microg microgram; lb pound
-    oz ounce; l L liter litre; ml mL milliliter millilitre; th st nd rd; ms millisecond; s second sec
-    min minute; h hour hr; N newton; J joule; kJ kilojoule; cal calorie; kcal kilocalorie; W watt
-    kW kilowatt; mW milliwatt; MW megawatt; V volt; A ampere amp; ohm Omega; Hz hertz; kHz kilohertz
+    oz ounce; l L liter litre; ml mL milliliter millilitre; th st nd rd; ms millisecond
+    s second sec; min minute; h hour hr; N newton; J joule; kJ kilojoule; cal calorie
+    kcal kilocalorie; W watt; kW kilowatt; mW milliwatt; MW megawatt; V volt; A ampere amp; ohm
+    kohm; Hz hertz; kHz kilohertz
     Pa pascal; kPa kilopascal; atm atmosphere; K kelvin; mol mole; eV; mmHg; bpm; rpm""")
 # Words that change what a number says, and beginnings of such words: 3 million, not 3, 3 or more.
 _WORDS_THAT_CHANGE = set(
@@ -323,7 +324,7 @@ def _clock(hour: str, minute: str | None, second: str | None, half: str | None) 
 
 
 def _formula(text: str, canonical: str, unit: str) -> Answer | None:
-    r"""Returns the answer in a formula, perhaps with a name: x = 5, x \in [0, 1], |PQ| = 4, O(0, 0).
+    r"""Returns the answer in a formula, perhaps with a name: x = 5, x \in [0, 1], O(0, 0).
 
     Returns None if it is not maths.
     """

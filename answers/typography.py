@@ -29,6 +29,7 @@ _RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+|[₀₁₂₃₄₅₆�
 _DIGITS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻₀₁₂₃₄₅₆₇₈₉", "0123456789-0123456789")
 _THIN_SPACE = re.compile("(?<=[0-9])[\u00a0\u2007\u2009\u202f](?=[0-9]{3}(?![0-9]))")
 _MICRO = re.compile("[µμ](?=(?:m|g|s|[Ll]|mol|A|V|C|F)(?![a-zA-Z]))")
+_OHM = re.compile("(?<=[0-9 kM])[ΩΩ]$")
 
 
 def _raised(match: re.Match) -> str:
@@ -43,7 +44,7 @@ def _ascii(text: str) -> str:
 
     Full-width characters become ordinary ones (NFKC), and what is invisible (Cf) goes.
     """
-    text = _MICRO.sub("micro", _RAISED.sub(_raised, _THIN_SPACE.sub("", text)))
+    text = _MICRO.sub("micro", _RAISED.sub(_raised, _THIN_SPACE.sub("", _OHM.sub("ohm", text))))
     text = unicodedata.normalize("NFKC", text.translate(_UNICODE)).translate(_UNICODE)
     if text.isascii():
         return text
@@ -94,7 +95,8 @@ _BOLD = re.compile(r"(?<![\w)])\*\*([^*]+)\*\*(?!\w)")
 _PREAMBLE = re.compile(  # So the final answer is: 5 -> 5, I choose B -> B, and = 5 -> 5
     r"^(?:(?:so|thus|hence|therefore|then|finally|and)\b,? ?)*"
     r"(?:(?:(?:the|my|our) )?(?:(?:final|correct|best|right) )*(?:answer|option|choice) ?"
-    r"(?:is|must be|should be|would be|:|=) ?:? ?|I(?:'d| would| will)? (?:choose|pick|select|go with) |(?:\\approx|=) ?)?",
+    r"(?:is|must be|should be|would be|:|=) ?:? ?"
+    r"|I(?:'d| would| will)? (?:choose|pick|select|go with) |(?:\\approx|approximately|=) ?)?",
     re.IGNORECASE,
 )
 _VERDICT = re.compile(
@@ -111,7 +113,7 @@ _ZEROS = {"thousand": 3, "million": 6, "billion": 9}
 _LARGE = re.compile(rf"(?<=[0-9]) ?({'|'.join(_ZEROS)})\b", re.IGNORECASE)
 _TIMES = re.compile(r"(?<=[0-9]) ?(?:x| by ) ?(?=[0-9])")
 _THOUSANDS = re.compile("[1-9][0-9]{0,2}(?: [0-9]{3})+")
-# 2k, k \in \mathbb{Z} and 2k, where k is an integer: that k is any whole number goes without saying.
+# That k is any whole number goes without saying: 2k, k \in \mathbb{Z}; 2k, where k is an integer.
 _IN_INTEGERS = re.compile(
     r"(?<=[^\s,]),? ?\(?[a-z] ?\\in ?(?:\\mathbb ?\{?[ZN]\}?|[ZN])(?:[_^]?\{?[*+]\}?)?\)?[ .]*$"
 )
@@ -119,7 +121,7 @@ _WHOLE = re.compile(
     r",? \(?(?:where|for|with) (?:any |all |every )?\\?[a-z] ?(?:is |are )?(?:an? |any )?"
     r"(?:positive |non-?negative |natural )?(?:integer|whole number|number)s?\)?$"
 )
-_NOON = re.compile(r"(?<=[0-9]) ?([ap])(?:m\b|\. ?m\b\.?)", re.IGNORECASE)
+_NOON = re.compile(r"(?<=[0-9]) ?([ap])\.? ?m$", re.IGNORECASE)
 _NOUN = re.compile(
     r"(?<=[0-9}]) ?\(([a-zA-Z][a-z]{2,}(?: [a-z]+)*|[ck]?m(?:\^[23])?|kg)\)$"
 )  # 9 (apples)
@@ -197,9 +199,11 @@ def plain(text: str) -> str:
     text = _PREAMBLE.sub("", text.strip("*_` ").rstrip("\\ ")).strip("*_` ")
     if not text.endswith("..."):
         text = text.rstrip(".,; ")
-    text = _WHOLE.sub("", _VERDICT.sub("", text))
+    if " " in text:
+        text = _IN.sub(r"\1 \\in ", _WHOLE.sub("", _VERDICT.sub("", text)))
     # 7. One way to write 7:30 pm, 9 (apples), x in [0, 1], (5), {x | x > 3}.
-    text = _IN.sub(r"\1 \\in ", _NOON.sub(lambda match: f" {match[1].lower()}m", text))
+    if text[-1:] in "mM":
+        text = _NOON.sub(lambda match: f" {match[1].lower()}m", text)
     if text.endswith(")"):
         text = _NOUN.sub(r" \1", text)
     single = _SINGLE.fullmatch(text) or _BUILDER.fullmatch(text)
