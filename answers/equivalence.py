@@ -27,7 +27,8 @@ Where reasonable people differ, this is what we chose:
   product.
 - Numbers in a list or set may come in any order, letters and words not; (1, 2) is ordered, and
   equals the list 1, 2.
-- A decimal is what it says: 0.33 is not 1/3, and of 1/3 \approx 0.33 the 1/3 counts. log has base e or 10, whichever makes the two agree.
+- A decimal is what it says: 0.33 is not 1/3, and of 1/3 \approx 0.33 the 1/3 counts. log has base e
+  or 10, whichever makes the two agree.
 - Letter case counts in formulas (R is not r), not in words or single letters.
 - What is no number is not calculated with: times (4:00), dates, ranges (3-5) and runs of capitals
   (HTH) equal themselves only, 3 x 4 (a size) no other size. An identity that zero or infinity

@@ -20,13 +20,12 @@ from answers.formulas import (
     Node,
     NotMaths,
     Parser,
-    aliases,
-    is_product,
     tokenise,
     variables,
 )
 from answers.trees import MIRRORED, has_kind, is_rounding, trees_agree
 from answers.typography import NUMBERS, plain
+from answers.units import changes, unit_of
 
 
 @dataclass(frozen=True)
@@ -41,36 +40,6 @@ class Answer:
 
 # --- From a text to an answer ---------------------------------------------------------------------
 
-_UNITS = aliases("""
-    % percent pct; $ ¤ dollar usd; ¢ cent; € euro; £; degree deg °; radian rad; cup; day; week wk
-    month; year yr; mph; unit; nm nanometer nanometre; mm millimeter millimetre; microm micrometer
-    cm centimeter centimetre; m meter metre; km kilometer kilometre; in inch inche; yard yd
-    ft foot feet; mile mi; g gram gm; kg kilogram; mg milligram; microg microgram; lb pound
-    oz ounce; l L liter litre; ml mL milliliter millilitre; th st nd rd; ms millisecond
-    s second sec; min minute; h hour hr; N newton; J joule; kJ kilojoule; cal calorie
-    kcal kilocalorie; W watt; kW kilowatt; mW milliwatt; MW megawatt; V volt; A ampere amp; ohm
-    kohm; Hz hertz; kHz kilohertz
-    Pa pascal; kPa kilopascal; atm atmosphere; K kelvin; mol mole; eV; mmHg; bpm; rpm""")
-# Words that change what a number says, and beginnings of such words: 3 million, not 3, 3 or more.
-_WORDS_THAT_CHANGE = set(
-    """no nor not neither never zero one two three four five six seven eight nine
-    ten plus minus times over mod sqrt log sine cos sin tan more less fewer greater larger smaller
-    than least most below above between about almost nearly around maybe perhaps either else other
-    except without unless any wrong if when only or but too score gross root cannot""".split()
-)
-_STEMS_THAT_CHANGE = tuple(
-    """eleven twelve thirt fourte fort fift sixt sevent eighte eighty ninet hundred
-    thousand million billion trillion half halves third quarter tenth ninth twelfth dozen lakh crore
-    quadr double twice triple squared cubed factorial infinit infty negative divided multipl added
-    raised power remainder choose approx possibl probabl incorrect false none undefined unknown
-    impossible""".split()
-)
-# Behind a noun or a unit these begin a remark: 8 years | old, 3 cups | of water, 6 | is the answer.
-_IDLE_WORDS = """of old on at for to from by with is are was were has have had will would can
-    wide long tall deep high away left total altogether each that which who so as the""".split()
-_REMARK = re.compile(
-    rf" (?:{'|'.join(_IDLE_WORDS)})\b.*|(?<=\S) in .*| in (?:all|total|the|a)\b.*", re.IGNORECASE
-)
 # A number or formula, a space perhaps, and what may be its unit.
 _TAIL = re.compile(
     r"(.*?(?:[0-9)}\]!]|pi))( ?)"
@@ -107,60 +76,6 @@ _POINT = re.compile(r"([A-Z]) ?(\([^()]*,[^()]*\))")
 _INTEGER = re.compile(r"[-+]?(?:[0-9]+|[1-9][0-9]{0,2}(?:,[0-9]{3})+)")
 _PARTED = re.compile(",|;|and|or")
 _PIECES = re.compile(rf"{THOUSANDS}|[(\[{{)\]}},;]|\b(?:and|or)\b")
-
-
-def _changes(text: str) -> bool:
-    """Returns whether a text has a word that changes what a number beside it says."""
-    if re.search(r"\b(?:square|cube|roots?) of\b|n't\b", text, re.IGNORECASE):
-        return True
-    words = re.findall("[a-z]+", text.lower())
-    return any(word in _WORDS_THAT_CHANGE or word.startswith(_STEMS_THAT_CHANGE) for word in words)
-
-
-def _unit(text: str, glued: bool) -> str | None:
-    """Returns one spelling of a unit: "square metres" -> "m^2", "eggs" -> "egg".
-
-    Returns None if the words are not surely a unit, "" for "is the answer". `glued`: no space
-    stands before them.
-    """
-    if _changes(text):
-        return None
-    text = _REMARK.sub("", text if glued else " " + text)
-    powers = {}  # of each unit
-    last = ""
-    sign = 1
-    power = 1
-    for word in re.findall(r"[^\W\d_]+|\^?-?[1-3]|[^\s.*]", re.sub("[{}]", "", text)):
-        # A known unit, in the singular; F is only a unit behind "degree".
-        lower = word.lower()
-        name = _UNITS.get(word) or _UNITS.get(lower) or _UNITS.get(lower.removesuffix("s"))
-        if list(powers) == ["degree"] and lower in ("c", "celsius", "f", "fahrenheit"):
-            name = lower[0]
-        if lower in ("square", "sq", "cubic"):
-            power = 3 if lower == "cubic" else 2
-        elif lower in ("/", "per", "a") and powers and sign == 1:
-            sign = -1
-        elif powers and (number := word.lstrip("^")).lstrip("-").isdigit():
-            powers[last] = int(number) * (1 if powers[last] > 0 else -1)
-        elif name and not (glued and len(word) == 1 and word.isalpha()):
-            # 3 m is a length; 3m may be 3 times m.
-            last = name
-            powers[last] = sign * power
-            power = 1
-            glued = False
-        elif _is_noun(word) and not glued:
-            # "18 eggs": any noun will do, since 18 is all that was asked for.
-            last = lower.removesuffix("s")
-            powers[last] = sign
-        else:
-            return None
-    spelling = " ".join(f"{name}^{power}".removesuffix("^1") for name, power in powers.items())
-    return {"mile h^-1": "mph"}.get(spelling, spelling)
-
-
-def _is_noun(word: str) -> bool:
-    """Returns whether a word is surely no product of letters or a function."""
-    return word.isalpha() and (len(word) > 3 or len(word) == 3 and not is_product(word))
 
 
 _IDLE = re.compile(r"(?<=[0-9]) ?(\*) ?(?=[0-9])|(?<=[0-9])( )(?=[0-9])| |\*")
@@ -256,7 +171,7 @@ def parse_sentence(text: str) -> Answer | None:
     starts = [match.end() for match in re.finditer(" ", words[0])][:32] if words else []
     for start in (0, *starts):
         before, rest = text[:start], text[start:]
-        if before and (_changes(before) or _NO_STATEMENT.search(before)):
+        if before and (changes(before) or _NO_STATEMENT.search(before)):
             continue
         # An ordinary word is no value; "72 clips in April and May" is no list.
         word = re.match("([a-zA-Z]{4,}) ", rest)
@@ -296,7 +211,7 @@ def _single(text: str) -> Answer:
     # 3. A formula with a unit behind it. "S3 gallop" is no number of gallops.
     body = text if text.isascii() else _MONEY.sub(r"\1\3 \2", text)  # -$5 -> -5 $
     match = _TAIL.fullmatch(body)
-    unit = _unit(match[3], glued=not match[2]) if match else None
+    unit = unit_of(match[3], glued=not match[2]) if match else None
     if unit is not None and not (unit == "degree" and _TRIG_CALL.search(body)):
         answer = _formula(match[1], canonical, unit)
         if answer and not variables(answer.value):
@@ -352,8 +267,8 @@ def _formula(text: str, canonical: str, unit: str) -> Answer | None:
     if not (name or relation) and "=" in text and (answer is None or answer.value[0] == "chain"):
         place = _GROUP.sub(lambda match: "#" * len(match[0]), text).find("=")
         quantity = _GROUP.sub("", text[:place]).strip()
-        changes = _changes(re.sub(r"\\[a-z]+", "", quantity))
-        if _QUANTITY.fullmatch(quantity) and place > 0 and not changes:
+        changed = changes(re.sub(r"\\[a-z]+", "", quantity))
+        if _QUANTITY.fullmatch(quantity) and place > 0 and not changed:
             value = _formula(text[place + 1 :].strip(), canonical, unit)
             # Only m + n = 113 is a sum with a value; x + y = 4 and a + b = 0 are relations.
             trivial = "+" in quantity and (not value or value.value in (("num", 0), ("num", 1)))

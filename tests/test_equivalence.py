@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import pytest
 
-from answers import equivalence, formulas, parsing, trees, typography
+from answers import equivalence, formulas, parsing, trees, typography, units
 from answers.equivalence import answers_agree, is_equivalent
 from answers.formulas import (
     MAX_BITS,
@@ -310,6 +310,6 @@ def test_limits():
 
 
 def test_examples_in_the_docstring():
-    for module in (formulas, trees, parsing, equivalence, typography):
+    for module in (formulas, trees, parsing, equivalence, typography, units):
         result = doctest.testmod(module)
         assert result.attempted >= 2 and result.failed == 0
