@@ -563,24 +563,18 @@ def _integer_root(number: int, degree: int) -> int | None:
 
 # Functions of x; m is math, or cmath for complex numbers.
 _SMOOTH = {
-    "sin": lambda m, x: m.sin(x),
-    "cos": lambda m, x: m.cos(x),
-    "tan": lambda m, x: m.tan(x),
     "cot": lambda m, x: 1 / m.tan(x),
     "sec": lambda m, x: 1 / m.cos(x),
     "csc": lambda m, x: 1 / m.sin(x),
-    "arcsin": lambda m, x: m.asin(x),
-    "arccos": lambda m, x: m.acos(x),
-    "arctan": lambda m, x: m.atan(x),
     "arccot": lambda m, x: m.pi / 2 - m.atan(x),
     "arcsec": lambda m, x: m.acos(1 / x),
     "arccsc": lambda m, x: m.asin(1 / x),
-    "sinh": lambda m, x: m.sinh(x),
-    "cosh": lambda m, x: m.cosh(x),
-    "tanh": lambda m, x: m.tanh(x),
-    "exp": lambda m, x: m.exp(x),
     "ln": lambda m, x: m.log(x),
 }
+for _name in ("sin", "cos", "tan", "sinh", "cosh", "tanh", "exp"):
+    _SMOOTH[_name] = lambda m, x, name=_name: getattr(m, name)(x)
+for _name in ("sin", "cos", "tan"):
+    _SMOOTH["arc" + _name] = lambda m, x, name="a" + _name: getattr(m, name)(x)
 _ZERO_AT_ZERO = ("sin", "tan", "arcsin", "arctan", "sinh", "tanh")
 _CONSTANTS = {
     "pi": Approx(math.pi, 2e-16),

@@ -54,7 +54,6 @@ def _ascii(text: str) -> str:
 _MACRO = (
     r"\\(?:(?:text|math)(?:bf|it|rm|sf|tt|normal)?|[fm]box|boxed|operatorname|boldsymbol|bm)\s*"
 )
-_WRAPPED = re.compile(_MACRO + r"\{(.*)\}")
 # Commands that are for the eye only, and others by what they say.
 _FOR_THE_EYE = """left right middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr
     displaystyle textstyle limits phantom hline""".split()
@@ -64,6 +63,7 @@ _COMMANDS |= {"lor": " or ", "vee": " or ", "land": " and ", "wedge": " and ", "
 _COMMANDS |= {"rangle": ")", "lbrace": r"\{", "rbrace": r"\}", "R": r"\mathbb{R}", "cr": r"\\"}
 _COMMANDS |= {"quad": " ", "qquad": " ", "tabularnewline": r"\\"}
 _COMMAND = re.compile(r"\\([a-zA-Z]+)")
+_WRAPPED = re.compile(_MACRO + r"\{(.*)\}")
 _LATEX = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
@@ -76,7 +76,7 @@ _LATEX = [
         # a\,b -> a b, and \[5\] -> 5
         (r"(?<!\\)\\[,;:! ()\[\]]|~|\\hspace\{[^{}]*\}", " "),
         # 90^{\circ} -> 90°
-        (r"\^\s*(?:\{\s*)?\\(?:circ|degree)(?![a-zA-Z])(?:\s*\})?|\\degree(?![a-zA-Z])", "°"),
+        (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-zA-Z]))|\^?\\degree(?![a-zA-Z])", "°"),
         # 5^{\text{th}} -> 5th
         (r"\^ ?\{? ?\\(?:text|mathrm) ?\{ ?(st|nd|rd|th) ?\} ?\}?", r"\1"),
         # 5 \mu \text{m} -> 5 microm
@@ -125,6 +125,9 @@ _NOON = re.compile(r"(?<=[0-9]) ?([ap])\.? ?m$", re.IGNORECASE)
 _NOUN = re.compile(
     r"(?<=[0-9}]) ?\(([a-zA-Z][a-z]{2,}(?: [a-z]+)*|[ck]?m(?:\^[23])?|kg)\)$"
 )  # 9 (apples)
+_REALS = re.compile(
+    r"(?:[a-z] (?:is|\\in) )?(?:(?:all|any) )?(?:real numbers?|reals)", re.IGNORECASE
+)
 _IN = re.compile(r"^([a-zA-Z]) in (?=[(\[{\\])")
 _SINGLE = re.compile(r"\(([^(),]*)\)")  # (B) and (-3), but not the pair (1,234)
 _BUILDER = re.compile(  # {x | x > 3}, {x \in \mathbb{R} : x > 3}
@@ -166,7 +169,7 @@ def plain(text: str) -> str:
         text = _ascii(text)
         if len(text) > MAX_CHARS:  # some signs stand for many letters
             return ""
-    text = " ".join(text.split())
+    text = " ".join(text.split()).replace("=/=", "!=")
     if "\\" in text:
         text = text.replace("\\$", "¤").replace("\\%", "%").replace("\\&", "&")
     # 2. A pair of dollars encloses a formula; a single one is money.
@@ -206,5 +209,7 @@ def plain(text: str) -> str:
         text = _NOON.sub(lambda match: f" {match[1].lower()}m", text)
     if text.endswith(")"):
         text = _NOUN.sub(r" \1", text)
+    if _REALS.fullmatch(text):
+        return r"\mathbb{R}"
     single = _SINGLE.fullmatch(text) or _BUILDER.fullmatch(text)
     return single[single.lastindex].strip() if single else text
