@@ -835,13 +835,16 @@ def random_point(names: frozenset[str], turn: int) -> dict[str, Value]:
     between 0 and 1 (for arcsin); the last three have small whole ones in reverse order (n of m).
     """
     point = {}
-    for rank, name in enumerate(sorted(names, reverse=turn > 12)):
+    for rank, name in enumerate(sorted(names)):
         random = zlib.crc32(f"{turn} {name}".encode())
-        if 5 <= turn < 8:
+        if turn < 3:
+            point[name] = 2 + 3 * rank + random % (3 + turn)
+        elif turn < 5:
+            point[name] = 2 + random % 11
+        elif turn < 8:
             point[name] = Fraction(random % 60_000 - (30_000 if turn > 5 else -1), 101)
-        elif 8 <= turn < 13:
+        elif turn < 13:
             point[name] = Fraction(1 + random % 996, 997)
         else:
-            ordered = turn < 3 or turn > 12
-            point[name] = 2 + (3 * rank + random % 3 if ordered else random % 11)
+            point[name] = 2 + 3 * (len(names) - rank) + random % 4
     return point

@@ -169,13 +169,17 @@ def parse_sentence(text: str) -> Answer | None:
     text = plain(text)
     words = _WORDS.match(text) if " " in text else None
     starts = [match.end() for match in re.finditer(" ", words[0])][:32] if words else []
+    attempts = 0
     for start in (0, *starts):
         before, rest = text[:start], text[start:]
         if before and (changes(before) or _NO_STATEMENT.search(before)):
             continue
         # An ordinary word is no value; "72 clips in April and May" is no list.
-        word = re.match("([a-zA-Z]{4,}) ", rest)
+        word = re.match("([a-zA-Z]{2,}) ", rest)
         if before and not (word and word[1].lower() not in NUMBERS):
+            attempts += 1
+            if attempts > 8:
+                return None
             answer = _parse(rest)
             if answer is not None and answer.value is not None and answer.value[0] != "var":
                 return answer

@@ -1,6 +1,6 @@
 """Is there an answer that is right too often? A policy would find it, so we look for it first.
 
-    python benchmarks/constant_answers.py [FILE ...]      # files with questions and answers
+    python benchmarks/constant_answers.py [--data FILE ...] [--length 3]
 
 Writes down degenerate, empty and ambiguous answers and everything that short formulas of odd pieces
 spell, and asks for each which truths accept it. Truths that are not the same must not accept the
@@ -25,7 +25,7 @@ from hub.options import option, parse_options, run_command  # noqa: E402
 class ConstantOptions:
     """Is there an answer that is right too often? Asks the tables' truths, and those of files."""
 
-    files: list[str] = option([], "files with questions and answers", positional=True)
+    data: list[str] = option([], "files with questions and answers, whose truths are asked too")
     length: int = option(2, "pieces that an answer may have", low=1)
 
 
@@ -87,7 +87,7 @@ def suspects(answers: list[str], truths: list[str]) -> dict[str, list[str]]:
 def main(argv: list[str]) -> None:
     options = parse_options(ConstantOptions, argv)
     truths = table_truths()
-    for file in options.files:
+    for file in options.data:
         truths += [as_text(example.answer) for example in read_examples(file)]
     truths = list(dict.fromkeys(truths))
     answers = constants(options.length)
