@@ -22,10 +22,10 @@ later. So every rule errs on the side of "wrong": one answer, in its place, in b
 import re
 from collections.abc import Sequence
 
-from answers.boxes import box_content, says_more_than_its_box
+from answers.boxes import boxed_answer
 from answers.choice import choose
 from answers.equivalence import as_text, is_equivalent, rounds_to
-from answers.formulas import MAX_CHARS
+from answers.typography import MAX_CHARS
 
 __all__ = ["accuracy_reward", "extract_answer", "is_equivalent"]
 
@@ -48,12 +48,9 @@ def extract_answer(response: str) -> str | None:
     _, tag, inside = text.rpartition("</answer>")[0].rpartition("<answer>")
     if tag:
         text = inside.partition("</answer>")[0]
-    # 3. The last box in it; without a box, what the tags hold, or else what GSM8K's "####" marks.
-    box = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
-    if box >= 0:
-        if tag and says_more_than_its_box(text, box):
-            return None
-        text = box_content(text[box:]) or ""
+    # 3. The last box in it, or boxes that are a list; else what the tags hold, or GSM8K's "####".
+    if "\\boxed" in text or "\\fbox" in text:
+        text = boxed_answer(text, strict=bool(tag)) or ""
     elif not tag:
         text = text.rpartition("####")[2].partition("\n")[0].strip() if "####" in text else ""
         if not re.match(r"[-+$]*\.?[0-9]", text):  # "#### Step 2" is a heading, not an answer

@@ -2,8 +2,8 @@ r"""What a \boxed{} holds, and whether an answer says more than that."""
 
 import re
 
-from answers.formulas import MAX_CHARS
 from answers.parsing import is_value
+from answers.typography import MAX_CHARS
 
 
 def box_content(text: str) -> str | None:
@@ -25,26 +25,49 @@ def box_content(text: str) -> str | None:
     return None
 
 
+_MAX_BOXES = 16
+_JOINT = re.compile(r"[\s$.,;&]*(?:and|or)?[\s$,]*(?:[a-z](?:_[0-9a-z])? ?= ?[\s$]*)?")
 _FILLER = ",;:$*( \n\t"
-_OPERATOR_BEHIND = re.compile(r"[\s$)]*[-+/^!](?!\\circ|\{\\circ)")
-_FURTHER_VALUE = re.compile(r"[\s.$*)]*(?:[,;]|or\b|and\b)[\s$]*(?=\S)")
+_OPERATOR_BEHIND = re.compile(r"[\s$)}]*[-+/^!](?!\\circ|\{\\circ)")
+_FURTHER_VALUE = re.compile(r"[\s.$*)}]*(?:[,;]|or\b|and\b)[\s$]*(?=\S)")
 
 
-def says_more_than_its_box(text: str, last: int) -> bool:
-    r"""Returns whether a text gives another answer than its last box (at `last`), or one more.
+def boxed_answer(text: str, strict: bool) -> str | None:
+    r"""Returns what the last box of a text holds: 4 of \boxed{2}, or no, \boxed{4}.
 
-    \boxed{3} or \boxed{4}, 3 \boxed{4} and -\boxed{4} do; a box inside a box is one answer.
+    Boxes that nothing but commas, "and" and "or" part are a list: \boxed{2} or \boxed{4} is 2, 4.
+    Returns None if a box is not closed or, if `strict`, if the text gives one more answer: further
+    boxes, 3 \boxed{4}, -\boxed{4}.
     """
-    first = re.search(r"\\(?:boxed|fbox)", text).start()
+    first = _last_box(text)
     content = box_content(text[first:])
-    if content is None or (first < last and "box" not in content):
-        return True
-    # What stands before the box: an operator, or a value, perhaps joined by "or".
-    before = text[:first].rstrip(_FILLER).removesuffix("or").removesuffix("and").rstrip(_FILLER)
+    behind = text[first:].partition(f"{{{content}}}")[2] if strict and content else ""
+    contents = [content]
+    while None not in contents and len(contents) < _MAX_BOXES:
+        before = _last_box(text, first)
+        content = box_content(text[before:]) if before >= 0 else None
+        between = text[before:first].partition(f"{{{content}}}") if content else ("", "", "")
+        if between[1] and _JOINT.fullmatch(between[2]):
+            contents.insert(0, content)
+        elif not strict or before < 0:
+            break
+        elif between[1] or not content or "box" not in content:  # a box in a box is one answer
+            return None
+        first = before
+    if None in contents or strict and _says_more(text[:first], behind):
+        return None
+    return ", ".join(contents)
+
+
+def _last_box(text: str, end: int | None = None) -> int:
+    return max(text.rfind("\\boxed", 0, end), text.rfind("\\fbox", 0, end))
+
+
+def _says_more(before: str, behind: str) -> bool:
+    """Returns whether what stands beside a box is an operator or a value, perhaps behind "or"."""
+    before = before.rstrip(_FILLER).removesuffix("or").removesuffix("and").rstrip(_FILLER)
     if before.endswith(("-", "+", "/", "^", "{")) or is_value(before):
         return True
-    # What stands behind it.
-    behind = text[first:].partition("{" + content + "}")[2]
     if _OPERATOR_BEHIND.match(behind):
         return True
     further = _FURTHER_VALUE.match(behind)

@@ -1,9 +1,11 @@
 """Multiple choice: which option does an answer name?"""
 
 import re
+from functools import lru_cache
 
 from answers.equivalence import is_equivalent, same_text
-from answers.formulas import Budget, plain
+from answers.formulas import Budget
+from answers.typography import plain
 
 _LETTER = re.compile(  # the letter, what sets it off from a text, the text
     r"[(\[]?(?:(?:option|choice) ?:? ?)?[(\[]?([A-P])(?![\w'^])"
@@ -15,7 +17,16 @@ _LETTERS_BEHIND = re.compile(
 )
 _NAMED = re.compile(r"""[(\["']([A-P])[)\]"']|(?:OPTION|CHOICE|ANSWER) ?:? ?([A-P])\b""")
 _JOINTS = re.compile(r"[,;/=]|\b(?:or|and|but|not)\b")
-_ECHO = re.compile(r"\(?B[:.)]{1,2} ?No", re.IGNORECASE)  # the example in the paper's prompts
+# Words that take the letter back: B: wrong, B is not it, B or none. "B: No" echoes the prompts.
+_TAKEN_BACK = re.compile(
+    r"^(?:no$|no[,.] |(?:is )?not\b(?! enough)|(?:(?:it|this|that) is )?(?:wrong|false|untrue)"
+    r"|never|neither|none|impossible)|\bincorrect"
+    r"|\b(?:not|n't|never) (?:the |a |an )?(?:correct|right|true|answer|best|it\b|this\b|chosen)"
+    r"|(?<!others )(?<!rest )\b(?:is|are|was|be|looks|seems) (?:wrong|false|excluded|eliminated)"
+    r"|\b(?:all|both|none|any|either|neither) (?:of|are|is)\b|\b(?:maybe|perhaps)\b"
+    r"|\b(?:or|and|but) (?:none|not|neither|both|all|any)",
+    re.IGNORECASE,
+)
 
 
 def choose(answer: str, options: dict[str, str]) -> str | None:
@@ -27,6 +38,7 @@ def choose(answer: str, options: dict[str, str]) -> str | None:
     1  a letter                                       B                    B
     2  the very text of one option                    3                    B
     3  a letter alone, or with its own text           (b), Option B: 6/2   B
+       (texts count with their case, unless none is the same)
     4  a letter set off from words about nothing else B: it is odd         B
     5  a capital set off from anything else           B: 2, B: A or B      none
     6  equivalent to one option                       x = 3                B
@@ -35,7 +47,7 @@ def choose(answer: str, options: dict[str, str]) -> str | None:
     text = plain(answer.replace("\n", "; "))
     if text in options:
         return text  # row 1
-    exact = [letter for letter, option in options.items() if same_text(answer, option)]
+    exact = _same_texts(answer, options)
     if len(exact) == 1:
         return exact[0]  # row 2
     budget = Budget()
@@ -43,18 +55,33 @@ def choose(answer: str, options: dict[str, str]) -> str | None:
     letter = match[1].upper() if match else ""
     if letter in options:
         mark, words = match[2].strip(), match[3].strip()
-        if not words or is_equivalent(words, options[letter], budget):
+        same = _same_texts(words, options) or [letter]
+        if not words or letter in same and is_equivalent(words, options[letter], budget):
             return letter  # row 3
         # A capital may be set off by any mark; "a." or "a," may be a word.
         is_capital = match[1].isupper()
         if mark and (is_capital or mark[0] in ":)]"):
             others = {other: option for other, option in options.items() if other != letter}
-            if not _names_any(words, others, budget) and not _ECHO.fullmatch(text):
+            own = options[letter]
+            said = words[len(own) :] if words.casefold().startswith(own.casefold()) else words
+            if not (_TAKEN_BACK.search(said) or _names_any(words, others, budget)):
                 return letter  # row 4
         if mark and is_capital:
             return None  # row 5
     equivalent = [key for key, option in options.items() if is_equivalent(answer, option, budget)]
     return equivalent[0] if len(equivalent) == 1 else None  # rows 6 and 7
+
+
+@lru_cache(maxsize=4096)
+def _spelling(text: str) -> str:
+    return "".join(plain(text).split())
+
+
+def _same_texts(text: str, options: dict[str, str]) -> list[str]:
+    """Returns the letters of the options with this text; if there are any, with its very case."""
+    spelling = _spelling(text)
+    cased = [key for key, option in options.items() if spelling and _spelling(option) == spelling]
+    return cased or [key for key, option in options.items() if same_text(text, option)]
 
 
 def _names_any(words: str, options: dict[str, str], budget: Budget) -> bool:

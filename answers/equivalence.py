@@ -27,15 +27,20 @@ Where reasonable people differ, this is what we chose:
   product.
 - Numbers in a list or set may come in any order, letters and words not; (1, 2) is ordered, and
   equals the list 1, 2.
-- A decimal is what it says: 0.33 is not 1/3. log has base e or 10, whichever makes the two agree.
+- A decimal is what it says: 0.33 is not 1/3, and of 1/3 \approx 0.33 the 1/3 counts. log has base e
+  or 10, whichever makes the two agree.
 - Letter case counts in formulas (R is not r), not in words or single letters.
+- What is no number is not calculated with: times (4:00), dates, ranges (3-5) and runs of capitals
+  (HTH) equal themselves only, 3 x 4 (a size) no other size. An identity that zero or infinity
+  satisfies proves nothing: 0:0, 0/0, 0^0, \log_0 and \infty + 1 equal nothing.
 """
 
 import re
 
-from answers.formulas import MAX_CHARS, Budget, Node
-from answers.parsing import Answer, parse_answer, parse_truth
-from answers.trees import by_value, relations_agree, trees_agree
+from answers.formulas import Budget, Node
+from answers.parsing import Answer, parse_answer, parse_sentence, parse_truth
+from answers.trees import agree_in_any_order, plain_number, relations_agree, trees_agree
+from answers.typography import MAX_CHARS
 
 
 def answers_agree(one: Answer, other: Answer, budget: Budget) -> bool:
@@ -48,15 +53,19 @@ def answers_agree(one: Answer, other: Answer, budget: Budget) -> bool:
     if one.name != other.name and "=" in _relation_signs(one, other):
         return relations_agree(_as_relation(one), _as_relation(other), budget)
     # 2. Units and names must be the same if both sides have them.
-    if one.unit != other.unit and (one.unit and other.unit or "base" in one.unit + other.unit):
+    if one.unit != other.unit and (one.unit and other.unit or "base " in one.unit + other.unit):
         return False
     if one.name != other.name and one.name and other.name:
         return False
-    # 3. The values.
-    if one.value[0] == "list":
-        return _list_agrees(one.value[1], other.value, budget)
+    sizes = {answer.value[0] == "size" for answer in (one, other)}
+    if len(sizes) > 1 and (one.unit if one.value[0] == "size" else other.unit):
+        return False  # a 3 x 5 matrix is not 15
+    # 3. The values. The list 2, 3 is the pair (2, 3), but not the interval 2 < x < 3.
     if other.value[0] == "list":
-        return _list_agrees(other.value[1], one.value, budget)
+        one, other = other, one
+    if one.value[0] == "list":
+        interval = other.value[0] == "seq" and re.fullmatch("[a-z]", other.name)
+        return not interval and _list_agrees(one.value[1], other.value, budget)
     if trees_agree(one.value, other.value, budget):
         return True
     # 4. 50% is also 0.5, and 180 degrees are also pi.
@@ -90,60 +99,41 @@ def _as_relation(answer: Answer) -> Node:
 def _list_agrees(items: tuple[Answer, ...], value: Node, budget: Budget) -> bool:
     r"""Returns whether a list agrees with what another answer has for a value. Four kinds do:
 
-    a list     1, 2              2, 1                 see `_lists_agree`
+    a list     1, 2              2, 1                 in any order, also x = 1, x = 2
+               x = 1, y = 2      y = 2, x = 1         by name, if all have names
+               x = 1, y = 2      1, 2                 in order, if one side has several names
     a set      1, 2              \{2, 1\}             in any order
     a union    (0, 1), (2, 3)    (2, 3) \cup (0, 1)   in any order
     a tuple    1, 2              (1, 2)               in order, by name x = 1, y = 2
     """
     kind = value[0]
-    names = [item.name for item in items]
     if kind == "list":
-        return _lists_agree(items, value[1], budget)
-    if kind in ("set", "union"):
-        elements = by_value(value[1], budget)
-        items = by_value(items, budget, _tree)
-        names_fit = len(set(names) - {""}) < 2
-    elif kind == "seq" and (value[1] == "()" or len(value[2]) > 2):
-        elements = value[2]
-        names_fit = not any(names) or names == sorted(set(names))
+        others = value[1]
+    elif kind in ("set", "union") or kind == "seq" and (value[1] == "()" or len(value[2]) > 2):
+        others = tuple(Answer(node, str(node)) for node in value[-1])
     else:
         return False
-    return (
-        names_fit
-        and len(items) == len(elements)
-        and all(trees_agree(item.value, element, budget) for item, element in zip(items, elements))
-    )
-
-
-def _tree(item: Answer) -> Node:
-    return item.value
-
-
-def _lists_agree(items: tuple[Answer, ...], others: tuple[Answer, ...], budget: Budget) -> bool:
-    """Returns whether two lists hold the same answers. Three orders are possible:
-
-    by value    1, 2            2, 1            also x = 1, x = 2
-    by name     x = 1, y = 2    y = 2, x = 1    all have names, at least two different ones
-    as it is    x = 1, y = 2    1, 2            one side has several names, the other none
-    """
-    if len(items) != len(others):
+    names, other_names = ([item.name for item in side] for side in (items, others))
+    several = any(len(set(side) - {""}) > 1 for side in (names, other_names))
+    if several and kind in ("set", "union"):
         return False
-    names, other_names = ({item.name for item in side} - {""} for side in (items, others))
-    several = len(names) > 1 or len(other_names) > 1
-    all_named = all(item.name for item in (*items, *others))
-    as_it_is = several and not (names and other_names)
-    if several and all_named:
-        items = sorted(items, key=lambda item: item.name)
-        others = sorted(others, key=lambda item: item.name)
-    elif not as_it_is:
-        items = by_value(items, budget, _tree)
-        others = by_value(others, budget, _tree)
-    return all(answers_agree(one, other, budget) for one, other in zip(items, others))
+    if kind == "seq" and any(names) and names != sorted(set(names)):
+        return False
+
+    def agree(one: Answer, other: Answer) -> bool:
+        return answers_agree(one, other, budget)
+
+    if several and all(names + other_names):
+        items, others = (sorted(side, key=lambda item: item.name) for side in (items, others))
+    elif kind != "seq" and not (several and any(names) != any(other_names)):
+        return agree_in_any_order(items, others, agree)
+    return len(items) == len(others) and all(map(agree, items, others))
 
 
 def is_equivalent(predicted: str, truth: str, budget: Budget | None = None) -> bool:
-    """Returns whether two answers agree. Symmetric; never raises.
+    """Returns whether two answers agree. Never raises.
 
+    Symmetric, but for sentences: an answer may state its value in one, a truth is what it is.
     Numbers are taken as text; what is neither, or is longer than MAX_CHARS, equals nothing. Several
     calls may share one budget.
     """
@@ -157,14 +147,38 @@ def is_equivalent(predicted: str, truth: str, budget: Budget | None = None) -> b
         return False
     if answers_agree(one, other, budget):
         return True
-    # 100,200 is a number, but against a list it may be one: 100, 200.
-    if one.value is None or other.value is None:
+    if other.value is None:
         return False
-    one_list = (one.value[0] == "list") != (other.value[0] == "list")
-    if not one_list or any(re.search(",0[0-9]|and|or", text) for text in texts):
+    if one.value is None:
+        one = parse_sentence(texts[0])
+        return one is not None and answers_agree(one, other, budget)
+    # What a comma in digits means shows the other side: 100,200 may be 100, 200, and 0,5 be 0.5.
+    if (one.value[0] == "list") == (other.value[0] == "list"):
         return False
-    one, other = (parse_answer(text.replace(",", ", ")) for text in texts)
-    return one is not None and other is not None and answers_agree(one, other, budget)
+    for respelled in (_parted, _decimal):
+        pair = [respelled(text) for text in texts]
+        one, other = map(parse_answer, pair)
+        if pair != texts and one and other and answers_agree(one, other, budget):
+            return True
+    return False
+
+
+def _parted(text: str) -> str:
+    """Returns 100,200 as a list; 500,000 is none, whatever stands opposite."""
+    return text if re.search(",0[0-9]|and|or", text) else text.replace(",", ", ")
+
+
+_DECIMAL_COMMA = re.compile(  # 0,5 and 3,14 and 1.234,56 and 2,5 cm, but not 2,5 and 1,234
+    r"[\s$]*(?!0,0+$)([-+]?(?:(?:0|[1-9][0-9]{0,2}(?:\.[0-9]{3})+),[0-9]+"
+    r"|[0-9]+,(?:[0-9]{2}|[0-9]{4,})"
+    r"|[0-9]+,[0-9](?= ?[a-zA-Z%\\€])))([^0-9,]*)"
+)
+
+
+def _decimal(text: str) -> str:
+    """Returns a number with a decimal comma with a decimal point, any other text as it is."""
+    match = _DECIMAL_COMMA.fullmatch(text)
+    return match[1].replace(".", "").replace(",", ".") + match[2] if match else text
 
 
 def same_text(answer: str, option: str) -> bool:
@@ -183,20 +197,10 @@ def rounds_to(answer: str, truth: str, decimals: int) -> bool:
         return False
     if one.unit and other.unit and one.unit != other.unit:
         return False
-    number, other_number = _plain_number(one.value), _plain_number(other.value)
-    if number is None or other_number is None:
+    numbers = [plain_number(side.value) for side in (one, other)]
+    if None in numbers or max(map(abs, numbers)) >= 10**15:
         return False
-    return round(number, decimals) == round(other_number, decimals)
-
-
-def _plain_number(value: Node | None) -> float | None:
-    """Returns the number that a tree is, perhaps with a minus sign; None if none or huge."""
-    if value is None:
-        return None
-    if value[0] == "neg":
-        number = _plain_number(value[1])
-        return None if number is None else -number
-    return float(value[1]) if value[0] == "num" and value[1] < 10**15 else None
+    return round(float(numbers[0]), decimals) == round(float(numbers[1]), decimals)
 
 
 def as_text(value: object) -> str:

@@ -2,17 +2,16 @@ r"""Formulas in LaTeX and plain maths: from a text to a tree, and from a tree to
 
 Standard library only. Nothing is ever evaluated by Python or a computer algebra system (sympy's
 parser calls `eval`, and 9**9**9**9 would run for ever), and every call is short: lengths, nesting,
-numbers and the work done are capped. Four steps, top to bottom:
+numbers and the work done are capped. Three steps, top to bottom:
 
-1. `plain` drops what is typography only: spaces, $, \left, \text{..}, markdown.
-2. `tokenise` cuts the rest into numbers, letters, commands and signs. A word that is none of maths
-   is an error.
-3. `Parser` turns tokens into a tree, by precedence climbing (Pratt, "Top down operator precedence",
+1. `tokenise` cuts a text (of which typography.py has made plain LaTeX) into numbers, letters,
+   commands and signs. A word that is none of maths is an error.
+2. `Parser` turns tokens into a tree, by precedence climbing (Pratt, "Top down operator precedence",
    POPL 1973).
-4. `Evaluator` gives a tree's value: exact (int, Fraction) as long as it can, else a float with a
+3. `Evaluator` gives a tree's value: exact (int, Fraction) as long as it can, else a float with a
    bound on its error.
 
->>> tree = Parser(tokenise(plain(r"$\frac{1}{2} + 2x$"))).parse()
+>>> tree = Parser(tokenise(r"\frac{1}{2} + 2x")).parse()
 >>> tree
 ('+', ('/', ('num', 1), ('num', 2)), ('*', ('num', 2), ('var', 'x')))
 >>> Evaluator({"x": Fraction(3, 4)}, Budget())(tree)
@@ -26,7 +25,8 @@ import zlib
 from dataclasses import dataclass
 from fractions import Fraction
 
-MAX_CHARS = 512  # longer answers are refused
+from answers.typography import NUMBERS
+
 MAX_TOKENS = 128  # of one formula
 MAX_DEPTH = 24  # of brackets, fractions and powers in one another
 MAX_BITS = 2**15  # of an exact number: 2019^{2020} has 22,178
@@ -46,153 +46,6 @@ class NoValue(Exception):
 
 # What an evaluation may raise. ArithmeticError: overflow; ValueError: a domain's border.
 NO_VALUE = (NoValue, ArithmeticError, ValueError, RecursionError)
-
-
-# --- Typography -----------------------------------------------------------------------------------
-
-# The first character of each word stands for the rest of the word.
-_UNICODE = {
-    ord(word[0]): word[1:] + (" " if word[1] == "\\" and word[-1].isalnum() else "")
-    for word in r"""
-    −- –- —- ×* ·* ⋅* ∙* ÷/ ⁄/ ∕/ ∶: ≤<= ≥>= ⩽<= ⩾>= ≠!= ′' ‘' ’' “" ”" …... º° ℝ\mathbb{R}
-    π\pi θ\theta α\alpha β\beta √\sqrt ∞\infty ±\pm ∪\cup ∈\in ∅\emptyset ≈\approx
-    ½\frac12 ⅓\frac13 ⅔\frac23 ¼\frac14 ¾\frac34""".split()
-}
-_RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+|[₀₁₂₃₄₅₆₇₈₉]+")
-_DIGITS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻₀₁₂₃₄₅₆₇₈₉", "0123456789-0123456789")
-
-
-def _raised(match: re.Match) -> str:
-    """Returns a run of raised or lowered digits as one exponent or subscript: 10¹² is 10^{12}."""
-    sign = "_" if match[0][0] in "₀₁₂₃₄₅₆₇₈₉" else "^"
-    digits = match[0].translate(_DIGITS)
-    return sign + (digits if len(digits) == 1 else f"{{{digits}}}")
-
-
-_MACRO = (
-    r"\\(?:(?:text|math)(?:bf|it|rm|sf|tt|normal)?|[fm]box|boxed|operatorname|boldsymbol|bm)\s*"
-)
-_WRAPPED = re.compile(_MACRO + r"\{(.*)\}")
-_LATEX = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        # 1{,}234 -> 1234, and 1\,234 -> 1234
-        (r"(?<=[0-9])(?:\{,\}|,\\! ?|\\[,! ])(?=[0-9]{3}(?![0-9]))", ""),
-        # \left( -> (, and \right. -> nothing
-        (
-            r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits|phantom)(?![a-zA-Z])\.?",
-            "",
-        ),
-        # a\,b -> a b, and \[5\] -> 5
-        (r"(?<!\\)\\[,;:! ()\[\]]|\\q?quad(?![a-zA-Z])|~|\\hspace\{[^{}]*\}", " "),
-        # 90^{\circ} -> 90°
-        (r"\^\s*(?:\{\s*)?\\(?:circ|degree)(?![a-zA-Z])(?:\s*\})?|\\degree(?![a-zA-Z])", "°"),
-        # 5^{\text{th}} -> 5th
-        (r"\^ ?\{? ?\\(?:text|mathrm) ?\{ ?(st|nd|rd|th) ?\} ?\}?", r"\1"),
-        # \text{ cm} -> cm
-        (_MACRO + r"\{([^{}]*)\}", r" \1 "),
-        # 2k, k \in \mathbb{Z} -> 2k: that k is any whole number goes without saying
-        (r",? ?\(?[a-z] ?\\in ?\\mathbb ?\{?[ZN]\}?\)?[ .]*$", ""),
-        # 1 \lor 2 -> 1 or 2
-        (r"\\(?:lor|vee)(?![a-zA-Z])", " or "),
-        # 1 \land 2 -> 1 and 2
-        (r"\\(?:land|wedge)(?![a-zA-Z])", " and "),
-        # 1, \ldots, n -> 1, ..., n
-        (r"\\(?:[lc]dots|dots[bcimo]?)(?![a-zA-Z])", "..."),
-        # \langle 1, 2 \rangle -> (1, 2)
-        (r"\\langle(?![a-zA-Z])", "("),
-        (r"\\rangle(?![a-zA-Z])", ")"),
-        # \lbrace 1 \rbrace -> \{1\}
-        (r"\\lbrace(?![a-zA-Z])", r"\\{"),
-        (r"\\rbrace(?![a-zA-Z])", r"\\}"),
-    )
-]
-_BOLD = re.compile(r"(?<![\w)])\*\*([^*]+)\*\*(?!\w)")
-_PREAMBLE = re.compile(  # The final answer is: 5 -> 5, and = 5 -> 5
-    r"^(?:(?:the )?(?:final |correct |best )?(?:answer|option|choice) ?(?:is|:|=) ?:? ?"
-    r"|(?:\\approx|=) ?)",
-    re.IGNORECASE,
-)
-_SMALL = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen
-    fifteen sixteen seventeen eighteen nineteen""".split()
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-_NUMBERS = {word: number for number, word in enumerate(_SMALL)}
-_NUMBERS |= {word: 10 * number for number, word in enumerate(_TENS, 2)}
-_WORD = re.compile("[a-zA-Z]{4}")
-_COMPOUND = re.compile(rf"\b({'|'.join(_TENS)})[- ]({'|'.join(_SMALL[1:10])})\b", re.IGNORECASE)
-_ZEROS = {"thousand": 3, "million": 6, "billion": 9}
-_LARGE = re.compile(rf"(?<=[0-9]) ?({'|'.join(_ZEROS)})\b", re.IGNORECASE)
-_TIMES = re.compile(r"(?<=[0-9]) ?x ?(?=[0-9])")
-_SINGLE = re.compile(r"\(([^(),]*)\)")  # (B) and (-3), but not the pair (1,234)
-_BUILDER = re.compile(  # {x | x > 3}, {x \in \mathbb{R} : x > 3}
-    r"\\?\{ ?([a-zA-Z])(?: ?\\in ?\\mathbb ?\{?R\}?)? ?(?:\\mid|\\vert|\||:) ?"
-    r"([^{}]*\1[^{}]*?)\\?\}"
-)
-_REPEATING = re.compile(r"([0-9]*)\.([0-9]*)\\(?:overline|bar|dot)\s*(?:\{([0-9]+)\}|([0-9]))")
-
-
-def _repeating(match: re.Match) -> str:
-    r"""Returns 0.1\overline{6} as (15/90): the digits with one period, less those without it."""
-    whole, fixed, period = match[1] or "0", match[2], match[3] or match[4]
-    top = int(whole + fixed + period) - int(whole + fixed)
-    bottom = (10 ** len(period) - 1) * 10 ** len(fixed)
-    return f"({top}/{bottom})"
-
-
-def _unwrapped(text: str) -> str:
-    r"""Returns what the macros around the whole text hold: \boxed{\frac{1}{2}} -> \frac{1}{2}."""
-    while match := _WRAPPED.fullmatch(text.strip()):
-        depth = 0
-        for character in match[1]:
-            depth += (character == "{") - (character == "}")
-            if depth < 0:  # \text{a} + \text{b}: the first group ends before the text does
-                return text
-        text = match[1]
-    return text
-
-
-def plain(text: str) -> str:
-    r"""Returns one line without spacing, typographic signs, markdown and text macros.
-
-    **\text{B}.** becomes B. A text that is too long becomes "".
-    """
-    if len(text) > MAX_CHARS:
-        return ""
-    # 1. Unicode becomes ASCII or LaTeX.
-    if not text.isascii():
-        text = _RAISED.sub(_raised, text.translate(_UNICODE))
-        if len(text) > MAX_CHARS:  # some signs stand for many letters
-            return ""
-    text = " ".join(text.split())
-    if "\\" in text:
-        text = text.replace("\\$", "¤").replace("\\%", "%").replace("\\&", "&")
-    # 2. A pair of dollars encloses a formula; a single one is money.
-    if "$" in text:
-        money = text.count("$") == 1
-        text = " ".join(text.replace("$", "¤" if money else " ").split())
-    # 3. **bold** loses its stars, then 2**3 is a power.
-    if "**" in text:
-        text = re.sub(r"(?<=[\w)]) ?\*\* ?(?=[\w(-])", "^", _BOLD.sub(r"\1", text))
-    # 4. LaTeX loses what is for the eye only.
-    if "\\" in text or "~" in text or "{,}" in text or "{:}" in text:
-        text = _unwrapped(text)
-        for pattern, replacement in _LATEX:
-            text = pattern.sub(replacement, text)
-        text = text.replace("{,}", ".").replace("{:}", ":")
-        text = " ".join(_REPEATING.sub(_repeating, text).split())
-    # 5. 2 x 3 is a product, twenty-five is 25, 3 million is 3*10^6.
-    text = _TIMES.sub("*", text)
-    if _WORD.search(text):
-        text = _COMPOUND.sub(
-            lambda match: str(_NUMBERS[match[1].lower()] + _NUMBERS[match[2].lower()]), text
-        )
-        text = _LARGE.sub(lambda match: f"*10^{_ZEROS[match[1].lower()]}", text)
-    # 6. What stands around the answer goes: "the answer is", stars, a full stop, brackets.
-    text = _PREAMBLE.sub("", text.strip("*_` ").rstrip("\\ ")).strip("*_` ")
-    if not text.endswith("..."):
-        text = text.rstrip(".,; ")
-    single = _SINGLE.fullmatch(text) or _BUILDER.fullmatch(text)
-    return single[single.lastindex].strip() if single else text
 
 
 # --- Tokens ---------------------------------------------------------------------------------------
@@ -218,21 +71,24 @@ _TOKEN = re.compile(
     |(?P<command>\\(?:(?:begin|end)\{{[a-zA-Z]+\}}(?:\{{[lcr| ]+\}})?|[a-zA-Z]+|.))
     |(?P<word>[A-Za-z](?=sqrt(?![A-Za-z]))
         |(?:{_FUNCTION})(?=[^A-Za-z]|[A-Za-z]{{0,2}}(?![A-Za-z]))|[A-Za-z]+)
-    |(?P<sign><=|>=|!=|==|[-+*/^_=<>(){{}}\[\]|,;:!&°'])|(?P<space>\s+)|(?P<other>.)""",
+    |(?P<sign><=|>=|=/=|=<|<>|!=|==|[-+*/^_=<>(){{}}\[\]|,;:!&°'])|(?P<space>\s+)|(?P<other>.)""",
     re.VERBOSE | re.DOTALL,
 )
 _COMMANDS = aliases(r"""
     frac dfrac tfrac cfrac nicefrac sfrac; binom dbinom tbinom; over; choose; cup; pm; mp; infty
     mathbb; row \; emptyset varnothing; lfloor; rfloor; lceil; rceil; * times cdot ast; / div
-    : colon; \{ {; \} }; | mid vert lvert rvert Vert |; <= le leq leqslant; >= ge geq geqslant
-    < lt; > gt; != ne neq; = approx simeq; tan tg; cot ctg; csc cosec""")
+    : colon; \{ {; \} }; | mid vert lvert rvert Vert |; <= le leq leqslant leqq
+    >= ge geq geqslant geqq; < lt; > gt; != ne neq; approx simeq doteq; tan tg; cot ctg
+    csc cosec""")
 _GREEK = set(
     """alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau
     upsilon phi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell""".split()
 )
 _WORDS = {"infinity": ("sign", "infty"), "and": ("sign", ","), "or": ("sign", ",")}
-_WORDS |= {word: ("num", str(number)) for word, number in _NUMBERS.items()}
-_ENGLISH = set("no on is it of to in up as at we he so do go us if an am".split())
+_WORDS |= {word: ("num", str(number)) for word, number in NUMBERS.items()}
+_ENGLISH = set("no on is it of to in up as at we he so do go us if an am pm by my me be or".split())
+# A run of capitals is one name, as are symbols of elements: HTH is not THH, AB no product of A, B.
+_NAME_OF_LETTERS = re.compile("[A-Z]{2,}|(?:[A-Z][a-z]?){2,}")
 
 
 def _word(word: str) -> list[Token]:
@@ -246,12 +102,14 @@ def _word(word: str) -> list[Token]:
         return [("const", word)]
     if word.lower() in _WORDS:
         return [_WORDS[word.lower()]]
-    if not _is_product(word):
+    if not is_product(word):
         raise NotMaths
+    if _NAME_OF_LETTERS.fullmatch(word):
+        return [("var", word)]
     return [("const" if letter in "ei" else "var", letter) for letter in word]
 
 
-def _is_product(word: str) -> bool:
+def is_product(word: str) -> bool:
     """Returns whether letters are factors: ax (but not "is"), xyz (no vowel), abc (in order)."""
     if len(word) < 3 and word.lower() not in _ENGLISH:
         return True
@@ -273,6 +131,9 @@ def _command(name: str) -> Token:
     raise NotMaths
 
 
+_SPELLINGS = {"==": "=", "=<": "<=", "=/=": "!=", "<>": "!="}
+
+
 def tokenise(text: str) -> list[Token]:
     """Returns the tokens of a text. Raises NotMaths."""
     tokens = []
@@ -284,7 +145,7 @@ def tokenise(text: str) -> list[Token]:
         kind, value = match.lastgroup, match[0]
         if kind == "sign":
             depth += (value in "([") - (value in ")]")
-            tokens.append((kind, "=" if value == "==" else value))
+            tokens.append((kind, _SPELLINGS.get(value, value)))
         elif kind == "num" and depth > 0:  # (1,234) is a pair
             first, *others = value.split(",")
             tokens.append((kind, first))
@@ -304,14 +165,15 @@ def tokenise(text: str) -> list[Token]:
 
 # --- From tokens to a tree ------------------------------------------------------------------------
 
-_RELATIONS = {"=", "<", ">", "<=", ">=", "!="}
+_RELATIONS = {"=", "<", ">", "<=", ">=", "!=", "approx"}
 # How tightly a sign binds what stands beside it.
 _INFIX = dict.fromkeys(_RELATIONS, 1)
 _INFIX |= {"over": 2, "choose": 2, "cup": 3, ":": 4, "+": 5, "-": 5, "pm": 5, "mp": 5}
 _INFIX |= {"*": 6, "/": 6, "^": 8}
 _CLOSING = {"lfloor": "rfloor", "lceil": "rceil", "|": "|"}
-_OPENS_FACTOR = ("(", "{", "frac", "binom", "lfloor", "lceil", "infty")
-_MATRICES = ("matrix", "pmatrix", "bmatrix", "Bmatrix", "smallmatrix", "array")
+_OPENS_FACTOR = ("(", "[", "{", r"\{", "frac", "binom", "lfloor", "lceil", "infty")
+_MATRICES = {prefix + name for prefix in ("", "p", "b", "B") for name in ("matrix", "smallmatrix")}
+_MATRICES.add("array")
 END = ("end", "")
 
 
@@ -327,6 +189,7 @@ class Parser:
         self.tokens = [*tokens, END]
         self.place = 0
         self.depth = 0
+        self.in_bars = False
 
     def parse(self) -> Node:
         """Returns the tree of all tokens."""
@@ -394,8 +257,12 @@ class Parser:
     def begins_factor(self) -> bool:
         """Returns whether what comes next multiplies what stands before it, without a sign."""
         kind, value = self.peek()
+        if value == "|":  # 2|x|
+            return not self.in_bars
         if kind == "sign":
             return value in _OPENS_FACTOR
+        if self.peek(-1) == ("sign", "|") and ("sign", "|") in self.tokens[self.place :]:
+            raise NotMaths  # |2|x|-1| may be read in two ways
         if kind != "num":
             return kind != "end"
         # Of numbers 3!7!, (2)3, \pi 2, x2^3 and x^2 3^2 are products; 2 3, x2 and S3 are not.
@@ -423,7 +290,10 @@ class Parser:
         if value in ("(", "[", "{", r"\{"):
             return self.bracket(value)
         if value in _CLOSING:
+            outside = self.in_bars
+            self.in_bars = value == "|"
             inside = self.expression(0)
+            self.in_bars = outside
             if not self.next_is(_CLOSING[value]):
                 raise NotMaths
             return "call", "abs" if value == "|" else value, inside
@@ -551,6 +421,9 @@ class Parser:
     def bracket(self, opening: str) -> Node:
         r"""Returns what a bracket holds, behind its opening: (a), (a, b), [a, b), {a}, \{a, b\}."""
         # 1. The items.
+        before = self.tokens[self.place - 2] if self.place > 1 else END
+        outside = self.in_bars
+        self.in_bars = False
         items = []
         while self.peek()[1] not in (")", "]", "}", r"\}"):
             items.append(self.expression(0))
@@ -558,9 +431,15 @@ class Parser:
                 break
         # 2. A brace is closed by its like; an interval may begin with ( and end with ].
         _, closing = self.take()
+        self.in_bars = outside
         if closing not in {"{": ("}",), r"\{": (r"\}",)}.get(opening, (")", "]")):
             raise NotMaths
-        # 3. A set, a group or something in brackets, or else a tuple or an interval.
+        # 3. Other brackets group as well, beside a factor or a power: 2[x + 1], [x + 1]^2.
+        if len(items) == 1 and items[0][0] in _ARITHMETIC and opening + closing in ("[]", r"\{\}"):
+            beside = before[0] in ("num", "var", "const") or before[1] in (")", "]", "}", "*", "/")
+            if beside or self.peek()[1] in ("^", "*", "/") or self.begins_factor():
+                return items[0]
+        # 4. A set, a group or something in brackets, or else a tuple or an interval.
         if opening == r"\{" or opening == "{" and len(items) > 1:
             return "set", tuple(items)
         if len(items) == 1 and (opening + closing in ("()", "{}") or items[0][0] == "matrix"):
@@ -620,12 +499,12 @@ def approximate(value: Value) -> Approx:
 def _checked(value: float | complex, error: float) -> Approx:
     """Returns a computed value, its own rounding error added to the error that it inherits.
 
-    Raises NoValue where nothing is left but rounding errors: tan(pi/2).
+    Raises NoValue where nothing is left but rounding errors, tan(pi/2), and for infinity, which no
+    calculation gives: infinity + 1 would equal infinity, and 1 / infinity nothing.
     """
-    if abs(value) == math.inf:
-        return Approx(value, 0.0)
-    error += abs(value) * EPSILON
-    if math.isnan(abs(value)) or math.isnan(error) or 1e-6 < error > 1e-6 * abs(value):
+    size = abs(value)
+    error += size * EPSILON
+    if not math.isfinite(size) or math.isnan(error) or 1e-6 < error > 1e-6 * size:
         raise NoValue
     return Approx(value, error)
 
@@ -684,24 +563,18 @@ def _integer_root(number: int, degree: int) -> int | None:
 
 # Functions of x; m is math, or cmath for complex numbers.
 _SMOOTH = {
-    "sin": lambda m, x: m.sin(x),
-    "cos": lambda m, x: m.cos(x),
-    "tan": lambda m, x: m.tan(x),
     "cot": lambda m, x: 1 / m.tan(x),
     "sec": lambda m, x: 1 / m.cos(x),
     "csc": lambda m, x: 1 / m.sin(x),
-    "arcsin": lambda m, x: m.asin(x),
-    "arccos": lambda m, x: m.acos(x),
-    "arctan": lambda m, x: m.atan(x),
     "arccot": lambda m, x: m.pi / 2 - m.atan(x),
     "arcsec": lambda m, x: m.acos(1 / x),
     "arccsc": lambda m, x: m.asin(1 / x),
-    "sinh": lambda m, x: m.sinh(x),
-    "cosh": lambda m, x: m.cosh(x),
-    "tanh": lambda m, x: m.tanh(x),
-    "exp": lambda m, x: m.exp(x),
     "ln": lambda m, x: m.log(x),
 }
+for _name in ("sin", "cos", "tan", "sinh", "cosh", "tanh", "exp"):
+    _SMOOTH[_name] = lambda m, x, name=_name: getattr(m, name)(x)
+for _name in ("sin", "cos", "tan"):
+    _SMOOTH["arc" + _name] = lambda m, x, name="a" + _name: getattr(m, name)(x)
 _ZERO_AT_ZERO = ("sin", "tan", "arcsin", "arctan", "sinh", "tanh")
 _CONSTANTS = {
     "pi": Approx(math.pi, 2e-16),
@@ -734,10 +607,10 @@ class Evaluator:
     as the docstrings below say; so "equal" can be told from "close". With variables, roots and
     logarithms of negative numbers have no value; without, they are complex.
 
-    log_base: what log means without a base: 0 for e, else 10.
+    log_base: what log means without a base: 10, or None for e.
     """
 
-    def __init__(self, point: dict[str, Value], budget: Budget, log_base: int = 0):
+    def __init__(self, point: dict[str, Value], budget: Budget, log_base: int | None = None):
         self.point = point
         self.budget = budget
         self.log_base = log_base
@@ -753,11 +626,14 @@ class Evaluator:
         elif kind == "const":
             return _CONSTANTS[node[1]]
         elif kind == "neg":
-            value = self.product(-1, self(node[1]))
+            value = self(node[1])
+            value = -value if _exact(value) else Approx(-value.value, value.error)
         elif kind in _ARITHMETIC:
             value = _ARITHMETIC[kind](self, self(node[1]), self(node[2]))
         elif kind == "call":
             value = self.call(node[1], [self(argument) for argument in node[2:]])
+        elif kind == "size":
+            value = math.prod(node[1])
         elif kind == "ratio" and len(node[1]) == 2:
             value = self.quotient(self(node[1][0]), self(node[1][1]))
         else:
@@ -780,8 +656,6 @@ class Evaluator:
         if _exact(a, b):
             return a * b
         a, b = approximate(a), approximate(b)
-        if math.inf in (abs(a.value), abs(b.value)):
-            return _checked(a.value * b.value, 0.0)  # NoValue for 0 times infinity
         error = abs(a.value) * b.error + abs(b.value) * a.error + a.error * b.error
         return _checked(a.value * b.value, error)
 
@@ -819,11 +693,13 @@ class Evaluator:
             return self.power(_root(base, bottom, self.real), top)
         # 3. Whole exponents.
         exponent = int(exponent)
+        if exponent == 0 and approximate(base).value == 0:
+            raise NoValue
         if exponent < 0:
             return self.quotient(1, self.power(base, -exponent))
         if not _exact(base):
             size = abs(base.value)
-            if exponent > 10**6 or size == math.inf:
+            if exponent > 10**6:
                 raise NoValue
             error = exponent * size ** max(0, exponent - 1) * base.error
             return _checked(base.value**exponent, error)
@@ -872,10 +748,14 @@ class Evaluator:
                 raise NoValue
             return _root(x, int(degree), self.real)
         if name in ("log", "lg"):
-            default = 10 if name == "lg" else self.log_base
-            base = arguments[1] if len(arguments) > 1 else default
             logarithm = self.smooth("ln", x)
-            return self.quotient(logarithm, self.smooth("ln", base)) if base else logarithm
+            base = arguments[1] if len(arguments) > 1 else 10 if name == "lg" else self.log_base
+            if base is None:
+                return logarithm
+            number = approximate(base).value
+            if isinstance(number, complex) or number <= 0:  # \log_0 x, \log_{-1} x
+                raise NoValue
+            return self.quotient(logarithm, self.smooth("ln", base))
         if name == "binom":
             return self.whole(name, arguments)
         if len(arguments) > 1:  # \sin_2 x

@@ -8,8 +8,9 @@ Answer(value=('/', ('num', 1), ('num', 2)), text='x=frac{1}{2}cm', unit='cm', na
 True
 """
 
+import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from answers.formulas import (
@@ -19,12 +20,12 @@ from answers.formulas import (
     Node,
     NotMaths,
     Parser,
-    aliases,
-    plain,
     tokenise,
     variables,
 )
-from answers.trees import MIRRORED, has_kind, trees_agree
+from answers.trees import MIRRORED, has_kind, is_rounding, trees_agree
+from answers.typography import NUMBERS, plain
+from answers.units import changes, unit_of
 
 
 @dataclass(frozen=True)
@@ -39,25 +40,10 @@ class Answer:
 
 # --- From a text to an answer ---------------------------------------------------------------------
 
-_UNITS = aliases("""
-    % percent; $ ¤ dollar usd; ¢ cent; € euro; £; degree deg °; radian rad; cup; day; week; month
-    year yr; mph; unit; mm millimeter millimetre; cm centimeter centimetre; m meter metre
-    km kilometer kilometre; in inch inche; yard yd; ft foot feet; mile mi; g gram; kg kilogram
-    mg milligram; lb pound; oz ounce; l liter litre; men; of; / per; th st nd rd
-    ml milliliter millilitre; s second sec; min minute; h hour hr""")
-# Words that change what a number says, so no unit begins with them: 3 million, 3 squared.
-_NOT_UNITS = tuple(
-    """zero three four five seven eight nine eleven twelve thirt twent fift sixt hundred thousand
-    million billion trillion half halves third quarter tenth squared cubed factorial plus minus
-    times over more less than modulo root maybe perhaps either else about remainder choose sqrt
-    infty approx except fort sevent ninet ninth twelfth dozen score gross lakh crore quadr double
-    triple divided multiplied added raised square wrong incorrect false nope none undefined unknown
-    impossible infinite negative below above only when""".split()
-)
 # A number or formula, a space perhaps, and what may be its unit.
 _TAIL = re.compile(
     r"(.*?(?:[0-9)}\]!]|pi))( ?)"
-    r"([^\W\d_][^0-9(){}\\=<>+]{0,40}(?:\^?\{?(?<! )[23]\}?)?"
+    r"([^\W\d_][^0-9(){}\\=<>+]{0,80}(?:\^?\{?(?<! )-?[1-3]\}?[^0-9(){}\\=<>+]{0,20}){0,3}"
     r"|[%¤¢€£°](?: ?(?:[CF]|celsius|fahrenheit))?)",
     re.IGNORECASE,
 )
@@ -70,45 +56,26 @@ _NAME = (
     r"(?:_(?:\{[^{}]{1,12}\}|[a-zA-Z0-9]))?'*(?: ?\([a-zA-Z0-9, ]{1,12}\))?"
     r"|\([a-z](?:, ?[a-z])+\)"
 )
-_NAMES = re.compile(rf"((?:(?:{_NAME}) ?(?:=|\\in(?![a-z])) ?)+)(?!=)(.+)")
-_DATE = re.compile("[0-9]{1,4}([-/])[0-9]{1,2}\\1[0-9]{2,4}")
+_NAMES = re.compile(rf"((?:(?:{_NAME}) ?(?:=|\\in(?![a-z])|\\approx) ?)+)(?!=)(.+)")
+# What may be called by a formula: |PQ|, P(X = 2), S_{\triangle ABC}, \frac{AB}{CD}, AB:CD, area.
+_GROUP = re.compile(r"_\{[^{}]*\}|_.|(?<=[a-zA-Z}]) ?\([^()]*\)|(?<![a-zA-Z0-9]) ?\|[a-zA-Z ]+\|")
+_QUANTITY = re.compile(
+    r"\\frac\{?[A-Z]+\}?\{?[A-Z]+\}?|[a-zA-Z]+(?: ?[:/] ?[a-zA-Z]+)+"
+    r"|[a-w](?: ?\+ ?[a-w])+|(?:\\?[a-zA-Z]+'*(?:\{[a-zA-Z ]*\})?(?: |(?=\\)|$)){1,8}|"
+)
+# What looks like a number and is none: the date 2023-01-01, the range or score 3-5, 120/80 mmHg
+_NO_NUMBER = re.compile(
+    r"[0-9]{1,4}([-/])[0-9]{1,2}\1[0-9]{2,4}|[0-9]+(?: ?- ?[0-9]+)+|[0-9]+ ?/ ?[0-9]+(?: ?mm ?Hg)"
+)
+_SIZE = re.compile(r"[0-9]{1,4}(?: ?(?:\\times|\\cdot|\*) ?[0-9]{1,4})+")
+# What a formula holds for: 2x (x > 0).
+_DOMAIN = re.compile(r"(?<=[a-z0-9)}])[ ,]+\(([a-z] ?(?:\\in|\\n?eq?|\\[lg]eq?|[<>!]=?)[^()]*)\)$")
+_CLOCK = re.compile(r"([0-9]{1,2})(?:\s?:\s?([0-9]{2}))?(?:\s?:\s?([0-9]{2}))? ?([ap]m)?")
+_RELATION = re.compile("[a-zA-Z] ?= ?[a-zA-Z]|[xyz] ?[xyz]+ ?=.*")  # no names: a = b, xy = 1
 _POINT = re.compile(r"([A-Z]) ?(\([^()]*,[^()]*\))")
 _INTEGER = re.compile(r"[-+]?(?:[0-9]+|[1-9][0-9]{0,2}(?:,[0-9]{3})+)")
 _PARTED = re.compile(",|;|and|or")
 _PIECES = re.compile(rf"{THOUSANDS}|[(\[{{)\]}},;]|\b(?:and|or)\b")
-
-
-def _unit(text: str, glued: bool) -> str:
-    """Returns one spelling of a unit: "square metres" -> "m^2", "eggs" -> "egg".
-
-    Returns "" if the words are not surely a unit. `glued`: no space stands before them.
-    """
-    unit = []
-    power = ""
-    words = re.findall(r"[^\W\d_]+|\^?[23]|\S", re.sub("[{}]", "", text.lower()))
-    for word in words:
-        # A known unit, in the singular; F is only a unit behind "degree".
-        name = _UNITS.get(word) or _UNITS.get(word.removesuffix("s"))
-        if unit == ["degree"] and word in ("c", "celsius", "f", "fahrenheit"):
-            name = word[0]
-        if word in ("square", "sq"):
-            power = "^2"
-        elif word == "cubic":
-            power = "^3"
-        elif name and not (glued and len(word) == 1 and word.isalpha()):
-            # 3 m is a length; 3m may be 3 times m.
-            unit.append(name + power)
-            power = ""
-            glued = False
-        elif word.lstrip("^") in ("2", "3") and unit:
-            unit.append("^" + word.lstrip("^"))
-        elif len(word) > 3 and word.isalpha() and not glued and not word.startswith(_NOT_UNITS):
-            # "18 eggs": any noun will do, since 18 is all that was asked for.
-            unit.append(word.removesuffix("s"))
-        else:
-            return ""
-    spelling = "".join(unit)
-    return "mph" if spelling == "mile/h" else spelling
 
 
 _IDLE = re.compile(r"(?<=[0-9]) ?(\*) ?(?=[0-9])|(?<=[0-9])( )(?=[0-9])| |\*")
@@ -182,6 +149,46 @@ parse_answer = lru_cache(maxsize=64)(_parse)
 parse_truth = lru_cache(maxsize=4096)(_parse)
 
 
+# What may stand before the one value of a sentence: words, and names such as f(x) and \\angle A...
+_WORDS = re.compile(r"(?:[a-zA-Z\\][a-zA-Z'(){}\\-]*[,:]? )+")
+# ... but none that makes it the number of something, or a part of a formula in words.
+_NO_STATEMENT = re.compile(
+    r"\b(?:step|question|problem|part|case|type|stage|grade|level|figure|phase|class|exercise|page"
+    r"|up to|close to|by|from|with|before|after|until|per"
+    r"|(?<!\btotal )(?<!\bvalue )(?<!\banswer )(?<!\bsum )of) $",
+    re.IGNORECASE,
+)
+
+
+@lru_cache(maxsize=64)
+def parse_sentence(text: str) -> Answer | None:
+    """Returns the one value that a sentence states, with its unit: 72 of "A total of 72 clips".
+
+    Returns None for other sentences, and for those with words that may change what the value says.
+    """
+    text = plain(text)
+    words = _WORDS.match(text) if " " in text else None
+    starts = [match.end() for match in re.finditer(" ", words[0])][:32] if words else []
+    attempts = 0
+    for start in (0, *starts):
+        before, rest = text[:start], text[start:]
+        if before and (changes(before) or _NO_STATEMENT.search(before)):
+            continue
+        # An ordinary word is no value; "72 clips in April and May" is no list.
+        word = re.match("([a-zA-Z]{2,}) ", rest)
+        if before and not (word and word[1].lower() not in NUMBERS):
+            attempts += 1
+            if attempts > 8:
+                return None
+            answer = _parse(rest)
+            if answer is not None and answer.value is not None and answer.value[0] != "var":
+                return answer
+        answer = _single(rest) if _PARTED.search(rest) and not word else None
+        if answer is not None and answer.value is not None and answer.value[0] != "var":
+            return answer
+    return None
+
+
 def is_value(text: str) -> bool:
     """Returns whether a text is maths, and more than a single letter."""
     answer = parse_answer(text)
@@ -198,19 +205,41 @@ def _single(text: str) -> Answer:
     if match:
         digits = ("num", int(match[1])) if match[1].isdigit() else ("var", match[1])
         return Answer(digits, canonical, f"base {match[2] or match[3]}")
-    # 2. A date is no quotient or difference.
-    if _DATE.fullmatch(text):
+    # 2. A date is compared as it is written, and so is a time of day.
+    if _NO_NUMBER.fullmatch(text):
         return Answer(None, canonical)
+    match = _CLOCK.fullmatch(text) if ":" in text or text.endswith("m") else None
+    clock = _clock(*match.groups()) if match else None
+    if clock:
+        return Answer(None, clock)
     # 3. A formula with a unit behind it. "S3 gallop" is no number of gallops.
     body = text if text.isascii() else _MONEY.sub(r"\1\3 \2", text)  # -$5 -> -5 $
     match = _TAIL.fullmatch(body)
-    unit = _unit(match[3], glued=not match[2]) if match else ""
-    if unit and not (unit == "degree" and _TRIG_CALL.search(body)):
+    unit = unit_of(match[3], glued=not match[2]) if match else None
+    if unit is not None and not (unit == "degree" and _TRIG_CALL.search(body)):
         answer = _formula(match[1], canonical, unit)
         if answer and not variables(answer.value):
             return answer
-    # 4. A formula, or else a text.
-    return _formula(body, canonical, "") or Answer(None, canonical)
+    # 4. A formula, perhaps with its domain in brackets, or else a text.
+    match = _DOMAIN.search(body) if body.endswith(")") else None
+    domain = match[1].replace(" ", "") if match else ""
+    body = body[: match.start()] if match else body
+    return _formula(body, canonical, domain) or Answer(None, canonical)
+
+
+def _clock(hour: str, minute: str | None, second: str | None, half: str | None) -> str | None:
+    """Returns the time of day that 7:30 pm or 19:30 is; None for a ratio.
+
+    11:30 may be either, but a ratio is in lowest terms, and none of these begins with a zero.
+    """
+    if int(hour) > 23 or max(int(minute or 0), int(second or 0)) > 59:
+        return None
+    hours = int(hour) % 12 + 12 * (half == "pm") if half else int(hour)
+    terms = [part for part in (hour, minute, second) if part]
+    is_ratio = math.gcd(*map(int, terms)) == 1 and not any(part[0] == "0" for part in terms)
+    if not half and (is_ratio or not minute):
+        return None
+    return ":".join([str(hours), minute or "00"] + [second] * (second not in (None, "00")))
 
 
 def _formula(text: str, canonical: str, unit: str) -> Answer | None:
@@ -218,25 +247,49 @@ def _formula(text: str, canonical: str, unit: str) -> Answer | None:
 
     Returns None if it is not maths.
     """
+    if _NO_NUMBER.fullmatch(text):
+        return None
+    if _SIZE.fullmatch(text):
+        sides = ("size", tuple(map(int, re.findall("[0-9]+", text))))
+        return Answer(sides, canonical, unit)
+    # 1. x = 5: the name goes.
     name = ""
-    named = _NAMES.fullmatch(text) if "=" in text or "\\in" in text else None
-    if named and not re.fullmatch("[a-zA-Z] ?= ?[a-zA-Z]", text):  # a = b is a relation
-        name = re.sub(r"\\in(?![a-z])|[= \\]", "", named[1])
+    relation = _RELATION.fullmatch(text)
+    has_sign = re.search(r"=|\\in|\\approx", text)
+    named = _NAMES.fullmatch(text) if has_sign and not relation else None
+    if named:
+        name = re.sub(r"\\in(?![a-z])|\\approx|[= \\]", "", named[1])
         text = named[2]
     point = None if named else _POINT.fullmatch(text)
     if point:
         name, text = point.groups()
     try:
-        return _interpret(Parser(tokenise(text)).parse(), canonical, unit, name)
-    except (NotMaths, ValueError, RecursionError):
-        return None
+        answer = _interpret(Parser(tokenise(text)).parse(), canonical, unit, name)
+    except (NotMaths, ValueError, ArithmeticError, RecursionError):
+        answer = None
+    # 2. |PQ| = 4: so does what is called by a formula or by words.
+    if not (name or relation) and "=" in text and (answer is None or answer.value[0] == "chain"):
+        place = _GROUP.sub(lambda match: "#" * len(match[0]), text).find("=")
+        quantity = _GROUP.sub("", text[:place]).strip()
+        changed = changes(re.sub(r"\\[a-z]+", "", quantity))
+        if _QUANTITY.fullmatch(quantity) and place > 0 and not changed:
+            value = _formula(text[place + 1 :].strip(), canonical, unit)
+            # Only m + n = 113 is a sum with a value; x + y = 4 and a + b = 0 are relations.
+            trivial = "+" in quantity and (not value or value.value in (("num", 0), ("num", 1)))
+            if value and not value.name and not trivial:
+                # Of "the solution x" the name is x, and "the area" is none.
+                called = quantity.split(" ")[-1] if " " in quantity else text[:place]
+                called = "" if re.search("[a-zA-Z]{3} ?$", called) else called.replace(" ", "")
+                return replace(value, name=re.sub(r"[\\{}]", "", called))
+    return answer
 
 
 def _interpret(tree: Node, canonical: str, unit: str, name: str) -> Answer:
-    r"""Returns what a formula's tree says as an answer. Four forms are not taken as they are:
+    r"""Returns what a formula's tree says as an answer. Five forms are not taken as they are:
 
     x > 3              the interval (3, \infty), by the name of x
-    1/2 = 0.5          its last number, if all are the same
+    1/2 = 0.5          its number, if all are the same
+    2/3 \approx 0.67  the exact one
     \{0, \pm 1\}       the set with both signs
     2 \pm 1            the list of both values
     """
@@ -247,10 +300,7 @@ def _interpret(tree: Node, canonical: str, unit: str, name: str) -> Answer:
         if interval:
             variable, tree = interval
             return Answer(tree, canonical, unit, variable)
-        if set(signs) == {"="} and not variables(tree):
-            budget = Budget(MAX_WORK // 8)
-            if all(trees_agree(terms[0], term, budget) for term in terms[1:]):
-                tree = terms[-1]
+        tree = _last_value(terms, signs, bool(name)) or tree
     elif tree[0] == "set" and has_signs:
         items = [_with_sign(item, plus) for item in tree[1] for plus in (True, False)]
         tree = ("set", tuple(dict.fromkeys(items)))
@@ -259,6 +309,27 @@ def _interpret(tree: Node, canonical: str, unit: str, name: str) -> Answer:
         minus = Answer(_with_sign(tree, False), canonical + "-", unit, name)
         return Answer(("list", (plus, minus)), canonical)
     return Answer(tree, canonical, unit, name)
+
+
+def _last_value(terms: tuple[Node, ...], signs: tuple[str, ...], named: bool) -> Node | None:
+    """Returns the last exact number of a chain: 4 of x + 1 = 3 + 1 = 4, 2/3 of 2/3 = 0.67.
+
+    Returns None if two of its numbers differ, by more than rounding, or for a relation: x + y = 4.
+    """
+    if not set(signs) <= {"=", "approx"}:
+        return None
+    numbers = [term for term in terms if not variables(term)]
+    skipped = len(terms) - len(numbers)
+    if len(numbers) < 2 - (named or skipped > 1) or terms[skipped:] != tuple(numbers):
+        return None
+    budget = Budget(MAX_WORK // 8)
+    value = numbers[0]
+    for number, sign in zip(numbers[1:], signs[skipped:]):
+        if trees_agree(value, number, budget):
+            value = number
+        elif not is_rounding(value, number, 0 if sign == "approx" else 2, budget):
+            return None
+    return value
 
 
 def _with_sign(node: Node, plus: bool) -> Node:
@@ -275,42 +346,50 @@ _MINUS_INFINITY = ("neg", _INFINITY)
 
 
 def _interval(terms: tuple[Node, ...], signs: tuple[str, ...]) -> tuple[str, Node] | None:
-    """Returns the variable and the interval of x > 3 or 1 < x <= 5; None for other relations."""
+    """Returns the variable and where it may be: an interval, or the union of two.
+
+    An interval for x > 3, 1 < x <= 5 and |x| < 2, a union for |x| > 2 and x != 2. Returns None for
+    other relations.
+    """
     if all(sign in MIRRORED for sign in signs):  # 5 >= x > 1 is 1 < x <= 5
         terms = terms[::-1]
         signs = tuple(MIRRORED[sign] for sign in reversed(signs))
-    if not all(sign in ("<", "<=") for sign in signs) or len(terms) > 3:
+    if signs != ("!=",) and not set(signs) <= {"<", "<="} or len(terms) > 3:
         return None
-    # A half-line gets its infinite end.
-    if len(terms) == 2 and terms[0][0] == "var":
-        terms = (_MINUS_INFINITY, *terms)
-        signs = ("<", *signs)
-    elif len(terms) == 2:
-        terms = (*terms, _INFINITY)
-        signs = (*signs, "<")
-    # In the middle the variable, at the ends numbers.
-    low, variable, high = terms
-    if variable[0] != "var" or variables(low) or variables(high):
+    # 1. The unknown and its ends. An `outer` one lies beyond them.
+    low, high = terms[0], terms[-1]
+    outer = signs == ("!=",) or high[:2] == ("call", "abs") and len(terms) == 2
+    if len(terms) == 3:
+        unknown = terms[1]
+    elif low[:2] == ("call", "abs") or outer:  # |x| < 2, x != 2, or else 2 < |x|
+        bound, unknown = (low, high) if signs != ("!=",) and low[1:2] != ("abs",) else (high, low)
+        low, high = (bound if signs == ("!=",) else ("neg", bound)), bound
+        unknown = unknown[2] if unknown[:2] == ("call", "abs") else unknown
+    elif low[0] == "var":
+        unknown, low = low, _MINUS_INFINITY
+    else:
+        unknown, high = high, _INFINITY
+    if unknown[0] != "var" or variables(low) or variables(high):
         return None
-    opening = "[" if signs[0] == "<=" else "("
-    closing = "]" if signs[1] == "<=" else ")"
-    return variable[1], ("seq", opening + closing, (low, high))
+    # 2. Its brackets.
+    opening = "[" if signs[0] == "<=" and low != _MINUS_INFINITY else "("
+    closing = "]" if signs[-1] == "<=" and high != _INFINITY else ")"
+    if not outer:
+        return unknown[1], ("seq", opening + closing, (low, high))
+    below = "seq", "(" + closing, (_MINUS_INFINITY, low)
+    above = "seq", opening + ")", (high, _INFINITY)
+    return unknown[1], ("union", (below, above))
 
 
 def _both_hold(one: Answer, other: Answer) -> Node | None:
-    """Returns the interval (2, 3) for x > 2 and x < 3.
-
-    Returns None if they are not two half-lines of one variable in opposite directions.
-    """
+    """Returns the interval (2, 3) for x > 2 and x < 3; None for other pairs."""
     if not one.name or one.name != other.name:
         return None
     if any(answer.value[0] != "seq" or len(answer.value[2]) != 2 for answer in (one, other)):
         return None
     # From the one that is bounded below to the one that is bounded above.
-    if one.value[2][0] == _MINUS_INFINITY:
-        one, other = other, one
-    _, brackets, (low, high) = one.value
-    _, other_brackets, (other_low, other_high) = other.value
+    halves = sorted((one.value, other.value), key=lambda half: half[2][0] == _MINUS_INFINITY)
+    (_, brackets, (low, high)), (_, other_brackets, (other_low, other_high)) = halves
     if high != _INFINITY or other_low != _MINUS_INFINITY:
         return None
     return "seq", brackets[0] + other_brackets[1], (low, other_high)

@@ -14,9 +14,9 @@ point says nothing.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from fractions import Fraction
 
 from answers.formulas import (
-    NO_VALUE,
     ROUNDS,
     Approx,
     Budget,
@@ -39,27 +39,29 @@ def trees_agree(one: Node, other: Node, budget: Budget) -> bool:
     if one == other:
         return True
     one, other = _only_element(one), _only_element(other)
-    # What has several entries or sides, by kind.
     kinds = {one[0], other[0]}
+    if kinds == {"num"}:
+        return one == other
+    # What has several entries or sides, by kind.
     if "matrix" in kinds:
         return _matrices_agree(one, other, budget)
     if kinds == {"set"} or kinds == {"union"}:
-        if len(one[1]) != len(other[1]):
-            return False
-        return _all_agree(by_value(one[1], budget), by_value(other[1], budget), budget)
+        return agree_in_any_order(one[1], other[1], lambda x, y: trees_agree(x, y, budget))
     if kinds == {"seq"}:
         # Brackets tell the interval [1, 2] from (1, 2). Three numbers are no interval.
         return (one[1] == other[1] or len(one[2]) > 2) and _all_agree(one[2], other[2], budget)
     if kinds == {"chain"}:
         return relations_agree(one, other, budget)
     if kinds == {"ratio"} and len(one[1]) == len(other[1]):
-        # a : b : c equals d : e : f if a e = d b and a f = d c.
+        # a : b : c equals d : e : f if b/a = e/d and c/a = f/d. 0:0 equals nothing.
         first, *rest = one[1]
         other_first, *other_rest = other[1]
         return all(
-            _scalars_agree(("*", first, y), ("*", other_first, x), budget)
+            _scalars_agree(("/", x, first), ("/", y, other_first), budget)
             for x, y in zip(rest, other_rest)
         )
+    if kinds == {"size"}:  # 3 x 4 is not 2 x 6; three factors are in any order
+        return sorted(one[1]) == sorted(other[1]) if len(one[1]) > 2 else False
     if kinds & {"set", "union", "seq", "chain"}:
         return False
     # All else is a number or an expression.
@@ -82,7 +84,7 @@ def _all_agree(ours: Iterable[Node], others: Iterable[Node], budget: Budget) -> 
 
 
 def _values_at_points(
-    trees: list[Node], names: frozenset[str], budget: Budget, log_base: int = 0
+    trees: list[Node], names: frozenset[str], budget: Budget, log_base: int | None = None
 ) -> Iterator[list[Value]]:
     """Yields the trees' values at each random point where all of them have one.
 
@@ -97,13 +99,13 @@ def _values_at_points(
 
 def _scalars_agree(one: Node, other: Node, budget: Budget) -> bool:
     """Returns whether two expressions have equal values. log has base e or 10, whichever fits."""
-    if _equal_at_points(one, other, budget, log_base=0):
+    if _equal_at_points(one, other, budget, log_base=None):
         return True
     has_log = "log" in str(one) + str(other)
     return has_log and _equal_at_points(one, other, budget, log_base=10)
 
 
-def _equal_at_points(one: Node, other: Node, budget: Budget, log_base: int) -> bool:
+def _equal_at_points(one: Node, other: Node, budget: Budget, log_base: int | None) -> bool:
     """Returns whether the values are equal wherever both have one, at three points at least."""
     names = variables(one) | variables(other)
     seen = 0
@@ -112,6 +114,26 @@ def _equal_at_points(one: Node, other: Node, budget: Budget, log_base: int) -> b
             return False
         seen += 1
     return seen >= (3 if names else 1)
+
+
+def plain_number(node: Node | None) -> int | Fraction | None:
+    """Returns the number that a tree is, perhaps with a minus sign; None if it is none."""
+    if node is not None and node[0] == "neg":
+        number = plain_number(node[1])
+        return None if number is None else -number
+    return node[1] if node is not None and node[0] == "num" else None
+
+
+def is_rounding(node: Node, rounded: Node, decimals: int, budget: Budget) -> bool:
+    """Returns whether a decimal is a number cut off or rounded behind its last digit.
+
+    decimals: how many the decimal must have at least.
+    """
+    digits, number = plain_number(rounded), value_or_none(Evaluator({}, budget), node)
+    if digits is None or number is None or isinstance(approximate(number).value, complex):
+        return False
+    places = next((n for n in range(12) if digits * 10**n % 1 == 0), 12)
+    return places >= decimals and abs(approximate(number).value - float(digits)) < 10**-places
 
 
 # --- Equations and inequalities -------------------------------------------------------------------
@@ -167,29 +189,25 @@ def _links_agree(one: tuple[Node, str], other: tuple[Node, str], budget: Budget)
 # --- Sets and matrices ----------------------------------------------------------------------------
 
 
-def by_value(items: Iterable, budget: Budget, node_of: Callable = lambda item: item) -> list:
-    """Returns the items sorted by the value of their trees, not by their spelling.
-
-    node_of: an item's tree.
-    """
-
-    def key(node: Node) -> tuple:
-        # Three groups: what has a value, tuples and sets, and all else, sorted by its text.
-        if node[0] in ("seq", "set", "union"):
-            return 1, *(key(child) for child in node[-1])
-        evaluator = Evaluator(random_point(variables(node), 0), budget)
-        try:
-            number = complex(approximate(evaluator(node)).value)
-        except NO_VALUE:
-            return 2, str(node)
-        # Nine digits: rounding errors must not decide. + 0.0 makes 0.0 of -0.0.
-        return 0, float(f"{number.real:.9g}") + 0.0, float(f"{number.imag:.9g}") + 0.0
-
-    return sorted(items, key=lambda item: key(node_of(item)))
+def agree_in_any_order(ones: Iterable, others: Iterable, agree: Callable) -> bool:
+    """Returns whether each item agrees with another one of the other side, and none is left."""
+    if len(ones) != len(others):
+        return False
+    left = list(others)
+    for one in ones:
+        partner = next((place for place, other in enumerate(left) if agree(one, other)), None)
+        if partner is None:
+            return False
+        del left[partner]
+    return True
 
 
 def _matrices_agree(one: Node, other: Node, budget: Budget) -> bool:
-    """Returns whether the entries agree. A single row or column also equals a tuple."""
+    """Returns whether the entries agree. A single row or column also equals a tuple.
+
+    [[1, 2], [3, 4]] is a matrix as well.
+    """
+    one, other = _rows_as_matrix(one), _rows_as_matrix(other)
     if one[0] == other[0]:
         return len(one[1]) == len(other[1]) and all(
             _all_agree(row, other_row, budget) for row, other_row in zip(one[1], other[1])
@@ -199,6 +217,12 @@ def _matrices_agree(one: Node, other: Node, budget: Budget) -> bool:
     if other[0] != "seq" or (len(rows) > 1 and len(rows[0]) > 1):
         return False
     return _all_agree([entry for row in rows for entry in row], other[2], budget)
+
+
+def _rows_as_matrix(node: Node) -> Node:
+    if node[0] == "seq" and all(item[0] == "seq" for item in node[2]):
+        return "matrix", tuple(item[2] for item in node[2])
+    return node
 
 
 def has_kind(node: Node, *kinds: str) -> bool:

@@ -24,7 +24,7 @@ from benchmarks.common import ask_peer  # noqa: E402
 from hub.options import ROOT, option, parse_options, run_command  # noqa: E402
 from training.journal import git_commit  # noqa: E402
 
-Block = dict[str, list[str]]  # the spellings by their mark: = ! ~ (the table says what these mean)
+Block = dict[str, list[str]]  # the spellings by their mark: = ! ~ > (see the tables)
 LabelledPair = tuple[str, str, bool]  # truth, answer, are they the same
 
 
@@ -37,14 +37,16 @@ class RewardsOptions:
     json: bool = option(False, "the last line is one JSON object with everything")
 
 
-def answer_blocks() -> list[Block]:
-    """Returns the table's blocks."""
+def answer_blocks(name: str = "answers.txt") -> list[Block]:
+    """Returns a table's blocks."""
     blocks = []
-    table = ROOT / "tests" / "answers.txt"
+    table = ROOT / "tests" / name
     for part in table.read_text(encoding="utf-8").split("\n\n"):
         lines = [line for line in part.splitlines() if line and not line.startswith("#")]
         if lines:
-            blocks.append({mark: [line[2:] for line in lines if line[0] == mark] for mark in "=!~"})
+            blocks.append(
+                {mark: [line[2:] for line in lines if line[0] == mark] for mark in "=!~>"}
+            )
     return blocks
 
 
@@ -53,7 +55,7 @@ def labelled_pairs(blocks: list[Block]) -> list[LabelledPair]:
     pairs = []
     for block in blocks:
         truth, *spellings = block["="]
-        pairs += [(truth, answer, True) for answer in spellings + block["~"]]
+        pairs += [(truth, answer, True) for answer in spellings + block["~"] + block[">"]]
         pairs += [(truth, answer, False) for answer in block["!"]]
     return pairs
 

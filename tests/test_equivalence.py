@@ -7,11 +7,10 @@ from fractions import Fraction
 
 import pytest
 
-from answers import equivalence, formulas, parsing, trees
+from answers import equivalence, formulas, parsing, trees, typography, units
 from answers.equivalence import answers_agree, is_equivalent
 from answers.formulas import (
     MAX_BITS,
-    MAX_CHARS,
     Approx,
     Budget,
     Evaluator,
@@ -19,14 +18,16 @@ from answers.formulas import (
     NoValue,
     Parser,
     approximate,
-    plain,
     tokenise,
     values_agree,
     variables,
 )
 from answers.parsing import parse_answer
+from answers.typography import MAX_CHARS, plain
+from benchmarks import constant_answers
 from benchmarks import rewards as bench
 
+FIELD = bench.answer_blocks("answers_field.txt")
 BLOCKS = bench.answer_blocks()
 
 
@@ -41,7 +42,7 @@ def value(text: str, **point):
 # --- The development table ---
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block["="][0])
+@pytest.mark.parametrize("block", BLOCKS + FIELD, ids=lambda block: block["="][0])
 def test_block(block):
     spellings, others, loosely = block["="], block["!"], block["~"]
     for other in spellings + loosely:
@@ -49,6 +50,19 @@ def test_block(block):
     for one in spellings:
         for other in others:
             assert not is_equivalent(one, other) and not is_equivalent(other, one), (one, other)
+    for sentence in block[">"]:
+        assert is_equivalent(sentence, spellings[0]), sentence
+
+
+def test_half_of_the_field_table_is_false():
+    labels = [same for _, _, same in bench.labelled_pairs(FIELD)]
+    assert len(labels) > 400 and sum(labels) <= len(labels) / 2
+
+
+def test_no_constant_answer_is_right_for_several_truths():
+    """What is neither a number nor a word: degenerate identities, letters, pieces of formulas."""
+    truths = [block["="][0] for block in BLOCKS + FIELD]
+    assert constant_answers.suspects(constant_answers.constants(1), truths) == {}
 
 
 def test_the_table_is_large_and_its_first_lines_differ():
@@ -296,6 +310,6 @@ def test_limits():
 
 
 def test_examples_in_the_docstring():
-    for module in (formulas, trees, parsing, equivalence):
+    for module in (formulas, trees, parsing, equivalence, typography, units):
         result = doctest.testmod(module)
         assert result.attempted >= 2 and result.failed == 0

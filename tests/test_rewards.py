@@ -29,7 +29,12 @@ EXTRACT = [
     (r"<answer>The answer is $\boxed{\frac{1}{2}}$.</answer>", r"\frac{1}{2}"),
     (r"<answer>\boxed{\boxed{7}}</answer>", "7"),
     (r"<answer>1</answer> \boxed{2}", "1"),  # the tags come first
-    (r"\boxed{1} and \boxed{2}", "2"),
+    (r"\boxed{1} and then \boxed{2}", "2"),
+    (r"\boxed{1} and \boxed{2}", "1, 2"),
+    (r"$\boxed{1}$, $\boxed{2}$ or \boxed{3}.", "1, 2, 3"),
+    (r"\boxed{1}\boxed{2}", "1, 2"),
+    (r"<answer>x = \boxed{1} and y = \boxed{2}</answer>", "1, 2"),
+    (r"<answer>\boxed{1} but \boxed{2}</answer>", None),
     (r"\boxed{\frac{1}{\sqrt{2}}}", r"\frac{1}{\sqrt{2}}"),
     (r"\fbox{9} units", "9"),
     (r"\boxed {9}", "9"),
@@ -298,6 +303,8 @@ CELLS = {
 }
 AMOUNTS = {"A": "2", "B": "3", "C": "50%", "D": "4 cm"}
 SWAPPED = {"A": "B", "B": "A", "C": "d", "D": "c"}
+COLOURS = {"A": "red", "B": "blue", "C": "all of the above", "D": "True", "E": "False"}
+GENES = {"A": "CC CC", "B": "CC Cc", "C": "Cc Cc", "D": "Cc cc"}
 MANY = {letter: f"text {letter.lower()}" for letter in "ABCDEFGHIJKLMNOP"}
 
 # fmt: off
@@ -337,6 +344,21 @@ CHOICES = [  # answer, options, the letter it stands for (None: wrong whatever i
     ("c", SWAPPED, "D"), ("C", SWAPPED, "C"), ("d", SWAPPED, "C"), ("P", MANY, "P"),
     ("(J) text j", MANY, "J"), ("I", MANY, "I"), ("I: text k", MANY, None), ("text p", MANY, "P"),
     ("Q", MANY, None), ("I, too", MANY, "I"),
+    # Words that take a letter back, and words that do not.
+    ("B is wrong", COLOURS, None), ("B: wrong", COLOURS, None), ("B (incorrect)", COLOURS, None),
+    ("B: is not correct", COLOURS, None), ("B, or none", COLOURS, None), ("Not B", COLOURS, None),
+    ("B: neither", COLOURS, None), ("B: false", COLOURS, None), ("B - maybe", COLOURS, None),
+    ("B: this is false", COLOURS, None), ("B and not A", COLOURS, None), ("B?", COLOURS, None),
+    ("I would choose B.", COLOURS, "B"), ("So the answer is (B)", COLOURS, "B"),
+    ("Therefore, the correct option is B.", COLOURS, "B"), ("B is correct", COLOURS, "B"),
+    ("Option B is the correct answer.", COLOURS, "B"), ("My answer is B", COLOURS, "B"),
+    ("B: it is not infectious", COLOURS, "B"), ("B, all others are wrong", COLOURS, "B"),
+    ("C: all of the above", COLOURS, "C"), ("E. False", COLOURS, "E"), ("D: true", COLOURS, "D"),
+    ("B. No, since it is odd", YES_NO, "B"), ("A: No, since it is odd", YES_NO, None),
+    # Texts that differ in case only.
+    ("CC Cc", GENES, "B"), ("Cc cc", GENES, "D"), ("B) CC Cc", GENES, "B"),
+    ("A) CC Cc", GENES, None),
+    ("cc cc", GENES, None), ("D: Cc cc", GENES, "D"), ("C. Cc Cc", GENES, "C"),
 ]
 # fmt: on
 

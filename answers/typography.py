@@ -1,0 +1,215 @@
+r"""Typography, folded once at the door: whatever way an answer is set, `plain` writes it in one.
+
+Standard library only. Behind this door an answer is ASCII or LaTeX on one line, without $, \left,
+\text{..}, markdown, invisible characters, and without "the answer is" around it.
+
+>>> plain(r"So the answer is **$\dfrac{１}{2}$**."), plain("12\u202f345 µm"), plain("７：３０ p.m.")
+('\\dfrac{1}{2}', '12345 microm', '7:30 pm')
+>>> plain("9 (apples)"), plain("(B) is correct"), plain(r"x\in（2，3］")
+('9 apples', 'B', 'x\\in(2,3]')
+"""
+
+import re
+import unicodedata
+
+MAX_CHARS = 512  # longer answers are refused
+
+# The first character of each word stands for the rest of the word; a command ends with a space.
+_UNICODE = {
+    ord(word[0]): word[1:] + (" " if word[1] == "\\" and word[-1].isalnum() else "")
+    for word in r"""
+    −- ‐- ‑- ‒- –- —- ―- ×\times ·* ⋅* ∙* •* ÷/ ⁄/ ∕/ ∶: ≤<= ≥>= ⩽<= ⩾>= ≦<= ≧>= ≠!= ′' ‘' ’' “" ”"
+    …... º° 、, 。. √\sqrt ∞\infty ±\pm ∓\mp ∪\cup ∈\in ∅\emptyset ≈\approx ∣| ∠\angle △\triangle
+    ℝ\mathbb{R} ℤ\mathbb{Z} ℕ\mathbb{N} Ω\Omega ½\frac12 ⅓\frac13 ⅔\frac23 ¼\frac14 ¾\frac34
+    α\alpha β\beta γ\gamma δ\delta ε\epsilon ϵ\epsilon ζ\zeta η\eta θ\theta ϑ\theta ι\iota κ\kappa
+    λ\lambda μ\mu ν\nu ξ\xi π\pi ρ\rho σ\sigma τ\tau υ\upsilon φ\phi ϕ\phi χ\chi ψ\psi ω\omega
+    Γ\Gamma Δ\Delta Θ\Theta Λ\Lambda Ξ\Xi Π\Pi Σ\Sigma Φ\Phi Ψ\Psi Ω\Omega""".split()
+}
+_RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+|[₀₁₂₃₄₅₆₇₈₉]+")
+_DIGITS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻₀₁₂₃₄₅₆₇₈₉", "0123456789-0123456789")
+_THIN_SPACE = re.compile("(?<=[0-9])[\u00a0\u2007\u2009\u202f](?=[0-9]{3}(?![0-9]))")
+_MICRO = re.compile("[µμ](?=(?:m|g|s|[Ll]|mol|A|V|C|F)(?![a-zA-Z]))")
+_OHM = re.compile("(?<=[0-9 kM])[ΩΩ]$")
+
+
+def _raised(match: re.Match) -> str:
+    """Returns a run of raised or lowered digits as one exponent or subscript: 10¹² is 10^{12}."""
+    sign = "_" if match[0][0] in "₀₁₂₃₄₅₆₇₈₉" else "^"
+    digits = match[0].translate(_DIGITS)
+    return sign + (digits if len(digits) == 1 else f"{{{digits}}}")
+
+
+def _ascii(text: str) -> str:
+    """Returns a text with its signs as ASCII or LaTeX, as far as they have such a form.
+
+    Full-width characters become ordinary ones (NFKC), and what is invisible (Cf) goes.
+    """
+    text = _MICRO.sub("micro", _RAISED.sub(_raised, _THIN_SPACE.sub("", _OHM.sub("ohm", text))))
+    text = unicodedata.normalize("NFKC", text.translate(_UNICODE)).translate(_UNICODE)
+    if text.isascii():
+        return text
+    return "".join(c for c in text if c.isascii() or unicodedata.category(c) != "Cf")
+
+
+_MACRO = (
+    r"\\(?:(?:text|math)(?:bf|it|rm|sf|tt|normal)?|[fm]box|boxed|operatorname|boldsymbol|bm)\s*"
+)
+# Commands that are for the eye only, and others by what they say.
+_FOR_THE_EYE = """left right middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr
+    displaystyle textstyle limits phantom hline""".split()
+_DOTS = "ldots cdots dots dotsb dotsc dotsi dotsm dotso".split()
+_COMMANDS = dict.fromkeys(_FOR_THE_EYE, "") | dict.fromkeys(_DOTS, "...")
+_COMMANDS |= {"lor": " or ", "vee": " or ", "land": " and ", "wedge": " and ", "langle": "("}
+_COMMANDS |= {"rangle": ")", "lbrace": r"\{", "rbrace": r"\}", "R": r"\mathbb{R}", "cr": r"\\"}
+_COMMANDS |= {"quad": " ", "qquad": " ", "tabularnewline": r"\\"}
+_COMMAND = re.compile(r"\\([a-zA-Z]+)")
+_WRAPPED = re.compile(_MACRO + r"\{(.*)\}")
+_LATEX = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        # 1{,}234 -> 1234, and 1\,234 -> 1234
+        (r"(?<=[0-9])(?:\{,\}|,\\! ?|\\[,! ;:]|~)(?=[0-9]{3}(?![0-9]))", ""),
+        # \right. -> nothing, \\[4pt] -> \\, x \not= 2 -> x != 2
+        (r"\\(?:left|right)\.", ""),
+        (r"\\\\\*?\[-?[0-9.]+ ?[a-z]{2}\]", r"\\\\"),
+        (r"\\not ?=", "!="),
+        # a\,b -> a b, and \[5\] -> 5
+        (r"(?<!\\)\\[,;:! ()\[\]]|~|\\hspace\{[^{}]*\}", " "),
+        # 90^{\circ} -> 90°
+        (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-zA-Z]))|\^?\\degree(?![a-zA-Z])", "°"),
+        # 5^{\text{th}} -> 5th
+        (r"\^ ?\{? ?\\(?:text|mathrm) ?\{ ?(st|nd|rd|th) ?\} ?\}?", r"\1"),
+        # 5 \mu \text{m} -> 5 microm
+        (r"(?<=[0-9]) ?\\mu ?\\(?:text|mathrm) ?\{ ?(?=[a-zA-Z])", r" \\text{micro"),
+        # \text{ cm} -> cm, kg \cdot m -> kg*m
+        (_MACRO + r"\{([^{}]*)\}", r" \1 "),
+        (r"(?<=[a-zA-Z]) ?\\cdot ?(?=[a-zA-Z])", "*"),
+    )
+]
+# A system of equations is a list: \begin{cases} x = 1 \\ y = 2 \end{cases} -> x = 1, y = 2
+_SYSTEM = re.compile(
+    r"(?:\\begin\{cases\}|\\\{ ?\\begin\{(?:array|aligned)\}(?:\{l\})?)([^&]*?)"
+    r"\\end\{(?:cases|array|aligned)\}"
+)
+_BOLD = re.compile(r"(?<![\w)])\*\*([^*]+)\*\*(?!\w)")
+_PREAMBLE = re.compile(  # So the final answer is: 5 -> 5, I choose B -> B, and = 5 -> 5
+    r"^(?:(?:so|thus|hence|therefore|then|finally|and)\b,? ?)*"
+    r"(?:(?:(?:the|my|our) )?(?:(?:final|correct|best|right) )*(?:answer|option|choice) ?"
+    r"(?:is|must be|should be|would be|:|=) ?:? ?"
+    r"|I(?:'d| would| will)? (?:choose|pick|select|go with) |(?:\\approx|approximately|=) ?)?",
+    re.IGNORECASE,
+)
+_VERDICT = re.compile(
+    r" is (?:the )?(?:(?:correct|right|best)(?: (?:answer|option|choice))?|answer)$", re.IGNORECASE
+)
+_SMALL = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen
+    fifteen sixteen seventeen eighteen nineteen""".split()
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+NUMBERS = {word: number for number, word in enumerate(_SMALL)}
+NUMBERS |= {word: 10 * number for number, word in enumerate(_TENS, 2)}
+_WORD = re.compile("[a-zA-Z]{4}")
+_COMPOUND = re.compile(rf"\b({'|'.join(_TENS)})[- ]({'|'.join(_SMALL[1:10])})\b", re.IGNORECASE)
+_ZEROS = {"thousand": 3, "million": 6, "billion": 9}
+_LARGE = re.compile(rf"(?<=[0-9]) ?({'|'.join(_ZEROS)})\b", re.IGNORECASE)
+_TIMES = re.compile(r"(?<=[0-9]) ?(?:x| by ) ?(?=[0-9])")
+_THOUSANDS = re.compile("[1-9][0-9]{0,2}(?: [0-9]{3})+")
+# That k is any whole number goes without saying: 2k, k \in \mathbb{Z}; 2k, where k is an integer.
+_IN_INTEGERS = re.compile(
+    r"(?<=[^\s,]),? ?\(?[a-z] ?\\in ?(?:\\mathbb ?\{?[ZN]\}?|[ZN])(?:[_^]?\{?[*+]\}?)?\)?[ .]*$"
+)
+_WHOLE = re.compile(
+    r",? \(?(?:where|for|with) (?:any |all |every )?\\?[a-z] ?(?:is |are )?(?:an? |any )?"
+    r"(?:positive |non-?negative |natural )?(?:integer|whole number|number)s?\)?$"
+)
+_NOON = re.compile(r"(?<=[0-9]) ?([ap])\.? ?m$", re.IGNORECASE)
+_NOUN = re.compile(
+    r"(?<=[0-9}]) ?\(([a-zA-Z][a-z]{2,}(?: [a-z]+)*|[ck]?m(?:\^[23])?|kg)\)$"
+)  # 9 (apples)
+_REALS = re.compile(
+    r"(?:[a-z] (?:is|\\in) )?(?:(?:all|any) )?(?:real numbers?|reals)", re.IGNORECASE
+)
+_IN = re.compile(r"^([a-zA-Z]) in (?=[(\[{\\])")
+_SINGLE = re.compile(r"\(([^(),]*)\)")  # (B) and (-3), but not the pair (1,234)
+_BUILDER = re.compile(  # {x | x > 3}, {x \in \mathbb{R} : x > 3}
+    r"\\?\{ ?([a-zA-Z])(?: ?\\in ?\\mathbb ?\{?R\}?)? ?(?:\\mid|\\vert|\||:) ?"
+    r"([^{}]*\1[^{}]*?)\\?\}"
+)
+_REPEATING = re.compile(r"([0-9]*)\.([0-9]*)\\(?:overline|bar|dot)\s*(?:\{([0-9]+)\}|([0-9]))")
+
+
+def _repeating(match: re.Match) -> str:
+    r"""Returns 0.1\overline{6} as (15/90): the digits with one period, less those without it."""
+    whole, fixed, period = match[1] or "0", match[2], match[3] or match[4]
+    top = int(whole + fixed + period) - int(whole + fixed)
+    bottom = (10 ** len(period) - 1) * 10 ** len(fixed)
+    return f"({top}/{bottom})"
+
+
+def _unwrapped(text: str) -> str:
+    r"""Returns what the macros around the whole text hold: \boxed{\frac{1}{2}} -> \frac{1}{2}."""
+    while match := _WRAPPED.fullmatch(text.strip()):
+        depth = 0
+        for character in match[1]:
+            depth += (character == "{") - (character == "}")
+            if depth < 0:  # \text{a} + \text{b}: the first group ends before the text does
+                return text
+        text = match[1]
+    return text
+
+
+def plain(text: str) -> str:
+    r"""Returns one line without spacing, typographic signs, markdown and text macros.
+
+    **\text{B}.** becomes B. A text that is too long becomes "".
+    """
+    if len(text) > MAX_CHARS:
+        return ""
+    # 1. Unicode becomes ASCII or LaTeX.
+    if not text.isascii():
+        text = _ascii(text)
+        if len(text) > MAX_CHARS:  # some signs stand for many letters
+            return ""
+    text = " ".join(text.split()).replace("=/=", "!=")
+    if "\\" in text:
+        text = text.replace("\\$", "¤").replace("\\%", "%").replace("\\&", "&")
+    # 2. A pair of dollars encloses a formula; a single one is money.
+    if "$" in text:
+        money = text.count("$") == 1
+        text = " ".join(text.replace("$", "¤" if money else " ").split())
+    # 3. **bold** loses its stars, then 2**3 is a power.
+    if "**" in text:
+        text = re.sub(r"(?<=[\w)]) ?\*\* ?(?=[\w(-])", "^", _BOLD.sub(r"\1", text))
+    # 4. LaTeX loses what is for the eye only.
+    if "\\" in text or "~" in text or "{,}" in text or "{:}" in text:
+        text = _unwrapped(text)
+        for pattern, replacement in _LATEX:
+            text = pattern.sub(replacement, text)
+        text = _IN_INTEGERS.sub("", text) if "\\in" in text else text
+        text = _COMMAND.sub(lambda match: _COMMANDS.get(match[1], match[0]), text)
+        text = text.replace("{,}", ".").replace("{:}", ":").replace("=<", "<=")
+        text = _SYSTEM.sub(lambda match: match[1].strip("\\ ").replace("\\\\", ", "), text)
+        text = " ".join(_REPEATING.sub(_repeating, text).split())
+    # 5. 2 x 3 is a product, twenty-five is 25, 3 million is 3*10^6.
+    if _THOUSANDS.fullmatch(text):
+        return text.replace(" ", "")
+    text = _TIMES.sub(r" \\times ", text)
+    if _WORD.search(text):
+        text = _COMPOUND.sub(
+            lambda match: str(NUMBERS[match[1].lower()] + NUMBERS[match[2].lower()]), text
+        )
+        text = _LARGE.sub(lambda match: f"*10^{_ZEROS[match[1].lower()]}", text)
+    # 6. What stands around the answer goes: "the answer is", stars, a full stop, brackets.
+    text = _PREAMBLE.sub("", text.strip("*_` ").rstrip("\\ ")).strip("*_` ")
+    if not text.endswith("..."):
+        text = text.rstrip(".,; ")
+    if " " in text:
+        text = _IN.sub(r"\1 \\in ", _WHOLE.sub("", _VERDICT.sub("", text)))
+    # 7. One way to write 7:30 pm, 9 (apples), x in [0, 1], (5), {x | x > 3}.
+    if text[-1:] in "mM":
+        text = _NOON.sub(lambda match: f" {match[1].lower()}m", text)
+    if text.endswith(")"):
+        text = _NOUN.sub(r" \1", text)
+    if _REALS.fullmatch(text):
+        return r"\mathbb{R}"
+    single = _SINGLE.fullmatch(text) or _BUILDER.fullmatch(text)
+    return single[single.lastindex].strip() if single else text

@@ -1,0 +1,96 @@
+"""Units and nouns: what may stand behind a number without changing it. Standard library only.
+
+>>> unit_of("square metres", glued=False), unit_of("m s^{-2}", glued=False)
+('m^2', 'm s^-2')
+>>> unit_of("eggs", glued=False), unit_of("million", glued=False)
+('egg', None)
+"""
+
+import re
+
+from answers.formulas import aliases, is_product
+
+_UNITS = aliases("""
+    % percent pct; $ ¤ dollar usd; ¢ cent; € euro; £; degree deg °; radian rad; cup; day; week wk
+    month; year yr; mph; unit; nm nanometer nanometre; mm millimeter millimetre; microm micrometer
+    cm centimeter centimetre; m meter metre; km kilometer kilometre; in inch inche; yard yd
+    ft foot feet; mile mi; g gram gm; kg kilogram; mg milligram; microg microgram; lb pound
+    oz ounce; l L liter litre; ml mL milliliter millilitre; th st nd rd; ms millisecond
+    s second sec; min minute; h hour hr; N newton; J joule; kJ kilojoule; cal calorie
+    kcal kilocalorie; W watt; kW kilowatt; mW milliwatt; MW megawatt; V volt; A ampere amp; ohm
+    kohm; Hz hertz; kHz kilohertz
+    Pa pascal; kPa kilopascal; atm atmosphere; K kelvin; mol mole; eV; mmHg; bpm; rpm""")
+# Words that change what a number says, and beginnings of such words: 3 million, not 3, 3 or more.
+_WORDS_THAT_CHANGE = set(
+    """no nor not neither never zero one two three four five six seven eight nine
+    ten plus minus times over mod sqrt log sine cos sin tan more less fewer greater larger smaller
+    than least most below above between about almost nearly around maybe perhaps either else other
+    except without unless any wrong if when only or but too score gross root cannot""".split()
+)
+_STEMS_THAT_CHANGE = tuple(
+    """eleven twelve thirt fourte fort fift sixt sevent eighte eighty ninet hundred
+    thousand million billion trillion half halves third quarter tenth ninth twelfth dozen lakh crore
+    quadr double twice triple squared cubed factorial infinit infty negative divided multipl added
+    raised power remainder choose approx possibl probabl incorrect false none undefined unknown
+    impossible""".split()
+)
+# Behind a noun or a unit these begin a remark: 8 years | old, 3 cups | of water, 6 | is the answer.
+_IDLE_WORDS = """of old on at for to from by with is are was were has have had will would can
+    wide long tall deep high away left total altogether each that which who so as the""".split()
+_REMARK = re.compile(
+    rf" (?:{'|'.join(_IDLE_WORDS)})\b.*|(?<=\S) in .*| in (?:all|total|the|a)\b.*", re.IGNORECASE
+)
+
+
+def changes(text: str) -> bool:
+    """Returns whether a text has a word that changes what a number beside it says."""
+    if re.search(r"\b(?:square|cube|roots?) of\b|n't\b", text, re.IGNORECASE):
+        return True
+    words = re.findall("[a-z]+", text.lower())
+    return any(word in _WORDS_THAT_CHANGE or word.startswith(_STEMS_THAT_CHANGE) for word in words)
+
+
+def unit_of(text: str, glued: bool) -> str | None:
+    """Returns one spelling of a unit: "square metres" -> "m^2", "eggs" -> "egg".
+
+    Returns None if the words are not surely a unit, "" for "is the answer". `glued`: no space
+    stands before them.
+    """
+    if changes(text):
+        return None
+    text = _REMARK.sub("", text if glued else " " + text)
+    powers = {}  # of each unit
+    last = ""
+    sign = 1
+    power = 1
+    for word in re.findall(r"[^\W\d_]+|\^?-?[1-3]|[^\s.*]", re.sub("[{}]", "", text)):
+        # A known unit, in the singular; F is only a unit behind "degree".
+        lower = word.lower()
+        name = _UNITS.get(word) or _UNITS.get(lower) or _UNITS.get(lower.removesuffix("s"))
+        if list(powers) == ["degree"] and lower in ("c", "celsius", "f", "fahrenheit"):
+            name = lower[0]
+        if lower in ("square", "sq", "cubic"):
+            power = 3 if lower == "cubic" else 2
+        elif lower in ("/", "per", "a") and powers and sign == 1:
+            sign = -1
+        elif powers and (number := word.lstrip("^")).lstrip("-").isdigit():
+            powers[last] = int(number) * (1 if powers[last] > 0 else -1)
+        elif name and not (glued and len(word) == 1 and word.isalpha()):
+            # 3 m is a length; 3m may be 3 times m.
+            last = name
+            powers[last] = sign * power
+            power = 1
+            glued = False
+        elif _is_noun(word) and not glued:
+            # "18 eggs": any noun will do, since 18 is all that was asked for.
+            last = lower.removesuffix("s")
+            powers[last] = sign
+        else:
+            return None
+    spelling = " ".join(f"{name}^{power}".removesuffix("^1") for name, power in powers.items())
+    return {"mile h^-1": "mph"}.get(spelling, spelling)
+
+
+def _is_noun(word: str) -> bool:
+    """Returns whether a word is surely no product of letters or a function."""
+    return word.isalpha() and (len(word) > 3 or len(word) == 3 and not is_product(word))
