@@ -172,6 +172,12 @@ def main(argv: list[str]) -> None:
     verdicts = [is_equivalent(answer, truth) for truth, answer, _ in pairs]
     seconds = time.perf_counter() - started
     result = {"pairs": len(pairs), "ours": score("x-reasoner", verdicts, pairs, seconds)}
+    # What models write around an answer, beside the spellings of answers themselves.
+    field = labelled_pairs(answer_blocks("answers_field.txt"))
+    started = time.perf_counter()
+    verdicts = [is_equivalent(answer, truth) for truth, answer, _ in field]
+    seconds_of_field = time.perf_counter() - started
+    result["field"] = score("the same, in the field", verdicts, field, seconds_of_field)
     if options.peer:
         result |= compare_with_peer(options.peer, pairs, seconds)
     answers = [line for block in blocks for lines in block.values() for line in lines]
