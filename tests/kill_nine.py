@@ -198,7 +198,8 @@ def check(command: str, argv: list[str], folder: Path, moments: int, processes=1
         logged, saved = steps_logged(killed), steps_saved(killed)
         assert logged - 1 <= saved <= logged, (logged, saved)
         # While none is saved there is nothing to go on from, and nothing to lose.
-        resume = ["--resume"] if saved else []
+        # Before the first checkpoint was whole, its model may be there: it is to be replaced.
+        resume = ["--resume"] if saved else ["--overwrite"]
         left = [path.name for path in killed.rglob("*.tmp")]
         finish(start(command, [*argv, str(killed), *resume], processes))
         assert_same_end(killed, whole)
