@@ -131,17 +131,21 @@ def test_on_one_process_nothing_is_shared():
     assert parallel.any_rank(True) and not parallel.any_rank(False)
 
 
+def wait_for_steps(metrics: Path, process) -> None:
+    """Waits until three steps are logged."""
+    deadline = time.monotonic() + 120
+    while not metrics.exists() or len(metrics.read_bytes().splitlines()) < 3:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+
+
 def test_a_killed_process_ends_all_and_the_run_can_go_on(tmp_path, data):
     model, out = tiny.make_folder(tmp_path / "vl", "vl"), tmp_path / "run"
     command = ["sft.py", "--model", str(model), "--data", str(data), "--out", str(out)]
     command += ["--save-every", "1", "--batch-size", "3", "--epochs", "1000", "--max-steps", "1000"]
-    processes = ranks.start(2, command)
+    metrics, processes = out / "metrics.jsonl", ranks.start(2, command)
     try:
-        metrics = out / "metrics.jsonl"
-        deadline = time.monotonic() + 120
-        while not metrics.exists() or len(metrics.read_bytes().splitlines()) < 3:
-            assert time.monotonic() < deadline and processes[0].poll() is None
-            time.sleep(0.05)
+        wait_for_steps(metrics, processes[0])
         processes[1].kill()
         _, complaint = processes[0].communicate(timeout=60)
     finally:
@@ -161,13 +165,9 @@ def test_a_sigterm_to_one_process_stops_all_after_their_step(tmp_path, data):
     command = ["sft.py", "--model", str(model), "--data", str(data), "--out", str(out)]
     command += ["--save-every", "0", "--batch-size", "3", "--epochs", "1000", "--max-steps", "1000"]
     command += ["--eval-every", "2", "--eval-data", str(data), "--eval-new-tokens", "4"]
-    processes = ranks.start(2, command)
+    metrics, processes = out / "metrics.jsonl", ranks.start(2, command)
     try:
-        metrics = out / "metrics.jsonl"
-        deadline = time.monotonic() + 120
-        while not metrics.exists() or len(metrics.read_bytes().splitlines()) < 3:
-            assert time.monotonic() < deadline and processes[0].poll() is None
-            time.sleep(0.05)
+        wait_for_steps(metrics, processes[0])
         processes[1].terminate()
         complaints = [process.communicate(timeout=60)[1] for process in processes]
     finally:
