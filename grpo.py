@@ -411,12 +411,12 @@ def train_on_ranks(options: GRPOOptions, run: Run) -> None:
     tokenizer = Tokenizer.from_pretrained(options.model)
     questions = load_questions(options, tokenizer)
     validation = Validation(options, tokenizer, reward)
-    with memory_phase("loading", *update_remedies(options)):
-        trainer = Trainer(options, tokenizer)
     size = options.questions_per_step
     total_steps = num_steps(len(questions), size, options.epochs, options.max_steps)
     warmup_steps = max(1, round(options.warmup_ratio * total_steps))
-    run.begin(trainer.model, trainer.optimizer, warmup_steps)
+    with memory_phase("loading", *update_remedies(options)):
+        trainer = Trainer(options, tokenizer)
+        run.begin(trainer.model, trainer.optimizer, warmup_steps)
 
     def converged() -> bool:
         rewards = [record["reward"] for record in run.records]

@@ -162,8 +162,8 @@ def run_command(main: Callable[[list[str]], None]) -> None:
     flushed = flush_streams()
     code = code or flushed
     # One of several that were connected ends at once, without Python's clean-up: threads of
-    # torch.distributed that are still there then abort it now and then (gloo, torch 2.13: 2 of 25
-    # runs of three processes), after all was done.
+    # torch.distributed that are still there then abort it now and then (gloo, torch 2.13;
+    # docs/log.md), after all was done.
     if count > 1:
         os._exit(code)
     sys.exit(code)

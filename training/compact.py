@@ -249,8 +249,8 @@ def chunks(tensor: Tensor) -> tuple[Tensor, ...]:
 def pin(tensor: Tensor) -> None:
     """Locks a host tensor's pages, so that copies to and from a GPU run at the bus's speed.
 
-    Not by pin_memory=True, which rounds each size up to a power of two: the 7B's states would take
-    70 GB instead of 38. Small tensors are left alone: two may lie in the same page.
+    Not by pin_memory=True, which rounds each size up to a power of two: by arithmetic the 7B would
+    take nearly twice as much. Small tensors are left alone: two may lie in the same page.
     """
     if tensor.nbytes >= OWN_PAGES:
         error = torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)

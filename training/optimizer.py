@@ -80,8 +80,8 @@ def load_for_training(options: TrainOptions, *, frozen: bool = False) -> Qwen2_5
 def recomputes_layers(options: TrainOptions, config: Config) -> bool:
     """Returns whether the backward pass computes each layer anew (`DecoderLayer`).
 
-    auto: for all but models as small as the micro one, whose activations fit anywhere. It costs
-    8 to 30% more time on a CPU (docs/log.md), and without it the 7B keeps 7 MB a token.
+    auto: for all but models as small as the micro one, whose activations fit anywhere. It costs one
+    more forward pass of each layer.
     """
     if options.checkpointing == "auto":
         return not config.is_small
