@@ -12,11 +12,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import grpo  # noqa: E402
+from hub.options import run_command  # noqa: E402
 from training import parallel  # noqa: E402
 from training.rehearsal import Rehearsal, pretence  # noqa: E402
 
 
-def main(out: str, values: str) -> None:
+def main(argv: list[str]) -> None:
+    out, values = argv
     options = grpo.GRPOOptions(**json.loads(values))
     rehearsal = Rehearsal()
     # As a command does it: first the plan, then the processes that it pretended to be.
@@ -31,4 +33,4 @@ def main(out: str, values: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run_command(main)  # it ends a rank without Python's clean-up, which gloo's threads may abort
