@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from data.datasets import Example, load_examples
-from data.sequences import IDLE_ROW, Pack, Row, encode_example, make_pack, make_row, plan_packs
-from data.tokenizer import Tokenizer, check_vocabulary
+from data.sequences import IDLE_ROW, Pack, Row, example_pieces, make_pack, make_row, plan_packs
+from data.tokenizer import Piece, Tokenizer, check_vocabulary, encode_chats
 from hub.device import memory_phase
 from hub.options import MICRO_DATA, option, parse_options, run_command
 from model import Qwen2_5_VL, score
@@ -117,20 +117,21 @@ def load_rows(options: SFTOptions, tokenizer: Tokenizer) -> list[Row]:
     Those whose prompt alone fills max_length have no token to score: they are dropped and counted.
     """
 
-    def convert(example: Example) -> Row | None:
-        ids, mask = encode_example(
-            example,
-            tokenizer,
-            style=options.prompt_style,
-            max_length=options.max_length,
-            answer_only=options.answer_only,
-        )
-        row = make_row(ids, mask, example.id)
-        return row if row.scored.any() else None
+    def convert(example: Example) -> tuple[str, list[Piece]]:
+        style, answer_only = options.prompt_style, options.answer_only
+        return example.id, example_pieces(example, tokenizer, style=style, answer_only=answer_only)
+
+    def tokenise(block: list[tuple[str, list[Piece]]]) -> list[Row | None]:
+        rows = []
+        encoded = encode_chats([pieces for _, pieces in block], tokenizer)
+        for (name, _), (ids, mask) in zip(block, encoded):
+            row = make_row(ids[: options.max_length], mask[: options.max_length], name)
+            rows.append(row if row.scored.any() else None)
+        return rows
 
     too_long = f"the prompt fills --max-length {options.max_length}"
     return load_examples(
-        options.data, convert, skip_bad=options.skip_bad_lines, too_long=too_long
+        options.data, convert, tokenise, skip_bad=options.skip_bad_lines, too_long=too_long
     ).items
 
 
