@@ -32,6 +32,7 @@ from training.options import TrainOptions
 from training.parallel import deal, processes, total, training_device
 from training.plan import print_plan, settle
 from training.rehearsal import Rehearsal
+from training.rows import RowFile
 from training.run import Run
 from training.validation import MAX_BATCH, Validation
 
@@ -50,6 +51,9 @@ RECIPES = {
     "paper": {"prompt_style": "train", **PAPER},
     "med": {"prompt_style": "mcq", **PAPER},
 }
+
+# What the rows of tokens depend on, besides data and tokenizer (training/rows.py).
+ROW_OPTIONS = ("prompt_style", "max_length", "answer_only", "skip_bad_lines")
 
 
 @dataclass
@@ -164,13 +168,15 @@ def train_on_ranks(options: SFTOptions, run: Run) -> None:
     """Loads, and takes all steps. Every process runs this."""
     # 1. Load; only then touch the disk.
     tokenizer = Tokenizer.from_pretrained(options.model)
-    rows = load_rows(options, tokenizer)
+    row_file = RowFile(run, ROW_OPTIONS)
+    rows = row_file.rows(lambda: load_rows(options, tokenizer))
     validation = Validation(options, tokenizer, reward)
     with memory_phase("loading", *update_remedies(options)):
         model = load_for_training(options)
         check_vocabulary(tokenizer, model.config)
         optimizer = make_optimizer(model, options)
         run.begin(model, optimizer)
+    row_file.keep()
 
     # 2. Steps. The learning rate falls after each epoch.
     for epoch, chosen in run.steps(len(rows), options.batch_size):
