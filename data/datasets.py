@@ -41,8 +41,12 @@ from hub.errors import InputError
 T = TypeVar("T")
 
 # These fields are no part of Example.meta, even if they are empty.
-OURS = {*"id question answer options response domain accepted precision".split(), *NAMES["image"]}
-IMAGE_MARK = re.compile(r"<image ?\d*>")
+OURS = {*"id question answer options response domain accepted precision unit".split()}
+OURS |= {*NAMES["image"]}
+# <image>, <image 1>, <image_1>, <|image_1|>, <ImageHere>, <img src="a.png">, ![](a.png)
+IMAGE_MARK = re.compile(r"<\|?image[ \w|]*>|<img [^>]*src=[^>]*>|!\[[^]]*\]\([^)]*\)", re.IGNORECASE)
+# MAWPS: the numbers are in another field.
+GAP_MARK = re.compile(r"\b(?:N_\d\d|number\d)\b")
 
 
 @dataclass
@@ -199,7 +203,7 @@ def records(path: Path) -> Iterator[tuple[str, object]]:
             yield from tsv_records(path)
         elif suffix == ".csv":
             for number, row in enumerate(table_rows(path, ","), 1):
-                yield f"{path}: row {number}", {name: cell for name, cell in row.items() if cell}
+                yield f"{path}: row {number}", row
         else:
             yield from json_records(path)
     except OSError as error:
@@ -293,18 +297,19 @@ def tsv_records(path: Path) -> Iterator[tuple[str, dict]]:
     rows = table_rows(path, "\t")
     images = {row.get("index"): row["image"] for row in rows if len(row.get("image") or "") > 64}
     for number, row in enumerate(rows, 1):
-        row = {column: cell for column, cell in row.items() if cell}
         if row.get("image") in images:
             row["image"] = images[row["image"]]
         yield f"{path}: row {number}", row
 
 
 def table_rows(path: Path, delimiter: str) -> list[dict]:
-    """Returns the rows of a table whose first line has the names of its columns."""
+    """Returns the rows of a table, whose first line has the names of its columns, as far as they
+    are filled. pandas writes an empty cell as nan."""
     csv.field_size_limit(2**31 - 1)  # images are in base64
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            return list(csv.DictReader(file, delimiter=delimiter))
+            rows = csv.DictReader(file, delimiter=delimiter)
+            return [{name: cell for name, cell in row.items() if cell not in ("", None, "nan")} for row in rows]
     except (csv.Error, UnicodeDecodeError) as error:
         kind = path.suffix[1:].upper()
         raise InputError(f"{path}: malformed {kind} ({error})") from None
@@ -368,12 +373,21 @@ def to_example(
     # 2. Nothing that belongs to the question may be left.
     used = {name for names in read.values() for name in names}
     refuse_unread(
-        record, used, where, options=bool(options), images=bool(images), answer=answers[0]
+        record,
+        used,
+        where,
+        question=str(record[read["question"][0]]),
+        options=bool(options),
+        images=images,
+        answer=answers[0],
     )
     texts = [question, *(options.texts.values() if options else ())]
     mark = IMAGE_MARK.search("\n".join(texts))
     if mark and not images:
         raise InputError(f"{where}: the text has {mark[0]}, but the record has no image")
+    gap = GAP_MARK.search(question)
+    if gap:
+        raise InputError(f"{where}: the question has {gap[0]} in the place of a number")
     accepted = [*answers[1:], *map(str, first("accepted", list) or [])]
     # What says the answer stays in meta as it was published.
     told = {name for part in ("question", "options", "image") for name in read.get(part, ())}

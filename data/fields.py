@@ -23,34 +23,38 @@ from hub.errors import InputError
 MEANINGS = {
     "id": "id question_id qid pid uid unique_id problem_id",
     "question": "question problem query question_text problem_text problem_statement question_stem "
-    "stem prompt sentence ctx goal qtext input instruction text",
+    "stem prompt sentence ctx goal qtext q_text original_text s_question inputs input instruction "
+    "open_ended_verifiable_question text",
     # Text that stands before the question, because it cannot be answered without.
     "context": "context contexts passage passages flores_passage article paragraph body premise "
-    "background story scenario vignette case clinical_case case_report document dialogue dialog "
-    "transcript abstract excerpt statement stimulus hint table text prompt instruction input "
+    "background story narrative situation scenario vignette case clinical_case case_report "
+    "patient_note clinical_note document dialogue dialog transcript abstract excerpt statement stimulus hint table text prompt instruction input "
     "problem sentence stem",
     "options": "options option choices candidates alternatives endings answer_choices "
     "answer_options possible_answers candidate_answers option_list choice_list options_text "
-    "choices_text multiple_choice_options mc_choices answers",
-    "answer": "answer final_answer correct_answer ground_truth gt_answer gold_answer golden_answer "
-    "reference_answer standard_answer best_answer right_answer expected_answer answer_number "
-    "final_decision target gold gt answers correct_answers gold_answers golden_answers targets",
+    "choices_text multiple_choice_options mc_choices choice opts answer_list answer_option_list "
+    "answers",
+    "answer": "answer_number final_answer final_ans answer correct_answer ground_truth gt_answer "
+    "gold_answer golden_answer reference_answer standard_answer best_answer right_answer "
+    "expected_answer ground_truth_answer ground_true_answer multiple_choice_answer answer_value ans "
+    "final_decision target gold gt answers correct_answers gold_answers golden_answers targets "
+    "l_solutions answers_spans",
     # Where there are options, these too say which of them is right: by letter or number.
     "key": "answer_idx answer_index answer_key answer_letter answer_option answer_label "
     "answer_choice correct_idx correct_index correct_option correct_choice correct_letter "
     "correct_choice_idx correct_choice_index correct_option_index correct_answer_idx "
     "correct_answer_index correct_answer_id correct_answer_num gold_idx gold_index target_idx "
-    "correct cop ra label labels",
+    "correct cop ra gold_label label labels",
     # Where there is no answer: it stands in <answer> tags or a box.
     "solution": "solution",
-    "image": "decoded_image image images image_1 image_2 image_3 image_4 image_5 image_6 image_7 "
-    "image_path image_paths image_file image_files image_filename image_name img imgs img_path "
+    "image": "decoded_image image images image_0 image_1 image_2 image_3 image_4 image_5 image_6 "
+    "image_7 image_8 image_9 image_path image_paths image_file image_files image_filename image_name img imgs img_path "
     "img_paths img_name img_file img_filename figure figures figure_path diagram picture photo "
-    "image_bytes image_base64 question_image image_url image_urls img_url "
+    "image_bytes image_base64 base64_image image_b64 image_data question_image image_url image_urls img_url "
     "image_local_name",
     # These are an image if they end like one.
     "file": "file_name file path image_id img_id data_id",
-    "unit": "unit",
+    "unit": "unit units answer_unit",
     "domain": "domain subject category",
     "accepted": "accepted accepted_answers aliases answer_aliases",
     "response": "response",
@@ -89,7 +93,8 @@ def optional(record: object, field: str, kind: type, where: str) -> object:
     if is_empty(value):
         return None
     if kind is str and type(value) in (int, float):
-        return str(value)
+        is_whole = isinstance(value, float) and value.is_integer()  # 27.0, as tables have 27
+        return str(int(value) if is_whole else value)
     if not isinstance(value, kind):
         kind = KINDS[kind]
         raise InputError(f"{where}: field '{field}' must be {kind}, not {short(value)}")
@@ -162,10 +167,11 @@ def read_question(record: dict, where: str) -> tuple[str, list[str]]:
         text = context_text(value, f"{where}: field '{name}'")
         if text not in question:
             lines.append(text)
-    unit = optional(record, "unit", str, where)
-    if unit:
-        fields.append("unit")
-        question = f"{question} (Unit: {unit})"
+    for name in named(record, "unit")[:1]:
+        unit = required(record, name, str, where)
+        if not unit.isdigit():  # unit 3 is a chapter
+            fields.append(name)
+            question = f"{question} (Unit: {unit})"
     return "\n".join([*lines, question]), fields
 
 
@@ -181,8 +187,17 @@ def context_text(value: object, where: str) -> str:
 def read_open_answer(record: dict, where: str) -> tuple[list[str], list[str]]:
     """Returns the right answers of a question without options, and the fields that they are from.
 
-    An array means that each of its texts is right. Raises InputError where a field names an option.
+    An array means that each of its texts is right; an array of numbers is one answer. Raises
+    InputError where a field names an option, or says by a number or by `false` what is meant.
     """
+    for field in named(record, "key"):
+        value = record[field]
+        is_mark = isinstance(value, int) and plain_name(field) in OPEN_KEYS
+        if is_mark and (value is not True or plain_name(field) != "correct"):
+            raise InputError(
+                f"{where}: field '{field}' may be the number of a class, or say whether the answer "
+                f"is right: {value}; if it is the answer, call it 'answer'"
+            )
     keys = [key for key in named(record, "key") if plain_name(key) not in OPEN_KEYS]
     keys = [key for key in keys if re.fullmatch(r"[A-Pa-p]|\d{1,2}", str(record[key]))]
     fields = named(record, "answer")
@@ -199,10 +214,17 @@ def read_open_answer(record: dict, where: str) -> tuple[list[str], list[str]]:
         )
     [field, *_] = fields or named(record, "key") or ["answer"]
     value = record.get(field)
+    if isinstance(value, bool):
+        return (["yes", "true"] if value else ["no", "false"]), [field]
+    if isinstance(value, dict) and len(set(value.get("spans") or [])) > 1:  # DROP
+        raise InputError(f"{where}: field '{field}' may mean each or all of {short(value['spans'])}")
     if isinstance(value, dict):  # SQuAD, TriviaQA
-        value = value.get("text") or [value.get("value"), *(value.get("aliases") or [])]
+        value = value.get("text") or value.get("spans") or [value.get("value")]
+        value = [*value, *(record[field].get("aliases") or [])]
+    if isinstance(value, list) and len(value) > 1 and is_numbers(value):
+        value = str(value)
     if not isinstance(value, list):
-        answer = required(record, field, str, where)
+        answer = required({field: value}, field, str, where)
         is_box = answer.startswith(r"\boxed{") and answer.endswith("}")
         return [final_answer(answer) or answer if is_box else answer], [field]
     texts = [optional({field: one}, field, str, where) for one in value]
@@ -211,6 +233,11 @@ def read_open_answer(record: dict, where: str) -> tuple[list[str], list[str]]:
     if len(texts) > 1 and all(re.fullmatch("[A-P]", text) for text in texts):
         raise InputError(f"{where}: field '{field}' names several right options")
     return list(dict.fromkeys(texts)), [field]
+
+
+def is_numbers(values: list) -> bool:
+    """Says whether all values of an array are numbers."""
+    return all(type(value) in (int, float) for value in values)
 
 
 def final_answer(solution: str) -> str | None:
@@ -256,9 +283,10 @@ def read_images(record: dict, where: str, folder: Path) -> tuple[list[str | Path
         if not fields and IMAGE_FILE.fullmatch(str(record[field])):
             fields = [field]
     for field in fields:
-        again = bool(images) and not re.fullmatch(r"image[2-7]", plain_name(field))
-        # MathVista and MathVision have the path beside the image itself.
-        if again and not all(isinstance(image, Path) for image in images):
+        again = bool(images) and not re.fullmatch(r"image\d", plain_name(field))
+        # MathVista and MathVision have the path beside the image itself, others its address.
+        is_address = re.match(r"https?:", str(record[field]), re.IGNORECASE)
+        if again and (is_address or not all(isinstance(image, Path) for image in images)):
             continue
         found = images_of(record[field], f"{where}: field '{field}'", folder)
         if again:
@@ -297,11 +325,14 @@ def images_of(value: object, where: str, folder: Path) -> list[str | Path | byte
             raise InputError(f"{where} is an address: load the image, and write its path there")
         if isinstance(one, str) and re.match(r"file:", one, re.IGNORECASE):
             one = follow_uri(one)
+        # Base64 that does not say so: what PNG, JPEG, GIF and WebP begin with.
+        if isinstance(one, str) and re.match("(iVBORw|/9j/|R0lGOD|UklGR)[A-Za-z0-9+/=\\s]{60}", one):
+            one = f"data:image;base64,{one}"
         if isinstance(one, bytes) or isinstance(one, str) and is_uri(one):
             images.append(one)
         elif isinstance(one, str) and len(one) < 4096:
             images.append(folder / one)
-        else:  # base64 that does not say so is too long for a path
+        else:  # other base64 is too long for a path
             raise InputError(
                 f"{where} must be a path, a data URI, an image's bytes or an array of them, "
                 f"not {short(one)}"
@@ -323,9 +354,18 @@ CONTEXT_WORDS = set(
     "context contexts passage passages article paragraph paragraphs premise vignette background "
     "stimulus story scenario excerpt dialogue dialog transcript history facts information notes "
     "report findings document documents description text content essay email review news snippet "
-    "code para paras sentences premises assumptions setup given tables".split()
+    "code para paras sentence sentences premises assumptions setup given tables hypothesis claim "
+    "conclusion evidence narrative situation scene plot lyrics poem note intro introduction caption "
+    "preamble conditions condition rules material reading book chapter conversation utterance "
+    "symptoms exam definitions theorem constraints knowledge program snippets scenarios".split()
 )
-SOLUTION_WORDS = set("answer answers solution response explanation reasoning output".split())
+# What tells about the answer is no part of the question, nor is a smaller picture of the image.
+SOLUTION_WORDS = set(
+    "answer answers solution response explanation reasoning output rationale preview thumbnail "
+    "generated".split()
+)
+# A part of the question, if the field's name begins with `question` or the like.
+PART_WORDS = set("description detail details body context background content statement".split())
 # A field whose name ends so describes something, and does not hold it: `image_caption`.
 ABOUT_WORDS = set(
     "type types caption description count num width number height size format mode license source "
@@ -336,6 +376,7 @@ ABOUT_WORDS = set(
     "rationale rationales response responses outputs predictions info title name names date "
     "author equation equations numbers operations decomposition entities".split()
 )
+TOLD_NAMES = {*NAMES["answer"], *NAMES["accepted"]} - {*NAMES["options"]}
 IMAGE_FILE = re.compile(r"\S.*\.(png|jpe?g|webp|gif|bmp|tiff?|svg|dcm|nii|mp4)", re.IGNORECASE)
 
 
@@ -346,27 +387,35 @@ def words_of(name: str) -> list[str]:
 
 
 def refuse_unread(
-    record: dict, read: set[str], where: str, *, options: bool, images: bool, answer: str
+    record: dict, read: set[str], where: str, *, question: str, options: bool, images: list,
+    answer: str,
 ) -> None:
     """Raises InputError for an unread field that looks as if it belonged to the question.
 
-    `options` and `images` say whether there are any: what is beside them may repeat them.
+    `question` is the text of its own field. What is beside options and images may repeat them.
     """
     stems = {}
+    image_names = {Path(image).name for image in images if not isinstance(image, bytes)}
     for field, value in record.items():
         words = words_of(field)
         if field in read or is_empty(value) or not words:
             continue
         looks = None
-        if not images and holds_image(value):
+        tells_answer = bool(SOLUTION_WORDS & set(words))
+        is_named_image = bool(IMAGE_WORDS & set(words)) and Path(str(value)).name not in image_names
+        if OPTION_WORDS & set(words) and holds_image(value):
+            looks = "options"
+        elif not tells_answer and (not images or is_named_image) and holds_image(value):
             looks = "an image"
-        elif words[-1] in ABOUT_WORDS and words != ["description"]:
+        elif is_part_of_question(field, words, value, question):
+            looks = "a part of the question"
+        elif words[-1] in ABOUT_WORDS and words != ["description"] and (images or words[-1] != "caption"):
             continue
         elif not options and looks_like_options(words, value, answer):
             looks = "options"
-        elif not images and looks_like_image(words, value):
+        elif not images and not tells_answer and looks_like_image(words, value):
             looks = "an image"
-        elif CONTEXT_WORDS & set(words) and not SOLUTION_WORDS & set(words) and is_long(value):
+        elif CONTEXT_WORDS & set(words) and not tells_answer and is_long(value):
             looks = "context"
         # Several columns of one name, such as reply_a and reply_b, and an answer that chooses.
         is_column = words[-1] in ("a", "b", "1", "2") and isinstance(value, str | int | float)
@@ -382,13 +431,22 @@ def refuse_unread(
             )
 
 
+def is_part_of_question(field: str, words: list[str], value: object, question: str) -> bool:
+    """Says whether a field is named like the question, and neither repeats it nor is in it."""
+    is_part = words[0] in ("question", "problem", "query") and words[-1] in PART_WORDS
+    if not is_part and plain_name(field) not in NAMES["question"] or not isinstance(value, str):
+        return False
+    one, other = ("".join(text.split()) for text in (value, question))
+    return is_long(value) and one not in other and other not in one
+
+
 def looks_like_options(words: list[str], value: object, answer: str) -> bool:
     """Says whether a field may hold options: by its name, or by what it holds.
 
     By what it holds: letters and their texts, or several short texts, of which the answer is one,
     or names one by its letter or its number.
     """
-    if isinstance(value, bool | int | float):
+    if isinstance(value, bool | int | float) or plain_name("".join(words)) in TOLD_NAMES:
         return False
     if OPTION_WORDS & set(words):
         return True
