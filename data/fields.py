@@ -58,6 +58,8 @@ MEANINGS = {
     "domain": "domain subject category",
     "accepted": "accepted accepted_answers aliases answer_aliases",
     "response": "response",
+    # Where nothing else says the answer: it is what this ends with, or all of it.
+    "worked": "response completion output",
     "precision": "precision",
 }
 OPEN_KEYS = {"label", "labels", "correct"}  # may be anything, where there are no options
@@ -355,9 +357,8 @@ CONTEXT_WORDS = set(
     "stimulus story scenario excerpt dialogue dialog transcript history facts information notes "
     "report findings document documents description text content essay email review news snippet "
     "code para paras sentence sentences premises assumptions setup given tables hypothesis claim "
-    "conclusion evidence narrative situation scene plot lyrics poem note intro introduction caption "
-    "preamble conditions condition rules material reading book chapter conversation utterance "
-    "symptoms exam definitions theorem constraints knowledge program snippets scenarios".split()
+    "conclusion evidence narrative situation scene plot lyrics poem note intro caption preamble "
+    "conditions rules material conversation utterance symptoms snippets scenarios".split()
 )
 # What tells about the answer is no part of the question, nor is a smaller picture of the image.
 SOLUTION_WORDS = set(

@@ -8,17 +8,34 @@ import re
 from reprlib import repr as short
 from typing import NamedTuple
 
-from data.fields import OPEN_KEYS, from_json, is_empty, named, plain_name, python_list, required
+from data.fields import (
+    OPEN_KEYS,
+    from_json,
+    holds_image,
+    is_empty,
+    named,
+    plain_name,
+    python_list,
+    required,
+)
 from hub.errors import InputError
 
 LETTERS = "ABCDEFGHIJKLMNOP"  # of options
 # The fields of an option that is an object.
-NAME_FIELDS = ("key", "letter", "label", "id", "aid", "name", "option")
+NAME_FIELDS = ("key", "letter", "label", "id", "aid", "aoVal", "name", "option")
 TEXT_FIELDS = ("value", "content", "text", "atext", "answer", "option", "choice", "description")
 # Columns, one an option: choice_a, option1, ending0, opa, A.
 COLUMN = re.compile(
     r"(|choices?|options?|opt|op|answers?|ans|candidate|ending|sol|alternative|answerchoice|"
     r"answeroption|optiontext|choicetext|mcanswer)([a-p]|\d{1,2})"
+)
+
+
+# Where an option begins in a text of all options.
+MARKS = (
+    r"(?:^|[\n,;]|(?<=\s)(?=\())\s*\(?([A-Pa-p])\s?[).:、．：]",  # a ) 38 , b ) 27; (A) red (B) blue
+    r"(?:^|\s)([A-P])[).:、．：]",  # A. red B. blue
+    r"(?:^|\n)\s*([A-P])\s",  # A red, and B blue in the next line
 )
 
 
@@ -58,21 +75,31 @@ def read_options(record: dict, where: str) -> Options | None:
         if list(other.texts.values()) != list(shapes[0].texts.values()):
             one, two = shapes[0].fields[0], other.fields[0]
             raise InputError(f"{where}: fields '{one}' and '{two}' both look like options")
+    if len(shapes[0].texts) < 2:
+        raise InputError(f"{where}: field '{shapes[0].fields[0]}' has only one option")
     return strip_letters(shapes[0])._replace(fields=[f for shape in shapes for f in shape.fields])
 
 
 def is_choice_of(record: dict, field: str) -> bool:
     """Says whether an array is what a key chooses from (ReClor), not a list of right answers."""
     value = record[field]
-    return isinstance(value, list) and len(value) > 1 and bool(named(record, "key"))
+    chooses = named(record, "key") or names_letter(record)
+    return isinstance(value, list) and len(value) > 1 and bool(chooses)
+
+
+def names_letter(record: dict) -> bool:
+    """Says whether a field that has the answer, or says which option it is, is a mere letter."""
+    fields = [*named(record, "answer"), *named(record, "key")]
+    return any(re.fullmatch("[A-Pa-p]", str(record[field])) for field in fields)
 
 
 def one_field(options: object, where: str) -> Options | None:
     """Returns the options that one field holds; None if there are none.
 
-    An object {letter: text}; an array of texts, in the order of the letters; an array of objects
-    such as {"key": letter, "value": text} (MedQA); {"label": [...], "text": [...]} (ARC); one of
-    these as a text in JSON or Python (MMMU); or a text "A) red, B) blue" (MathQA).
+    An object {letter: text}, {number: text} or {"option1": text}; an array of texts, in the order
+    of the letters; an array of objects such as {"key": letter, "value": text} (MedQA) or
+    {letter: text}; {"label": [...], "text": [...]} (ARC); one of these as a text in JSON or Python
+    (MMMU); or a text "A) red, B) blue" (MathQA).
     """
     if isinstance(options, str):
         options = parse_text(options)
@@ -85,8 +112,17 @@ def one_field(options: object, where: str) -> Options | None:
         options = [{"key": label, "value": text} for label, text in zip(labels, texts)]
     if is_empty(options):
         return None
-    if isinstance(options, list) and isinstance(options[0], dict):
-        return from_objects(options, where)
+    if isinstance(options, list):
+        while options and is_empty(options[-1]):  # fills up
+            options = options[:-1]
+        options = [one[0] if isinstance(one, list) and len(one) == 1 else one for one in options]
+    if is_empty(options):
+        return None
+    if isinstance(options, list) and all(isinstance(one, dict) for one in options):
+        merged = {name: text for option in options for name, text in option.items()}
+        if len(merged) != len(options) or len(merged) < 2 or max(map(len, options)) > 1:
+            return from_objects(options, where)
+        options = merged
     if isinstance(options, list):
         return Options(checked(by_letter(options, where), where))
     if not isinstance(options, dict):
@@ -95,6 +131,9 @@ def one_field(options: object, where: str) -> Options | None:
     given = {letter: text for letter, text in options.items() if text is not None}
     if set(given) <= set(LETTERS.lower()):
         given = {letter.upper(): text for letter, text in given.items()}
+    if given and not set(given) <= set(LETTERS):
+        objects = [{"key": name, "value": text} for name, text in given.items()]
+        return column_options(given, where) or from_objects(objects, where)
     return Options(checked(given, where), lettered=True) if given else None
 
 
@@ -105,16 +144,16 @@ def parse_text(text: str) -> object:
         parsed = python_list(text)
     if not isinstance(parsed, str):
         return parsed
-    # "a ) 38 , b ) 27", "A. red\nB. blue", "(A) red (B) blue"
-    marks = list(re.finditer(r"(?:^|[\n,;]|(?<=\s)(?=\())\s*\(?([A-Pa-p])\s?[).:](?=\s|\S)", text))
-    letters = "".join(mark[1].upper() for mark in marks)
-    if len(letters) < 2 or letters != LETTERS[: len(letters)] or text[: marks[0].start()].strip():
-        return text
-    ends = [*(mark.start() for mark in marks[1:]), len(text)]
-    return {
-        letter: text[mark.end() : end].strip(" ,;\n")
-        for letter, mark, end in zip(letters, marks, ends)
-    }
+    for pattern in MARKS:
+        marks = list(re.finditer(pattern, text))
+        letters = "".join(mark[1].upper() for mark in marks)
+        if len(letters) < 2 or letters != LETTERS[: len(letters)]:
+            continue
+        ends = [*(mark.start() for mark in marks[1:]), len(text)]
+        texts = [text[mark.end() : end].strip(" ,;\n") for mark, end in zip(marks, ends)]
+        if not text[: marks[0].start()].strip():
+            return dict(zip(letters, texts))
+    return text
 
 
 def from_objects(options: list, where: str) -> Options:
@@ -123,6 +162,8 @@ def from_objects(options: list, where: str) -> Options:
     Raises InputError where one has no field that is known as name or text, and for names that are
     neither letters nor the numbers from 0 or 1 on.
     """
+    if any(map(holds_image, options)):
+        raise InputError(f"{where} has images: options must be texts")
     fields = options[0].keys()
     name_field = next((name for name in NAME_FIELDS if name in fields), None)
     text_field = next((name for name in TEXT_FIELDS if name in fields and name != name_field), None)
@@ -154,20 +195,23 @@ def checked(options: dict, where: str) -> dict[str, str]:
     if not set(options) <= set(LETTERS):
         found = ", ".join(options)[:80]
         raise InputError(f"{where} must have letters from A to P as keys, not {found}")
+    if any(map(holds_image, options.values())):
+        raise InputError(f"{where} has images: options must be texts")
     return {letter: required(options, letter, str, where) for letter in options}
 
 
 def column_options(record: dict, where: str) -> Options | None:
     """Returns options that are columns of their own: at least two, from a, A, 0 or 1 on.
 
-    Mere letters must be capitals: `a` and `b` may be anything.
+    Mere letters must be capitals, or the answer one of them: `a` and `b` may be anything.
     """
     groups = {}
+    mere = "[A-Pa-p]" if names_letter(record) else "[A-P]"
     for field, value in record.items():
         match = COLUMN.fullmatch(plain_name(field))
         is_text = isinstance(value, str | int | float) and not isinstance(value, bool)
         if match and is_text and not is_empty(value) and value != "nan":
-            if match[1] or re.fullmatch("[A-P]", field):
+            if match[1] or re.fullmatch(mere, field):
                 groups.setdefault(match[1], {})[match[2]] = field
     for stem, columns in groups.items():
         ends = sorted(columns, key=lambda end: (len(end), end))
@@ -216,14 +260,19 @@ def wrong_answers(record: dict, where: str) -> Options | None:
 
 
 def strip_letters(options: Options) -> Options:
-    """Returns the options without letters that their texts begin with: "(A) red" (AGIEval)."""
-    bare = {}
-    for letter, text in options.texts.items():
-        match = re.fullmatch(rf"(?:\({letter}\)|{letter}[).:])\s*(.+)", text.strip(), re.DOTALL)
-        if match is None:
-            return options
-        bare[letter] = match[1]
-    return options._replace(texts=bare, lettered=True)
+    """Returns the options without what their texts begin with: "(A) red" (AGIEval), "1. red"."""
+    form = r"\(?(?:([A-Pa-p])[).:、．：]\s*|(\d{1,2})[).:、．：]\s+)(\S.*)"
+    matches = [re.fullmatch(form, text.strip(), re.DOTALL) for text in options.texts.values()]
+    if None in matches:
+        return options
+    letters = [(match[1] or match[2]).upper() for match in matches]
+    numbers = [str(i) for i in range(len(letters) + 1)]
+    lettered = letters == list(options.texts)
+    if not lettered and letters not in (numbers[:-1], numbers[1:]):
+        return options
+    texts = {letter: match[3] for letter, match in zip(options.texts, matches)}
+    names = options.names if lettered else dict(zip(letters, texts))
+    return options._replace(texts=texts, names=names, lettered=lettered or options.lettered)
 
 
 # --- Which option is right ------------------------------------------------------------------------
@@ -277,11 +326,12 @@ def ambiguous(
     texts = [text.strip() for text in options.texts.values()]
     if base is not None or str(value).strip() in texts:
         return InputError(message)
-    # A number in JSON counts from 0, as the hub's class labels do. MedMCQA's `cop` does both.
+    # A number in JSON counts from 0, as the hub's class labels do. MedMCQA's `cop` does both, and
+    # QuALITY counts from 1.
     for field in fields:
         is_index = isinstance(record[field], int | float)
         is_index = is_index or plain_name(field).endswith(("index", "idx"))
-        if is_index and plain_name(field) != "cop":
+        if is_index and plain_name(field) not in ("cop", "goldlabel"):
             return Ambiguous(message, 0)
     return Ambiguous(message, None)
 
@@ -296,19 +346,25 @@ def letters_meant(
 ) -> set[str]:
     """Returns the letters that a field may mean: as a letter, a name, an option's text, an index.
 
-    Where the record itself has the letters, a letter is just that. Raises InputError for several
-    right options.
+    An array of marks, one an option, means the option that is marked by 1 or true. Where the record
+    itself has the letters, a letter is just that. Raises InputError for several right options.
     """
+    texts = options.texts
+    if isinstance(value, list) and len(value) == len(texts) and set(value) == {0, 1}:
+        if sum(value) == 1:
+            return {list(texts)[value.index(1)]}
+    if isinstance(value, bool):
+        said = ("yes", "true") if value else ("no", "false")
+        return {letter for letter, option in texts.items() if folded(option) in said}
     if isinstance(value, list):
         if len(value) != 1:
             raise InputError(f"{where}: field '{field}' names several right options")
         value = value[0]
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
+    if not isinstance(value, str | int | float):
         found = short(value)
         raise InputError(f"{where}: field '{field}' must be text, not {found}")
     text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
     text = re.sub(r"^\\boxed\{(.*)\}$", r"\1", text.strip())
-    texts = options.texts
     # 1. A letter: B, (B), b., B: Blue
     letters = set()
     match = re.fullmatch(r"(?i:option |choice )?\(?([A-Pa-p])(?:\)?[.:]?|\)?[.:)]\s*(.+))", text)
@@ -322,9 +378,10 @@ def letters_meant(
     same = [letter for letter, option in texts.items() if option.strip() == text]
     alike = [letter for letter, option in texts.items() if folded(option) == folded(text)]
     letters |= set(same[:1] or alike)
-    # 3. The name of an option. A `label` is rather an index, as the hub's class labels are.
+    # 3. The name of an option. A number in `label` or the like is an index, as the hub's labels are.
     name = plain_name(text)
-    if name in options.names and not (name.isdigit() and plain_name(field) == "label"):
+    is_index = name.isdigit() and plain_name(field).endswith(("label", "index", "idx"))
+    if name in options.names and not is_index:
         return letters | {options.names[name]}
     # 4. An index.
     if re.fullmatch(r"\d{1,2}", text):

@@ -18,13 +18,14 @@ from collections.abc import Callable
 from reprlib import repr as short
 from typing import NamedTuple
 
-from data.fields import named, optional, python_list, required, without
+from data.fields import final_answer, named, optional, python_list, required, without
 from data.options import LETTERS, read_options
 from data.turns import (
     asked,
     is_sharegpt,
     openthoughts,
     openthoughts_metadata,
+    pictured,
     sharegpt,
     turns_of,
     verl,
@@ -146,14 +147,11 @@ def mmmu_vision(record: dict, where: str) -> dict:
 
 
 def mathvista(record: dict, where: str) -> dict:
-    """The answer is the right choice's text. The official prompt has the unit with the question."""
-    question = required(record, "question", str, where)
+    """The answer is the right choice's text."""
     answer = required(record, "answer", str, where)
     options = option_texts(record, where)
-    unit = optional(record, "unit", str, where)
     metadata = optional(record, "metadata", dict, where) or {}
-    return without(record, "pid", "choices", "unit") | {
-        "question": f"{question} (Unit: {unit})" if unit else question,
+    return without(record, "pid", "choices") | {
         "options": options,
         "answer": letter_of(answer, options, where) if options else answer,
         "domain": metadata.get("task"),
@@ -166,23 +164,34 @@ def opencompass(row: dict, where: str) -> dict:
     Options are in columns A, B, ... or, as the text of a list, in `choices`. An image is in base64;
     several are the text of a list.
     """
-    question = required(row, "question", str, where)
     options = {letter: row[letter] for letter in LETTERS if letter in row} or row.get("choices")
-    images = row.get("image", row.get("image_path", ""))
-    images = python_list(images)
+    images = python_list(row.get("image", ""))
     images = images if isinstance(images, list) else [images]
-    if "image" in row:
-        images = [f"data:image;base64,{image}" for image in images]
-    record = without(row, *LETTERS, "choices", "hint", "image_path") | {
+    record = without(row, *LETTERS, "choices", "image_path" if "image" in row else "image") | {
         "id": row.get("index"),
-        "question": f"{row['hint']}\n{question}" if "hint" in row else question,
         "options": options,
-        "image": images,
         "domain": row.get("category", row.get("task")),
     }
+    if "image" in row:
+        record["image"] = [f"data:image;base64,{image}" for image in images]
     if not options:
         return record | listed_answers(row, where)
     return record | {"answer": row.get("answer_option", row.get("answer"))}
+
+
+def scored(record: dict, where: str) -> dict:
+    """The options have a score each, of which the right one's is 1 (TruthfulQA, BIG-bench)."""
+    scores = record.get("mc1_targets") or record["target_scores"]
+    if "labels" not in scores:
+        scores = {"choices": list(scores), "labels": list(scores.values())}
+    return without(record, "mc1_targets", "mc2_targets", "target_scores", "target") | scores
+
+
+def mmlu_redux(record: dict, where: str) -> dict:
+    """The question was looked through: one that is bad is none for a model either."""
+    if record["error_type"] not in ("ok", None):
+        raise InputError(f"{where}: field 'error_type' says that the record is bad: {short(record['error_type'])}")
+    return record
 
 
 def medxpertqa(record: dict, where: str) -> dict:
@@ -258,7 +267,12 @@ SCHEMAS = (
     # volcengine/verl: DAPO-Math, geometry3k, ...
     Schema("verl", {"prompt", "reward_model"}, convert=verl),
     # AILab-CVPR/SEED-Bench
-    Schema("seed-bench", {"choice_a", "data_id"}, {"image": "data_id"}),
+    Schema("seed-bench", {"choice_a", "data_id"}, {"image": "data_id"}, lacks=frozenset({"image"})),
+    # truthfulqa/truthful_qa, "multiple_choice"; google/BIG-bench
+    Schema("truthfulqa", {"question", "mc1_targets"}, convert=scored),
+    Schema("big-bench", {"input", "target_scores"}, convert=scored),
+    # edinburgh-dawg/mmlu-redux
+    Schema("mmlu-redux", {"choices", "error_type"}, convert=mmlu_redux),
     # MathLLMs/MathVision. Options may be mere letters: then the image has their texts.
     Schema("mathvision", {"question", "options", "level", "subject"}, {"domain": "subject"}),
 )
@@ -269,7 +283,9 @@ def to_plain(record: object, where: str, *, is_tsv: bool) -> tuple[str, dict]:
 
     Fields that mean nothing to us are left as they are. Raises InputError for an unknown schema.
     """
-    # Open-Reasoner-Zero, data/orz_math_57k_collected.json
+    # Open-Reasoner-Zero, data/orz_math_57k_collected.json; its tables have columns 0 and 1
+    if isinstance(record, dict) and record.keys() == {"0", "1"}:
+        record = [record["0"], record["1"]]
     if isinstance(record, list) and len(record) == 2:
         return "orz", orz(record, where)
     if isinstance(record, dict) and None in record:  # where csv puts them
@@ -278,15 +294,24 @@ def to_plain(record: object, where: str, *, is_tsv: bool) -> tuple[str, dict]:
         raise InputError(
             f"{where}: a record must be an object or [{{from, value}}, {{ground_truth}}]"
         )
-    if is_tsv:
+    if is_tsv and "index" in record:
         return "opencompass", opencompass(record, where)
+    told = named(record, "answer") or named(record, "key") or named(record, "solution")
     if is_sharegpt(record):
         return "sharegpt", sharegpt(record, where)
     # allenai/RLVR: the turns before an answer
-    spoken = turns_of(record.get("messages"))
-    if spoken and spoken[-1][0] == "user" and named(record, "answer") and "question" not in record:
-        question = asked(record["messages"], f"{where}: field 'messages'")
-        record = without(record, "messages") | {"question": question}
+    field = "messages" if "messages" in record else "conversations"
+    spoken = turns_of(record.get(field))
+    if spoken and spoken[-1][0] == "user" and told and "question" not in record:
+        question = asked(record[field], f"{where}: field '{field}'")
+        record = pictured(record, record[field]) | {"question": question}
+        del record[field]
+    # databricks/dolly, tatsu-lab/alpaca: the response is the answer
+    worked = named(record, "worked")
+    if worked and not told:
+        response = required(record, worked[0], str, where)
+        answer = final_answer(response) or response
+        record = without(record, *worked) | {"answer": answer, "response": response}
     for schema in SCHEMAS:
         if schema.known_by <= record.keys() and not schema.lacks & record.keys():
             for ours, theirs in schema.means.items():
@@ -304,5 +329,5 @@ def to_plain(record: object, where: str, *, is_tsv: bool) -> tuple[str, dict]:
     if not asks and not named(record, "answer"):
         raise InputError(f"{where}: unknown schema (fields: {', '.join(record)[:80]})")
     if asks and turns_of(record[asks[0]]):
-        record = record | {asks[0]: asked(record[asks[0]], f"{where}: field '{asks[0]}'")}
+        record = pictured(record, record[asks[0]]) | {asks[0]: asked(record[asks[0]], f"{where}: field '{asks[0]}'")}
     return ("plain" if "question" in asks and "answer" in record else "by names"), record

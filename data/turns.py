@@ -88,7 +88,7 @@ def turns_of(turns: object) -> list[tuple[str, str]] | None:
     """Returns (speaker, text) of each turn of a conversation; None if it is none.
 
     ShareGPT says from and value, the chat APIs say role and content. The text may be an array of
-    parts, of which those that are text count.
+    parts, texts and images; an image leaves its mark.
     """
     found = []
     for turn in turns if isinstance(turns, list) else []:
@@ -97,12 +97,26 @@ def turns_of(turns: object) -> list[tuple[str, str]] | None:
         speaker = turn.get("from", turn.get("role"))
         text = turn.get("value", turn.get("content"))
         if isinstance(text, list):
-            parts = [part.get("text") for part in text if isinstance(part, dict)]
-            text = "\n".join(part for part in parts if isinstance(part, str))
+            parts = [part.get("text", image_mark(part)) for part in text if isinstance(part, dict)]
+            text = "\n".join(parts) if all(isinstance(part, str) for part in parts) else None
         if not isinstance(speaker, str) or not isinstance(text, str):
             return None
         found.append((SPEAKERS.get(speaker, speaker), text.strip()))
     return found or None
+
+
+def image_mark(part: dict) -> str | None:
+    """Returns the mark of an image in a conversation; None for what is no image."""
+    return "<image>" if "image" in str(part.get("type")) else None
+
+
+def pictured(record: dict, turns: list) -> dict:
+    """Returns the record with the images that its turns hold, if it has no field of images."""
+    texts = [turn.get("value", turn.get("content")) for turn in turns]
+    parts = [part for text in texts if isinstance(text, list) for part in text]
+    held = [part.get("image", part.get("image_url")) for part in parts if image_mark(part)]
+    held = [image for image in held if image]
+    return record if named(record, "image") or not held else record | {"images": held}
 
 
 def asked(turns: object, where: str) -> str:
@@ -120,6 +134,7 @@ def sharegpt(record: dict, where: str) -> dict:
     The answer is what the response has in <answer> tags, else in its last box, else all of it.
     """
     field = "conversations" if "conversations" in record else "messages"
+    record = pictured(record, record[field])
     spoken = turns_of(record[field]) or []
     texts = [text for speaker, text in spoken if speaker != "system"]
     speakers = [speaker for speaker, _ in spoken if speaker != "system"]
@@ -128,19 +143,26 @@ def sharegpt(record: dict, where: str) -> dict:
     question, response = texts
     answer = final_answer(response) or response
     return (
-        {"answer": answer} | without(record, field) | {"question": question, "response": response}
+        {"answer": answer} | without(record, field, *named(record, "question")) | {"question": question, "response": response}
     )
 
 
 def is_sharegpt(record: dict) -> bool:
-    """Says whether all there is to a record is a conversation; OpenThoughts has its own tags."""
+    """Says whether all there is to a record is a conversation, which a field may begin again.
+
+    OpenThoughts has its own tags.
+    """
     turns = record.get("conversations", record.get("messages"))
-    if named(record, "question") or not isinstance(turns, list) or not turns:
-        return False
     spoken = turns_of(turns)
-    is_published = isinstance(turns[0], dict) and turns[0].get("from") == "user"
-    is_prompt = bool(spoken) and spoken[-1][0] == "user" and bool(named(record, "answer"))
-    return spoken is not None and not is_published and not is_prompt
+    if not spoken:
+        return False
+    begun = [record[field] for field in named(record, "question")]
+    told = named(record, "answer") or named(record, "solution")
+    if begun and (told or not any(text == begun[0] for _, text in spoken)):
+        return False
+    is_published = turns[0].get("from") == "user" and ("system" in record or "<|" in str(turns))
+    is_prompt = spoken[-1][0] == "user" and bool(named(record, "answer"))
+    return not is_published and not is_prompt
 
 
 def verl(record: dict, where: str) -> dict:
@@ -150,6 +172,7 @@ def verl(record: dict, where: str) -> dict:
     """
     question = record["prompt"]
     if not isinstance(question, str):
+        record = pictured(record, question)
         question = asked(question, f"{where}: field 'prompt'")
     extra = optional(record, "extra_info", dict, where) or {}
     bare = extra.get("question")
