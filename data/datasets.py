@@ -44,7 +44,9 @@ T = TypeVar("T")
 OURS = {*"id question answer options response domain accepted precision unit".split()}
 OURS |= {*NAMES["image"]}
 # <image>, <image 1>, <image_1>, <|image_1|>, <ImageHere>, <img src="a.png">, ![](a.png)
-IMAGE_MARK = re.compile(r"<\|?image[ \w|]*>|<img [^>]*src=[^>]*>|!\[[^]]*\]\([^)]*\)", re.IGNORECASE)
+IMAGE_MARK = re.compile(
+    r"<\|?image[ \w|]*>|<img [^>]*src=[^>]*>|!\[[^]]*\]\([^)]*\)", re.IGNORECASE
+)
 # MAWPS: the numbers are in another field.
 GAP_MARK = re.compile(r"\b(?:N_\d\d|number\d)\b")
 
@@ -203,7 +205,7 @@ def records(path: Path) -> Iterator[tuple[str, object]]:
             yield from tsv_records(path)
         elif suffix == ".csv":
             for number, row in enumerate(table_rows(path, ","), 1):
-                yield f"{path}: row {number}", row
+                yield f"{path}: row {number}", filled(row)
         else:
             yield from json_records(path)
     except OSError as error:
@@ -296,20 +298,23 @@ def tsv_records(path: Path) -> Iterator[tuple[str, dict]]:
     """
     rows = table_rows(path, "\t")
     images = {row.get("index"): row["image"] for row in rows if len(row.get("image") or "") > 64}
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(map(filled, rows), 1):
         if row.get("image") in images:
             row["image"] = images[row["image"]]
         yield f"{path}: row {number}", row
 
 
+def filled(row: dict) -> dict:
+    """Returns a table's row without its empty cells, which pandas writes as nan."""
+    return {name: cell for name, cell in row.items() if cell not in ("", None, "nan")}
+
+
 def table_rows(path: Path, delimiter: str) -> list[dict]:
-    """Returns the rows of a table, whose first line has the names of its columns, as far as they
-    are filled. pandas writes an empty cell as nan."""
+    """Returns the rows of a table whose first line has the names of its columns."""
     csv.field_size_limit(2**31 - 1)  # images are in base64
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = csv.DictReader(file, delimiter=delimiter)
-            return [{name: cell for name, cell in row.items() if cell not in ("", None, "nan")} for row in rows]
+            return list(csv.DictReader(file, delimiter=delimiter))
     except (csv.Error, UnicodeDecodeError) as error:
         kind = path.suffix[1:].upper()
         raise InputError(f"{path}: malformed {kind} ({error})") from None
@@ -372,15 +377,8 @@ def to_example(
 
     # 2. Nothing that belongs to the question may be left.
     used = {name for names in read.values() for name in names}
-    refuse_unread(
-        record,
-        used,
-        where,
-        question=str(record[read["question"][0]]),
-        options=bool(options),
-        images=images,
-        answer=answers[0],
-    )
+    bare = str(record[read["question"][0]])
+    refuse_unread(record, used, where, bare, bool(options), images, answers[0])
     texts = [question, *(options.texts.values() if options else ())]
     mark = IMAGE_MARK.search("\n".join(texts))
     if mark and not images:

@@ -38,7 +38,7 @@ MEANINGS = {
     "gold_answer golden_answer reference_answer standard_answer best_answer right_answer "
     "expected_answer ground_truth_answer ground_true_answer multiple_choice_answer answer_value ans "
     "final_decision target gold gt answers correct_answers gold_answers golden_answers targets "
-    "l_solutions answers_spans",
+    "l_solutions",
     # Where there are options, these too say which of them is right: by letter or number.
     "key": "answer_idx answer_index answer_key answer_letter answer_option answer_label "
     "answer_choice correct_idx correct_index correct_option correct_choice correct_letter "
@@ -192,14 +192,10 @@ def read_open_answer(record: dict, where: str) -> tuple[list[str], list[str]]:
     An array means that each of its texts is right; an array of numbers is one answer. Raises
     InputError where a field names an option, or says by a number or by `false` what is meant.
     """
-    for field in named(record, "key"):
-        value = record[field]
-        is_mark = isinstance(value, int) and plain_name(field) in OPEN_KEYS
-        if is_mark and (value is not True or plain_name(field) != "correct"):
-            raise InputError(
-                f"{where}: field '{field}' may be the number of a class, or say whether the answer "
-                f"is right: {value}; if it is the answer, call it 'answer'"
-            )
+    marks = [key for key in named(record, "key") if plain_name(key) in OPEN_KEYS]
+    marks = [key for key in marks if isinstance(record[key], int) and record[key] is not True]
+    if marks:  # the number of a class, or whether the answer is right (MultiRC)
+        raise InputError(f"{where}: field '{marks[0]}' may not be the answer; if it is, call it so")
     keys = [key for key in named(record, "key") if plain_name(key) not in OPEN_KEYS]
     keys = [key for key in keys if re.fullmatch(r"[A-Pa-p]|\d{1,2}", str(record[key]))]
     fields = named(record, "answer")
@@ -218,13 +214,11 @@ def read_open_answer(record: dict, where: str) -> tuple[list[str], list[str]]:
     value = record.get(field)
     if isinstance(value, bool):
         return (["yes", "true"] if value else ["no", "false"]), [field]
-    if isinstance(value, dict) and len(set(value.get("spans") or [])) > 1:  # DROP
-        raise InputError(f"{where}: field '{field}' may mean each or all of {short(value['spans'])}")
     if isinstance(value, dict):  # SQuAD, TriviaQA
-        value = value.get("text") or value.get("spans") or [value.get("value")]
-        value = [*value, *(record[field].get("aliases") or [])]
-    if isinstance(value, list) and len(value) > 1 and is_numbers(value):
-        value = str(value)
+        value = value.get("text") or [value.get("value"), *(value.get("aliases") or [])]
+    if isinstance(value, list) and len(value) > 1:
+        is_one = all(type(one) in (int, float) for one in value)
+        value = str(value) if is_one else value
     if not isinstance(value, list):
         answer = required({field: value}, field, str, where)
         is_box = answer.startswith(r"\boxed{") and answer.endswith("}")
@@ -237,11 +231,6 @@ def read_open_answer(record: dict, where: str) -> tuple[list[str], list[str]]:
     return list(dict.fromkeys(texts)), [field]
 
 
-def is_numbers(values: list) -> bool:
-    """Says whether all values of an array are numbers."""
-    return all(type(value) in (int, float) for value in values)
-
-
 def final_answer(solution: str) -> str | None:
     r"""Returns what a worked solution answers: in <answer> tags, else in its last \boxed{...}.
 
@@ -251,6 +240,9 @@ def final_answer(solution: str) -> str | None:
     if tags:
         return tags[-1].strip() or None
     _, box, rest = solution.rpartition(r"\boxed{")
+    said = re.search(r"(?:####|[Tt]he (?:final )?answer is:?) *([^\n]+?)\.?\s*$", solution)
+    if said and not box:
+        return said[1]
     if not box:
         is_sentence = len(solution.split()) > 5 or solution.rstrip().endswith(".")
         return None if is_sentence else solution.strip() or None
@@ -328,7 +320,7 @@ def images_of(value: object, where: str, folder: Path) -> list[str | Path | byte
         if isinstance(one, str) and re.match(r"file:", one, re.IGNORECASE):
             one = follow_uri(one)
         # Base64 that does not say so: what PNG, JPEG, GIF and WebP begin with.
-        if isinstance(one, str) and re.match("(iVBORw|/9j/|R0lGOD|UklGR)[A-Za-z0-9+/=\\s]{60}", one):
+        if isinstance(one, str) and BASE64.match(one):
             one = f"data:image;base64,{one}"
         if isinstance(one, bytes) or isinstance(one, str) and is_uri(one):
             images.append(one)
@@ -378,6 +370,7 @@ ABOUT_WORDS = set(
     "author equation equations numbers operations decomposition entities".split()
 )
 TOLD_NAMES = {*NAMES["answer"], *NAMES["accepted"]} - {*NAMES["options"]}
+BASE64 = re.compile(r"(iVBORw|/9j/|R0lGOD|UklGR)[A-Za-z0-9+/=\s]{60}")
 IMAGE_FILE = re.compile(r"\S.*\.(png|jpe?g|webp|gif|bmp|tiff?|svg|dcm|nii|mp4)", re.IGNORECASE)
 
 
@@ -388,7 +381,12 @@ def words_of(name: str) -> list[str]:
 
 
 def refuse_unread(
-    record: dict, read: set[str], where: str, *, question: str, options: bool, images: list,
+    record: dict,
+    read: set[str],
+    where: str,
+    question: str,
+    options: bool,
+    images: list,
     answer: str,
 ) -> None:
     """Raises InputError for an unread field that looks as if it belonged to the question.
@@ -403,6 +401,7 @@ def refuse_unread(
             continue
         looks = None
         tells_answer = bool(SOLUTION_WORDS & set(words))
+        is_lone_caption = words[-1] == "caption" and not images
         is_named_image = bool(IMAGE_WORDS & set(words)) and Path(str(value)).name not in image_names
         if OPTION_WORDS & set(words) and holds_image(value):
             looks = "options"
@@ -410,7 +409,7 @@ def refuse_unread(
             looks = "an image"
         elif is_part_of_question(field, words, value, question):
             looks = "a part of the question"
-        elif words[-1] in ABOUT_WORDS and words != ["description"] and (images or words[-1] != "caption"):
+        elif words[-1] in ABOUT_WORDS and words != ["description"] and not is_lone_caption:
             continue
         elif not options and looks_like_options(words, value, answer):
             looks = "options"

@@ -19,7 +19,7 @@ from reprlib import repr as short
 from typing import NamedTuple
 
 from data.fields import final_answer, named, optional, python_list, required, without
-from data.options import LETTERS, read_options
+from data.options import read_options
 from data.turns import (
     asked,
     is_sharegpt,
@@ -94,12 +94,6 @@ def gsm8k(record: dict, where: str) -> dict:
     return record
 
 
-def medqa(record: dict, where: str) -> dict:
-    """The answer is an option's text, which answer_idx names by its letter."""
-    letter = record["answer_idx"]
-    return record | {"answer": letter} if isinstance(letter, str) else record
-
-
 def medqa_hf(record: dict, where: str) -> dict:
     """The question is in one or two parts, and the right ending is given by its number."""
     question = required(record, "sent1", str, where)
@@ -159,24 +153,10 @@ def mathvista(record: dict, where: str) -> dict:
 
 
 def opencompass(row: dict, where: str) -> dict:
-    """A row of an OpenCompass TSV.
-
-    Options are in columns A, B, ... or, as the text of a list, in `choices`. An image is in base64;
-    several are the text of a list.
-    """
-    options = {letter: row[letter] for letter in LETTERS if letter in row} or row.get("choices")
-    images = python_list(row.get("image", ""))
-    images = images if isinstance(images, list) else [images]
-    record = without(row, *LETTERS, "choices", "image_path" if "image" in row else "image") | {
-        "id": row.get("index"),
-        "options": options,
-        "domain": row.get("category", row.get("task")),
-    }
-    if "image" in row:
-        record["image"] = [f"data:image;base64,{image}" for image in images]
-    if not options:
-        return record | listed_answers(row, where)
-    return record | {"answer": row.get("answer_option", row.get("answer"))}
+    """A row of an OpenCompass TSV."""
+    domain = row.get("category", row.get("task"))
+    record = row | {"id": row["index"], "domain": domain}
+    return record if read_options(row, where) else record | listed_answers(row, where)
 
 
 def scored(record: dict, where: str) -> dict:
@@ -185,13 +165,6 @@ def scored(record: dict, where: str) -> dict:
     if "labels" not in scores:
         scores = {"choices": list(scores), "labels": list(scores.values())}
     return without(record, "mc1_targets", "mc2_targets", "target_scores", "target") | scores
-
-
-def mmlu_redux(record: dict, where: str) -> dict:
-    """The question was looked through: one that is bad is none for a model either."""
-    if record["error_type"] not in ("ok", None):
-        raise InputError(f"{where}: field 'error_type' says that the record is bad: {short(record['error_type'])}")
-    return record
 
 
 def medxpertqa(record: dict, where: str) -> dict:
@@ -236,7 +209,7 @@ SCHEMAS = (
         orz_eval,
     ),
     # jind11/MedQA; GBaker/MedQA-USMLE-4-options; GBaker/MedQA-USMLE-4-options-hf
-    Schema("medqa", {"question", "options", "answer_idx"}, convert=medqa),
+    Schema("medqa", {"question", "options", "answer_idx"}),
     Schema("medqa-hf", {"sent1", "ending0", "label"}, convert=medqa_hf),
     # TIGER-Lab/MMLU-Pro
     Schema(
@@ -271,8 +244,6 @@ SCHEMAS = (
     # truthfulqa/truthful_qa, "multiple_choice"; google/BIG-bench
     Schema("truthfulqa", {"question", "mc1_targets"}, convert=scored),
     Schema("big-bench", {"input", "target_scores"}, convert=scored),
-    # edinburgh-dawg/mmlu-redux
-    Schema("mmlu-redux", {"choices", "error_type"}, convert=mmlu_redux),
     # MathLLMs/MathVision. Options may be mere letters: then the image has their texts.
     Schema("mathvision", {"question", "options", "level", "subject"}, {"domain": "subject"}),
 )
@@ -294,6 +265,8 @@ def to_plain(record: object, where: str, *, is_tsv: bool) -> tuple[str, dict]:
         raise InputError(
             f"{where}: a record must be an object or [{{from, value}}, {{ground_truth}}]"
         )
+    if record.get("error_type", "ok") not in ("ok", None):  # MMLU-Redux
+        raise InputError(f"{where}: field 'error_type' says that the question is bad")
     if is_tsv and "index" in record:
         return "opencompass", opencompass(record, where)
     told = named(record, "answer") or named(record, "key") or named(record, "solution")
@@ -311,7 +284,10 @@ def to_plain(record: object, where: str, *, is_tsv: bool) -> tuple[str, dict]:
     if worked and not told:
         response = required(record, worked[0], str, where)
         answer = final_answer(response) or response
-        record = without(record, *worked) | {"answer": answer, "response": response}
+        # Alpaca has it all once more as `text`.
+        text = record.get("text")
+        repeated = ["text"] if isinstance(text, str) and response in text else []
+        record = without(record, *worked, *repeated) | {"answer": answer, "response": response}
     for schema in SCHEMAS:
         if schema.known_by <= record.keys() and not schema.lacks & record.keys():
             for ours, theirs in schema.means.items():
@@ -329,5 +305,7 @@ def to_plain(record: object, where: str, *, is_tsv: bool) -> tuple[str, dict]:
     if not asks and not named(record, "answer"):
         raise InputError(f"{where}: unknown schema (fields: {', '.join(record)[:80]})")
     if asks and turns_of(record[asks[0]]):
-        record = pictured(record, record[asks[0]]) | {asks[0]: asked(record[asks[0]], f"{where}: field '{asks[0]}'")}
+        record = pictured(record, record[asks[0]]) | {
+            asks[0]: asked(record[asks[0]], f"{where}: field '{asks[0]}'")
+        }
     return ("plain" if "question" in asks and "answer" in record else "by names"), record

@@ -143,7 +143,9 @@ def sharegpt(record: dict, where: str) -> dict:
     question, response = texts
     answer = final_answer(response) or response
     return (
-        {"answer": answer} | without(record, field, *named(record, "question")) | {"question": question, "response": response}
+        {"answer": answer}
+        | without(record, field, *named(record, "question"))
+        | {"question": question, "response": response}
     )
 
 
