@@ -41,8 +41,8 @@ from hub.errors import InputError
 T = TypeVar("T")
 
 # These fields are no part of Example.meta, even if they are empty.
-OURS = {*"id question answer options response domain accepted precision unit".split()}
-OURS |= {*NAMES["image"]}
+OURS = {*"id question answer response domain accepted precision unit".split()}
+OURS |= {*NAMES["image"], *NAMES["options"]}
 # <image>, <image 1>, <image_1>, <|image_1|>, <ImageHere>, <img src="a.png">, ![](a.png)
 IMAGE_MARK = re.compile(
     r"<\|?image[ \w|]*>|<img [^>]*src=[^>]*>|!\[[^]]*\]\([^)]*\)", re.IGNORECASE
@@ -379,10 +379,15 @@ def to_example(
     used = {name for names in read.values() for name in names}
     bare = str(record[read["question"][0]])
     refuse_unread(record, used, where, bare, bool(options), images, answers[0])
-    texts = [question, *(options.texts.values() if options else ())]
-    mark = IMAGE_MARK.search("\n".join(texts))
+    text = "\n".join([question, *(options.texts.values() if options else ())])
+    mark = IMAGE_MARK.search(text)
     if mark and not images:
         raise InputError(f"{where}: the text has {mark[0]}, but the record has no image")
+    # A file that was converted without its images would be answered blindly.
+    for number in re.findall(r"<image[ _]?([1-9])>", text) if "image_1" in record else ():
+        if f"image_{number}" not in named(record, "image"):
+            reason = f"is missing, but the text has <image {number}>"
+            raise InputError(f"{where}: field 'image_{number}' {reason}")
     gap = GAP_MARK.search(question)
     if gap:
         raise InputError(f"{where}: the question has {gap[0]} in the place of a number")

@@ -23,20 +23,20 @@ from hub.errors import InputError
 MEANINGS = {
     "id": "id question_id qid pid uid unique_id problem_id",
     "question": "question problem query question_text problem_text problem_statement question_stem "
-    "stem prompt sentence ctx goal qtext q_text original_text s_question inputs input instruction "
+    "stem prompt sentence ctx goal qtext original_text s_question inputs input instruction "
     "open_ended_verifiable_question text",
     # Text that stands before the question, because it cannot be answered without.
     "context": "context contexts passage passages flores_passage article paragraph body premise "
     "background story narrative situation scenario vignette case clinical_case case_report "
-    "patient_note clinical_note document dialogue dialog transcript abstract excerpt statement stimulus hint table text prompt instruction input "
-    "problem sentence stem",
+    "patient_note clinical_note document dialogue dialog transcript abstract excerpt statement "
+    "stimulus hint table text prompt instruction input problem sentence stem",
     "options": "options option choices candidates alternatives endings answer_choices "
     "answer_options possible_answers candidate_answers option_list choice_list options_text "
     "choices_text multiple_choice_options mc_choices choice opts answer_list answer_option_list "
     "answers",
     "answer": "answer_number final_answer final_ans answer correct_answer ground_truth gt_answer "
-    "gold_answer golden_answer reference_answer standard_answer best_answer right_answer "
-    "expected_answer ground_truth_answer ground_true_answer multiple_choice_answer answer_value ans "
+    "gold_answer golden_answer reference_answer standard_answer best_answer right_answer ans "
+    "expected_answer ground_truth_answer ground_true_answer multiple_choice_answer answer_value "
     "final_decision target gold gt answers correct_answers gold_answers golden_answers targets "
     "l_solutions",
     # Where there are options, these too say which of them is right: by letter or number.
@@ -48,10 +48,10 @@ MEANINGS = {
     # Where there is no answer: it stands in <answer> tags or a box.
     "solution": "solution",
     "image": "decoded_image image images image_0 image_1 image_2 image_3 image_4 image_5 image_6 "
-    "image_7 image_8 image_9 image_path image_paths image_file image_files image_filename image_name img imgs img_path "
-    "img_paths img_name img_file img_filename figure figures figure_path diagram picture photo "
-    "image_bytes image_base64 base64_image image_b64 image_data question_image image_url image_urls img_url "
-    "image_local_name",
+    "image_7 image_8 image_9 image_path image_paths image_file image_files image_filename "
+    "image_name img imgs img_path img_paths img_name img_file img_filename figure figures "
+    "figure_path diagram picture photo image_bytes image_base64 base64_image image_b64 image_data "
+    "question_image image_url image_urls img_url image_local_name",
     # These are an image if they end like one.
     "file": "file_name file path image_id img_id data_id",
     "unit": "unit units answer_unit",
@@ -402,10 +402,11 @@ def refuse_unread(
         looks = None
         tells_answer = bool(SOLUTION_WORDS & set(words))
         is_lone_caption = words[-1] == "caption" and not images
-        is_named_image = bool(IMAGE_WORDS & set(words)) and Path(str(value)).name not in image_names
+        names_image = bool(IMAGE_WORDS & set(words)) and Path(str(value)).name not in image_names
+        is_number = isinstance(value, int | float) and words[-1] != "id"
         if OPTION_WORDS & set(words) and holds_image(value):
             looks = "options"
-        elif not tells_answer and (not images or is_named_image) and holds_image(value):
+        elif not tells_answer and (not images or names_image) and holds_image(value):
             looks = "an image"
         elif is_part_of_question(field, words, value, question):
             looks = "a part of the question"
@@ -413,7 +414,7 @@ def refuse_unread(
             continue
         elif not options and looks_like_options(words, value, answer):
             looks = "options"
-        elif not images and not tells_answer and looks_like_image(words, value):
+        elif not images and not tells_answer and names_image and not is_number:
             looks = "an image"
         elif CONTEXT_WORDS & set(words) and not tells_answer and is_long(value):
             looks = "context"
@@ -476,12 +477,6 @@ def holds_image(value: object) -> bool:
     if isinstance(value, list):
         return any(holds_image(one) for one in value if isinstance(one, str | bytes | dict))
     return isinstance(value, bytes)
-
-
-def looks_like_image(words: list[str], value: object) -> bool:
-    """Says whether a field names the image that the question is about; that may be a number."""
-    is_name = isinstance(value, str | list | dict) or words[-1] == "id"
-    return bool(IMAGE_WORDS & set(words)) and is_name
 
 
 def is_long(value: object) -> bool:

@@ -58,11 +58,13 @@ class Ambiguous(InputError):
 
 def read_options(record: dict, where: str) -> Options | None:
     """Returns the options of a record; None if it has none."""
-    # `answers` are options only where another field says which of them is right.
     fields = named(record, "options")
-    answers = [field for field in fields if plain_name(field) == "answers"]
-    if answers and (len(fields) > 1 or not is_choice_of(record, answers[0])):
-        fields = [field for field in fields if field not in answers]
+    # `answers` are options only where a key or a letter chooses one of them (ReClor).
+    if plain_name(fields[-1] if fields else "") == "answers":
+        answers = record[fields[-1]]
+        chooses = named(record, "key") or names_letter(record)
+        if len(fields) > 1 or not chooses or not isinstance(answers, list) or len(answers) < 2:
+            fields.pop()
     found = []
     for field in fields:
         options = one_field(record[field], f"{where}: field '{field}'")
@@ -80,13 +82,6 @@ def read_options(record: dict, where: str) -> Options | None:
     return shapes[0]._replace(fields=[f for shape in shapes for f in shape.fields])
 
 
-def is_choice_of(record: dict, field: str) -> bool:
-    """Says whether an array is what a key chooses from (ReClor), not a list of right answers."""
-    value = record[field]
-    chooses = named(record, "key") or names_letter(record)
-    return isinstance(value, list) and len(value) > 1 and bool(chooses)
-
-
 def names_letter(record: dict) -> bool:
     """Says whether a field that has the answer, or says which option it is, is a mere letter."""
     fields = [*named(record, "answer"), *named(record, "key")]
@@ -96,7 +91,7 @@ def names_letter(record: dict) -> bool:
 def one_field(options: object, where: str) -> Options | None:
     """Returns the options that one field holds; None if there are none."""
     pairs = pairs_of(parse_text(options) if isinstance(options, str) else options, where)
-    while pairs and is_empty(pairs[-1][1]):  # fills up
+    while pairs and pairs[-1][0] is None and is_empty(pairs[-1][1]):  # fills up
         pairs.pop()
     return by_letter(pairs, where) if pairs else None
 
@@ -350,7 +345,7 @@ def letters_meant(
     same = [letter for letter, option in texts.items() if option.strip() == text]
     alike = [letter for letter, option in texts.items() if folded(option) == folded(text)]
     letters |= set(same[:1] or alike)
-    # 3. The name of an option. A number in `label` or the like is an index, as the hub's labels are.
+    # 3. The name of an option. A number in a `label` or the like is an index, as on the hub.
     name = plain_name(text)
     is_index = name.isdigit() and plain_name(field).endswith(("label", "index", "idx"))
     if name in options.names and not is_index:

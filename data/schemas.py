@@ -39,14 +39,6 @@ def option_texts(record: dict, where: str) -> dict[str, str] | None:
     return None if options is None else options.texts
 
 
-def letter_of(text: str, options: dict[str, str], where: str) -> str:
-    """Returns the letter of the option that says `text`; InputError if none does."""
-    for letter, option in options.items():
-        if option == text:
-            return letter
-    raise InputError(f"{where}: field 'answer' is none of the options: {short(text)}")
-
-
 def listed_answers(record: dict, where: str) -> dict:
     """Returns the answer of a question without options, and other answers that are right as well.
 
@@ -70,13 +62,6 @@ def orz(record: list, where: str) -> dict:
     answer = required(truth, "value", str, f"{where}: field 'ground_truth'")
     question = required(record[0], "value", str, where)
     return without(truth, "value") | {"question": question, "answer": answer}
-
-
-def orz_eval(record: dict, where: str) -> dict:
-    """The question is the only turn of a conversation."""
-    turns = required(record, "prompt", list, where)
-    question = required(turns[0], "value", str, f"{where}: field 'prompt'")
-    return without(record, "prompt", "final_answer", "choices") | {"question": question}
 
 
 def gsm8k(record: dict, where: str) -> dict:
@@ -120,17 +105,10 @@ def mmlu_pro(record: dict, where: str) -> dict:
 def mmmu(record: dict, where: str) -> dict:
     """Texts point to images: <image 1>. The subject is a field, or in the id: validation_Art_1."""
     options = option_texts(record, where)
-    domain = record.get("domain")
+    domain = record.get("subject")
     if not domain:
         name = re.fullmatch(r"[a-z]+_(.+)_\d+", str(record.get("id")))
         domain = name[1] if name else record.get("subfield")
-    # A file that was converted without its images would be answered blindly.
-    texts = [required(record, "question", str, where), *(options or {}).values()]
-    for number in re.findall(r"<image ([1-7])>", "\n".join(texts)):
-        if not record.get(f"image_{number}"):
-            raise InputError(
-                f"{where}: field 'image_{number}' is missing, but the text has <image {number}>"
-            )
     record = record | {"options": options, "domain": domain}
     return record if options else record | listed_answers(record, where)
 
@@ -141,15 +119,13 @@ def mmmu_vision(record: dict, where: str) -> dict:
 
 
 def mathvista(record: dict, where: str) -> dict:
-    """The answer is the right choice's text."""
-    answer = required(record, "answer", str, where)
-    options = option_texts(record, where)
+    """The answer is the right choice's text, even if that is a letter."""
+    options = option_texts(record, where) or {}
     metadata = optional(record, "metadata", dict, where) or {}
-    return without(record, "pid", "choices") | {
-        "options": options,
-        "answer": letter_of(answer, options, where) if options else answer,
-        "domain": metadata.get("task"),
-    }
+    letters = [letter for letter, text in options.items() if text == record.get("answer")]
+    right = {"answer": letters[0]} if letters else {}
+    rest = without(record, "choices") | {"options": options, "domain": metadata.get("task")}
+    return rest | right
 
 
 def opencompass(row: dict, where: str) -> dict:
@@ -187,7 +163,6 @@ class Schema(NamedTuple):
 
     name: str
     known_by: set[str]  # fields that a record must have
-    means: dict[str, str] = {}  # our field -> the published one that means the same
     convert: Callable[[dict, str], dict] | None = None  # what else there is to do
     lacks: frozenset[str] = frozenset()  # fields that a record must not have
 
@@ -198,54 +173,40 @@ SCHEMAS = (
     Schema(
         "openthoughts-metadata",
         {"problem", "deepseek_reasoning", "deepseek_solution"},
-        {"question": "problem"},
-        openthoughts_metadata,
-    ),
-    # Open-Reasoner-Zero, data/eval_data/*.json
-    Schema(
-        "orz-eval",
-        {"prompt", "final_answer"},
-        {"answer": "final_answer", "options": "choices"},
-        orz_eval,
+        convert=openthoughts_metadata,
     ),
     # jind11/MedQA; GBaker/MedQA-USMLE-4-options; GBaker/MedQA-USMLE-4-options-hf
     Schema("medqa", {"question", "options", "answer_idx"}),
     Schema("medqa-hf", {"sent1", "ending0", "label"}, convert=medqa_hf),
     # TIGER-Lab/MMLU-Pro
-    Schema(
-        "mmlu-pro",
-        {"question_id", "options", "category"},
-        {"id": "question_id", "domain": "category"},
-        mmlu_pro,
-    ),
+    Schema("mmlu-pro", {"question_id", "options", "category"}, convert=mmlu_pro),
     # MMMU/MMMU_Pro, "standard (... options)" and "vision"; MMMU/MMMU and lmms-lab/MMMU
-    Schema("mmmu-pro", {"image_1", "options", "subject"}, {"domain": "subject"}, mmmu),
+    Schema("mmmu-pro", {"image_1", "options", "subject"}, convert=mmmu),
     Schema(
         "mmmu-pro-vision",
         {"image", "options", "subject"},
-        {"domain": "subject"},
-        mmmu_vision,
+        convert=mmmu_vision,
         lacks=frozenset({"question", "level"}),
     ),
     Schema("mmmu", {"image_1", "options"}, convert=mmmu),
     # AI4Math/MathVista
-    Schema(
-        "mathvista",
-        {"question", "choices", "question_type", "answer_type"},
-        {"id": "pid", "options": "choices"},
-        mathvista,
-    ),
+    Schema("mathvista", {"choices", "question_type", "answer_type"}, convert=mathvista),
     # TsinghuaC3I/MedXpertQA, and eval/data/input of its repository
     Schema("medxpertqa", {"question", "options", "medical_task"}, convert=medxpertqa),
     # volcengine/verl: DAPO-Math, geometry3k, ...
-    Schema("verl", {"prompt", "reward_model"}, convert=verl),
-    # AILab-CVPR/SEED-Bench
-    Schema("seed-bench", {"choice_a", "data_id"}, {"image": "data_id"}, lacks=frozenset({"image"})),
+    Schema("verl", {"reward_model"}, convert=verl),
+    # AILab-CVPR/SEED-Bench. An image is named with or without an ending.
+    Schema(
+        "seed-bench",
+        {"choice_a", "data_id"},
+        convert=lambda record, where: record | {"image": record["data_id"]},
+        lacks=frozenset({"image"}),
+    ),
     # truthfulqa/truthful_qa, "multiple_choice"; google/BIG-bench
     Schema("truthfulqa", {"question", "mc1_targets"}, convert=scored),
     Schema("big-bench", {"input", "target_scores"}, convert=scored),
     # MathLLMs/MathVision. Options may be mere letters: then the image has their texts.
-    Schema("mathvision", {"question", "options", "level", "subject"}, {"domain": "subject"}),
+    Schema("mathvision", {"question", "options", "level", "subject"}),
 )
 
 
@@ -272,13 +233,15 @@ def to_plain(record: object, where: str, *, is_tsv: bool) -> tuple[str, dict]:
     told = named(record, "answer") or named(record, "key") or named(record, "solution")
     if is_sharegpt(record):
         return "sharegpt", sharegpt(record, where)
-    # allenai/RLVR: the turns before an answer
-    field = "messages" if "messages" in record else "conversations"
-    spoken = turns_of(record.get(field))
-    if spoken and spoken[-1][0] == "user" and told and "question" not in record:
-        question = asked(record[field], f"{where}: field '{field}'")
-        record = pictured(record, record[field]) | {"question": question}
-        del record[field]
+    # allenai/RLVR, verl, orz-eval: the turns before an answer
+    asks = named(record, "question")
+    for field in (*asks[:1], "messages", "conversations"):
+        spoken = turns_of(record.get(field))
+        if spoken and (field in asks or not asks and told and spoken[-1][0] == "user"):
+            question = asked(record[field], f"{where}: field '{field}'")
+            record = pictured(record, record[field]) | {"question": question}
+            record = without(record, *{field} - {"question"})
+            break
     # databricks/dolly, tatsu-lab/alpaca: the response is the answer
     worked = named(record, "worked")
     if worked and not told:
@@ -290,8 +253,6 @@ def to_plain(record: object, where: str, *, is_tsv: bool) -> tuple[str, dict]:
         record = without(record, *worked, *repeated) | {"answer": answer, "response": response}
     for schema in SCHEMAS:
         if schema.known_by <= record.keys() and not schema.lacks & record.keys():
-            for ours, theirs in schema.means.items():
-                record = record | {ours: record.get(theirs)}
             if schema.convert is not None:
                 record = schema.convert(record, where)
             return schema.name, record
@@ -304,8 +265,4 @@ def to_plain(record: object, where: str, *, is_tsv: bool) -> tuple[str, dict]:
     asks = named(record, "question")
     if not asks and not named(record, "answer"):
         raise InputError(f"{where}: unknown schema (fields: {', '.join(record)[:80]})")
-    if asks and turns_of(record[asks[0]]):
-        record = pictured(record, record[asks[0]]) | {
-            asks[0]: asked(record[asks[0]], f"{where}: field '{asks[0]}'")
-        }
     return ("plain" if "question" in asks and "answer" in record else "by names"), record

@@ -54,7 +54,7 @@ def openthoughts(record: dict, where: str) -> dict:
 
 def openthoughts_metadata(record: dict, where: str) -> dict:
     """The same set with its parts apart. Starter code, of a coding problem, is in the question."""
-    question = required(record, "question", str, where)
+    question = required(record, "problem", str, where)
     code = optional(record, "starter_code", str, where)
     thought = required(record, "deepseek_reasoning", str, where)
     solution = required(record, "deepseek_solution", str, where)
@@ -97,24 +97,21 @@ def turns_of(turns: object) -> list[tuple[str, str]] | None:
         speaker = turn.get("from", turn.get("role"))
         text = turn.get("value", turn.get("content"))
         if isinstance(text, list):
-            parts = [part.get("text", image_mark(part)) for part in text if isinstance(part, dict)]
-            text = "\n".join(parts) if all(isinstance(part, str) for part in parts) else None
+            parts = [part if isinstance(part, dict) else {} for part in text]
+            marks = ["<image>" if "image" in str(part.get("type")) else None for part in parts]
+            texts = [part.get("text", mark) for part, mark in zip(parts, marks)]
+            text = "\n".join(texts) if all(isinstance(one, str) for one in texts) else None
         if not isinstance(speaker, str) or not isinstance(text, str):
             return None
         found.append((SPEAKERS.get(speaker, speaker), text.strip()))
     return found or None
 
 
-def image_mark(part: dict) -> str | None:
-    """Returns the mark of an image in a conversation; None for what is no image."""
-    return "<image>" if "image" in str(part.get("type")) else None
-
-
 def pictured(record: dict, turns: list) -> dict:
     """Returns the record with the images that its turns hold, if it has no field of images."""
     texts = [turn.get("value", turn.get("content")) for turn in turns]
     parts = [part for text in texts if isinstance(text, list) for part in text]
-    held = [part.get("image", part.get("image_url")) for part in parts if image_mark(part)]
+    held = [part.get("image", part.get("image_url")) for part in parts]
     held = [image for image in held if image]
     return record if named(record, "image") or not held else record | {"images": held}
 
@@ -168,14 +165,12 @@ def is_sharegpt(record: dict) -> bool:
 
 
 def verl(record: dict, where: str) -> dict:
-    """The prompt is a conversation, and the reward's model has the truth.
+    """The prompt was a conversation, and the reward's model has the truth.
 
     Where extra_info has the question as well, that is the bare one, without instructions.
     """
-    question = record["prompt"]
-    if not isinstance(question, str):
-        record = pictured(record, question)
-        question = asked(question, f"{where}: field 'prompt'")
+    [field, *_] = named(record, "question") or ["prompt"]
+    question = required(record, field, str, where)
     extra = optional(record, "extra_info", dict, where) or {}
     bare = extra.get("question")
     if isinstance(bare, str) and bare.strip() and bare.strip() in question:
@@ -187,7 +182,7 @@ def verl(record: dict, where: str) -> dict:
     if isinstance(truths, dict):
         truths = truths.get("target", truths)
     answers, _ = read_open_answer({"ground_truth": truths}, f"{where}: field 'reward_model'")
-    return without(record, "prompt", "reward_model") | {
+    return without(record, field, "reward_model") | {
         "question": wrapped[1] if wrapped else question,
         "answer": answers,
         "domain": record.get("ability"),

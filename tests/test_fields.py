@@ -222,7 +222,7 @@ def test_what_is_unread_but_belongs_to_the_question_is_refused_by_name(tmp_path,
 
 
 def test_what_only_describes_is_not_refused(tmp_path):
-    record = {"question": "Q", "answer": "2", "tags": ["a", "b", "c"], "image_caption": "a b c"}
+    record = {"question": "Q", "answer": "2", "tags": ["a", "b", "c"], "r_step": "a b c"}
     record |= {
         "num_images": 0,
         "choice_type": "single",
@@ -400,6 +400,7 @@ def test_the_table_has_each_name_once_in_a_meaning():
         assert len(set(names)) == len(names), meaning
     # A name of two meanings is decided by the readers: only these have two.
     shared = {"input", "instruction", "text", "problem", "sentence", "stem", "answers", "prompt"}
+    shared |= {"response"}
     every = [name for names in NAMES.values() for name in names]
     assert {name for name in every if every.count(name) > 1} == shared and len(MEANINGS) > 10
 
