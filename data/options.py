@@ -317,8 +317,8 @@ def letters_meant(
     itself has the letters, a letter is just that. Raises InputError for several right options.
     """
     texts = options.texts
-    if isinstance(value, list) and len(value) == len(texts) and set(value) == {0, 1}:
-        if sum(value) == 1:
+    if isinstance(value, list) and len(value) == len(texts):
+        if all(one in (0, 1) for one in value) and sum(value) == 1:
             return {list(texts)[value.index(1)]}
     if isinstance(value, bool):
         said = ("yes", "true") if value else ("no", "false")

@@ -8,9 +8,9 @@ Our plain schema is
 where options are {"A": text, ...}, an image is a path, a data URI or an array of them, accepted
 are other right answers, and precision is the number of decimals that count. All of these have other
 names as well: fields.py has the table. Here is only what a table of names cannot say. `SCHEMAS`, at
-the end, lists the published schemas: by which fields each is known, which of its fields mean the
-same as one of ours, and a function for what else there is to do. To add a dataset whose names are
-not known, add them in fields.py; to add one that needs more, add a line here.
+the end, lists the published schemas: by which fields each is known, and a function for what else
+there is to do. To add a dataset whose names are not known, add them in fields.py; to add one that
+needs more, add a line here.
 """
 
 import re
@@ -123,9 +123,9 @@ def mathvista(record: dict, where: str) -> dict:
     options = option_texts(record, where) or {}
     metadata = optional(record, "metadata", dict, where) or {}
     letters = [letter for letter, text in options.items() if text == record.get("answer")]
-    right = {"answer": letters[0]} if letters else {}
+    letters.append(record.get("answer"))
     rest = without(record, "choices") | {"options": options, "domain": metadata.get("task")}
-    return rest | right
+    return rest | {"answer": letters[0]}
 
 
 def opencompass(row: dict, where: str) -> dict:
@@ -137,7 +137,8 @@ def opencompass(row: dict, where: str) -> dict:
 
 def scored(record: dict, where: str) -> dict:
     """The options have a score each, of which the right one's is 1 (TruthfulQA, BIG-bench)."""
-    scores = record.get("mc1_targets") or record["target_scores"]
+    field = "mc1_targets" if "mc1_targets" in record else "target_scores"
+    scores = required(record, field, dict, where)
     if "labels" not in scores:
         scores = {"choices": list(scores), "labels": list(scores.values())}
     return without(record, "mc1_targets", "mc2_targets", "target_scores", "target") | scores
@@ -226,7 +227,7 @@ def to_plain(record: object, where: str, *, is_tsv: bool) -> tuple[str, dict]:
         raise InputError(
             f"{where}: a record must be an object or [{{from, value}}, {{ground_truth}}]"
         )
-    if record.get("error_type", "ok") not in ("ok", None):  # MMLU-Redux
+    if optional(record, "error_type", str, where) not in ("ok", None):  # MMLU-Redux
         raise InputError(f"{where}: field 'error_type' says that the question is bad")
     if is_tsv and "index" in record:
         return "opencompass", opencompass(record, where)
@@ -244,12 +245,11 @@ def to_plain(record: object, where: str, *, is_tsv: bool) -> tuple[str, dict]:
             break
     # databricks/dolly, tatsu-lab/alpaca: the response is the answer
     worked = named(record, "worked")
-    if worked and not told:
+    if worked and not told and not named(record, "options"):
         response = required(record, worked[0], str, where)
         answer = final_answer(response) or response
         # Alpaca has it all once more as `text`.
-        text = record.get("text")
-        repeated = ["text"] if isinstance(text, str) and response in text else []
+        repeated = ["text"] if response in str(record.get("text")) else []
         record = without(record, *worked, *repeated) | {"answer": answer, "response": response}
     for schema in SCHEMAS:
         if schema.known_by <= record.keys() and not schema.lacks & record.keys():

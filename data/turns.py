@@ -147,17 +147,14 @@ def sharegpt(record: dict, where: str) -> dict:
 
 
 def is_sharegpt(record: dict) -> bool:
-    """Says whether all there is to a record is a conversation, which a field may begin again.
-
-    OpenThoughts has its own tags.
-    """
+    """Says whether a record is a conversation, whose question may be beside it; not OpenThoughts."""
     turns = record.get("conversations", record.get("messages"))
     spoken = turns_of(turns)
     if not spoken:
         return False
     begun = [record[field] for field in named(record, "question")]
     told = named(record, "answer") or named(record, "solution")
-    if begun and (told or not any(text == begun[0] for _, text in spoken)):
+    if begun and (told or not any(text == str(begun[0]).strip() for _, text in spoken)):
         return False
     is_published = turns[0].get("from") == "user" and ("system" in record or "<|" in str(turns))
     is_prompt = spoken[-1][0] == "user" and bool(named(record, "answer"))
