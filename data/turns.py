@@ -147,7 +147,7 @@ def sharegpt(record: dict, where: str) -> dict:
 
 
 def is_sharegpt(record: dict) -> bool:
-    """Says whether a record is a conversation, whose question may be beside it; not OpenThoughts."""
+    """Says whether a record is a conversation, its question perhaps beside it; not OpenThoughts."""
     turns = record.get("conversations", record.get("messages"))
     spoken = turns_of(turns)
     if not spoken:
