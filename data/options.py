@@ -116,14 +116,10 @@ def pairs_of(options: object, where: str) -> list[tuple[str | None, object]]:
     options = [one[0] if isinstance(one, list) and len(one) == 1 else one for one in options]
     if not isinstance(options[0], dict):
         return [(None, text) for text in options]
-    merged = {
-        name: text
-        for option in options
-        if isinstance(option, dict)
-        for name, text in option.items()
-    }
-    if len(merged) == len(options) > 1 and all(len(option) == 1 for option in options):
-        return list(merged.items())
+    if all(isinstance(one, dict) and len(one) == 1 for one in options):
+        pairs = [next(iter(one.items())) for one in options]
+        if len(dict(pairs)) > 1:
+            return pairs
     if any(map(holds_image, options)):
         raise InputError(f"{where} has images: options must be texts")
     fields = options[0].keys()

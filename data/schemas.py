@@ -259,9 +259,11 @@ def to_plain(record: object, where: str, *, is_tsv: bool) -> tuple[str, dict]:
     # openai/grade-school-math; openai/gsm8k
     if "####" in str(record.get("answer")) and not record.get("options"):
         return "gsm8k", gsm8k(record, where)
-    # allenai/arc: {"question": {"stem", "choices"}, "answerKey"}
-    if isinstance(record.get("question"), dict):
-        record = without(record, "question") | record["question"]
+    # allenai/arc: {"question": {"stem", "choices"}, "answerKey"}; MedQA of openlifescienceai
+    for field, value in record.items():
+        if isinstance(value, dict) and named(value, "question") and asks in ([], [field]):
+            record = without(record, field) | value
+            break
     asks = named(record, "question")
     if not asks and not named(record, "answer"):
         raise InputError(f"{where}: unknown schema (fields: {', '.join(record)[:80]})")

@@ -35,6 +35,10 @@ CHOICES = {  # published shapes of options, all of them these four colours, "C" 
     "MMLU": {"choices": TEXTS, "answer": 2, "subject": "optics"},
     "ARC": {"choices": {"text": TEXTS, "label": ["A", "B", "C", "D"]}, "answerKey": "C"},
     "ARC, numbered": {"choices": {"text": TEXTS, "label": ["1", "2", "3", "4"]}, "answerKey": "3"},
+    "an object of its own": {
+        "question": None,
+        "data": {"Question": "Which?", "Options": COLOURS, "Correct Option": "C"},
+    },
     "AQuA": {"options": ["A)red", "B)blue", "C)green", "D)black"], "correct": "C"},
     "AGIEval": {"options": ["(A)red", "(B)blue", "(C)green", "(D)black"], "label": "C"},
     "MathQA": {"options": "a ) red , b ) blue , c ) green , d ) black", "correct": "c"},
