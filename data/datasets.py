@@ -17,6 +17,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from reprlib import repr as short
 from typing import BinaryIO, NamedTuple, TypeVar
@@ -40,6 +41,7 @@ from hub.errors import InputError
 
 T = TypeVar("T")
 
+BLOCK = 200  # examples that `load_examples` finishes at a time
 # These fields are no part of Example.meta, even if they are empty.
 OURS = {*"id question answer response domain accepted precision unit".split()}
 OURS |= {*NAMES["image"], *NAMES["options"]}
@@ -138,45 +140,32 @@ class Loaded(NamedTuple):
 
 def load_examples(
     path: str | Path,
-    convert: Callable[[Example], T | None],
+    convert: Callable[[Example], T],
+    finish: Callable[[list[T]], list] = list,
     *,
     skip_bad: bool = False,
     limit: int | None = None,
     too_long: str = "too long",
     unique_ids: bool = False,
 ) -> Loaded:
-    """Returns convert(example) of the examples of a file, the first `limit` of them.
+    """Returns finish([convert(example), ...]) of the examples of a file, the first `limit` of them.
 
-    Where convert returns None, the example is too long: it is dropped, counted, and stderr says
-    `too_long`. A record that is bad, to the reader or to convert, raises InputError; with skip_bad
-    it is left out and counted, and stderr shows the first few. Raises InputError where nothing is
-    left, and, with unique_ids, where an id comes again.
+    `finish` is for what is faster for many at once, tokenising above all: it gets BLOCK converted
+    examples at a time, in order, and returns as many items. An item that is None is too long: it is
+    dropped, counted, and stderr says `too_long`. A record that is bad, to the reader or to convert,
+    raises InputError; with skip_bad it is left out and counted, and stderr shows the first few.
+    Raises InputError where nothing is left, and, with unique_ids, where an id comes again.
     """
-    bad: list[str] = []
-    items: list[T] = []
+    bad: list[str] | None = [] if skip_bad else None
+    # What is dropped counts, so that a limit means the same questions for every model.
+    converted = islice(convert_all(path, convert, bad, unique_ids), limit)
+    items = []
     dropped = 0
-    ids: set[str] = set()
-    examples = read_examples(path, bad if skip_bad else None)
-    for example in tqdm(examples, desc="reading", unit=" examples", delay=5):
-        try:
-            item = convert(example)
-        except InputError as error:
-            complaint = f"{example.where}: {error}"
-            if not skip_bad:
-                raise InputError(complaint) from None
-            bad.append(complaint)
-            continue
-        if unique_ids and example.id in ids:
-            complaint = f"field 'id' is not unique: {example.id!r} comes again"
-            raise InputError(f"{example.where}: {complaint}")
-        ids.add(example.id)
-        if item is None:
-            dropped += 1
-        else:
-            items.append(item)
-        # What is dropped counts, so that a limit means the same questions for every model.
-        if len(items) + dropped == limit:
-            break
+    while block := list(islice(converted, BLOCK)):
+        finished = finish(block)
+        kept = [item for item in finished if item is not None]
+        items += kept
+        dropped += len(finished) - len(kept)
 
     # Nothing is left: say why. Else say on stderr what is missing.
     if not items and dropped:
@@ -189,7 +178,28 @@ def load_examples(
     if dropped:
         n = len(items) + dropped
         print(f"{path}: {dropped} of {n} examples dropped: {too_long}", file=sys.stderr)
-    return Loaded(items, dropped, len(bad))
+    return Loaded(items, dropped, len(bad or ()))
+
+
+def convert_all(
+    path: str | Path, convert: Callable[[Example], T], bad: list[str] | None, unique_ids: bool
+) -> Iterator[T]:
+    """Yields convert(example) of the examples of a file, as load_examples says, with a bar."""
+    ids: set[str] = set()
+    for example in tqdm(read_examples(path, bad), desc="reading", unit=" examples", delay=5):
+        try:
+            item = convert(example)
+        except InputError as error:
+            complaint = f"{example.where}: {error}"
+            if bad is None:
+                raise InputError(complaint) from None
+            bad.append(complaint)
+            continue
+        if unique_ids and example.id in ids:
+            complaint = f"field 'id' is not unique: {example.id!r} comes again"
+            raise InputError(f"{example.where}: {complaint}")
+        ids.add(example.id)
+        yield item
 
 
 # --- From a file to records ----------------------------------------------------------------------
