@@ -157,7 +157,7 @@ def encode_chats(
 ) -> list[tuple[list[int], list[bool]]]:
     """Returns (ids, loss mask) of each conversation in pieces: what `render_chat` returns, faster.
 
-    All texts are tokenised at once, and one that comes again and again ("assistant\n") once.
+    All texts are tokenised at once, and one that comes again and again ("assistant\\n") once.
     """
     contents = [piece.content for pieces in chats for piece in pieces]
     texts = list(dict.fromkeys(content for content in contents if isinstance(content, str)))
@@ -188,7 +188,7 @@ def chat_pieces(
     """Returns a conversation in pieces: `render_chat` before anything is tokenised.
 
     Text between two control tokens is tokenised in one piece, as it is when the rendered string
-    is. An assistant's text alone is tokenised apart from the "assistant\n" before it, so that
+    is. An assistant's text alone is tokenised apart from the "assistant\\n" before it, so that
     training ids begin with the very ids that a sampler is prompted with (the two ways differ only
     for a text whose leading white space holds a line break).
     """
