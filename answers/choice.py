@@ -4,8 +4,8 @@ import re
 from functools import lru_cache
 
 from answers.equivalence import is_equivalent, same_text
-from answers.formulas import Budget
 from answers.typography import plain
+from answers.values import Budget
 
 _LETTER = re.compile(  # the letter, what sets it off from a text, the text
     r"[(\[]?(?:(?:option|choice) ?:? ?)?[(\[]?([A-P])(?![\w'^])"

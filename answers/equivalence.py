@@ -37,10 +37,11 @@ Where reasonable people differ, this is what we chose:
 
 import re
 
-from answers.formulas import Budget, Node
+from answers.formulas import Node
 from answers.parsing import Answer, parse_answer, parse_sentence, parse_truth
 from answers.trees import agree_in_any_order, plain_number, relations_agree, trees_agree
 from answers.typography import MAX_CHARS
+from answers.values import Budget
 
 
 def answers_agree(one: Answer, other: Answer, budget: Budget) -> bool:

@@ -13,19 +13,11 @@ import re
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from answers.formulas import (
-    MAX_WORK,
-    THOUSANDS,
-    Budget,
-    Node,
-    NotMaths,
-    Parser,
-    tokenise,
-    variables,
-)
+from answers.formulas import THOUSANDS, Node, NotMaths, Parser, tokenise, variables
 from answers.trees import MIRRORED, has_kind, is_rounding, trees_agree
 from answers.typography import NUMBERS, plain
 from answers.units import changes, unit_of
+from answers.values import MAX_WORK, Budget
 
 
 @dataclass(frozen=True)

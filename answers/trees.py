@@ -16,19 +16,17 @@ point says nothing.
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 
-from answers.formulas import (
+from answers.formulas import Node, children, variables
+from answers.values import (
     ROUNDS,
     Approx,
     Budget,
     Evaluator,
-    Node,
     Value,
     approximate,
-    children,
     random_point,
     value_or_none,
     values_agree,
-    variables,
 )
 
 MIRRORED = {">": "<", ">=": "<="}
