@@ -29,16 +29,14 @@ from answers.values import (
     values_agree,
 )
 
-MIRRORED = {">": "<", ">=": "<="}
+MIRRORED = {">": "<", ">=": "<=", "<": ">", "<=": ">="}
 
 
 def trees_agree(one: Node, other: Node, budget: Budget) -> bool:
     """Returns whether two trees mean the same. What exceeds the budget agrees with nothing."""
-    if one == other:
-        return True
     one, other = _only_element(one), _only_element(other)
     kinds = {one[0], other[0]}
-    if kinds == {"num"}:
+    if one == other or kinds == {"num"}:
         return one == other
     # What has several entries or sides, by kind.
     if "matrix" in kinds:
@@ -156,7 +154,7 @@ def _links(chain: Node) -> list[tuple[Node, str]]:
     _, terms, signs = chain
     links = []
     for left, right, sign in zip(terms, terms[1:], signs):
-        if sign in MIRRORED:
+        if sign in (">", ">="):
             left, right, sign = right, left, MIRRORED[sign]
         links.append((("-", left, right), sign))
     return links

@@ -329,21 +329,17 @@ ROUNDS = 16
 def random_point(names: frozenset[str], turn: int) -> dict[str, Value]:
     """Returns numbers for the variables, the same in every process, for a turn below ROUNDS.
 
-    Turns 0 to 4 have small whole numbers, for exponents and factorials (at first in the order of
-    the alphabet: k of n); 5 to 7 have rational ones, of both signs from 6 on; 8 to 12 have some
-    between 0 and 1 (for arcsin); the last three have small whole ones in reverse order (n of m).
+    Turns 0 to 5 have small whole numbers, for exponents and factorials (in the order of the
+    alphabet, as in k of n, or against it: n of m); 6 to 10 have rational ones, of both signs from 8
+    on; the others have some between 0 and 1 (for arcsin).
     """
     point = {}
-    for rank, name in enumerate(sorted(names)):
+    for rank, name in enumerate(sorted(names, reverse=turn % 2 == 1)):
         random = zlib.crc32(f"{turn} {name}".encode())
-        if turn < 3:
+        if turn < 6:
             point[name] = 2 + 3 * rank + random % (3 + turn)
-        elif turn < 5:
-            point[name] = 2 + random % 11
-        elif turn < 8:
-            point[name] = Fraction(random % 60_000 - (30_000 if turn > 5 else -1), 101)
-        elif turn < 13:
-            point[name] = Fraction(1 + random % 996, 997)
+        elif turn < 11:
+            point[name] = Fraction(random % 60_000 - (30_000 if turn > 7 else -1), 101)
         else:
-            point[name] = 2 + 3 * (len(names) - rank) + random % 4
+            point[name] = Fraction(1 + random % 996, 997)
     return point
