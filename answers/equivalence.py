@@ -43,7 +43,6 @@ from answers.trees import agree_in_any_order, plain_number, relations_agree, tre
 from answers.typography import MAX_CHARS
 from answers.values import Budget
 
-
 _SEVERAL = ("list", "chain")
 
 

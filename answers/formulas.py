@@ -65,7 +65,7 @@ _COMMANDS = aliases(r"""
     : colon; \{ {; \} }; | mid vert lvert rvert Vert |; <= le leq leqslant leqq
     >= ge geq geqslant geqq; < lt; > gt; != ne neq; approx simeq doteq; tan tg; cot ctg
     csc cosec""")
-_GREEK = set(
+GREEK = set(
     """alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau
     upsilon phi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell""".split()
 )
@@ -109,7 +109,7 @@ def _command(name: str) -> Token:
         return "function", name
     if name in ("pi", "infty"):
         return "const", name
-    if name in _GREEK:
+    if name in GREEK:
         return "var", name
     if name in _COMMANDS or name.startswith(("begin{", "end{")):
         return "sign", name
@@ -336,6 +336,11 @@ class Parser:
     def name(self, kind: str, name: str) -> Node:
         """Returns a letter with its subscript and primes: x, x_1, x_{max}, f'."""
         start = self.place
+        # f(0) is no product, and neither is I(0); n(n + 1) is one.
+        inside, closing = (*self.tokens[start + 1 : start + 3], END, END)[:2]
+        if closing == ("sign", ")") and (inside[0] == "num" or name in "fghFGHP"):
+            if self.next_is("("):
+                self.place += 2
         if self.next_is("_") and self.take() == ("sign", "{"):
             while self.take() != ("sign", "}"):
                 pass
@@ -454,18 +459,3 @@ class Parser:
         if name not in _MATRICES or len(set(map(len, rows))) != 1:
             raise NotMaths
         return "matrix", tuple(rows)
-
-
-# --- Trees ----------------------------------------------------------------------------------------
-
-
-def children(node: Node) -> list[Node]:
-    """Returns the trees right below; items of a list, or rows of a matrix, are a tuple of trees."""
-    return [child for child in node if isinstance(child, tuple) and child]
-
-
-def variables(node: Node) -> frozenset[str]:
-    """Returns the names of the variables in a tree."""
-    if node[0] == "var":
-        return frozenset((node[1],))
-    return frozenset().union(*map(variables, children(node)))

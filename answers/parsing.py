@@ -13,9 +13,9 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 
-from answers.formulas import THOUSANDS, Node, NotMaths, Parser, tokenise, variables
-from answers.trees import MIRRORED, has_kind, is_rounding, trees_agree
-from answers.typography import NUMBERS, plain
+from answers.formulas import GREEK, THOUSANDS, Node, NotMaths, Parser, tokenise
+from answers.trees import MIRRORED, has_kind, is_rounding, trees_agree, variables
+from answers.typography import plain
 from answers.units import changes, unit_of
 from answers.values import MAX_WORK, Budget
 
@@ -39,18 +39,24 @@ _TAIL = re.compile(
     r"|[%¤¢€£°](?: ?(?:[CF]|celsius|fahrenheit))?)",
     re.IGNORECASE,
 )
-_MONEY = re.compile(r"^([-+]?) ?([¤€£]) ?(.+)")
+_MONEY = re.compile(r"(^|= ?)([-+]?) ?([¤€£]) ?(.+)")
 _TRIG_CALL = re.compile("sin|cos|tan|cot|sec|csc")
 _BASE = re.compile(r"([0-9]+|[0-9A-F]+)_(?:\{([0-9]+)\}|([0-9]))")
 # What a value may be called: x, x_1, \theta, f', f(x), f^{-1}(x), \angle A, (x, y), |PQ|, P(X = 2),
 # S_{\triangle ABC}, \frac{AB}{CD}, AB:CD, m + n, the area. Subscripts and arguments go first.
 _GROUP = re.compile(
-    r"_\{[^{}]*\}|_.|\^\{-1\}|(?<=[a-zA-Z}']) ?\([^()]*\)|(?<![a-zA-Z0-9]) ?\|[a-zA-Z ]+\|"
+    r"_\{[^{}]*\}|_.|\^\{-1\}(?= ?\()|(?<=[a-zA-Z}']) ?\([^()]*\)|(?<![a-zA-Z0-9]) ?\|[A-Z z]+\|"
 )
+_NAMING = rf"\\(?:angle|triangle|overline|vec|sin|cos|tan|{'|'.join(GREEK)})(?![a-z])"
 _QUANTITY = re.compile(
     r"\\frac\{?[A-Z]+\}?\{?[A-Z]+\}?|[a-zA-Z]+(?: ?[:/] ?[a-zA-Z]+)+|\([a-z](?:, ?[a-z])+\)"
-    r"|[a-w](?: ?\+ ?[a-w])+|(?:\\?[a-zA-Z]+'*(?:\{[a-zA-Z ]*\})?(?: |(?=\\)|$)){1,8}|"
+    r"|[a-w](?: ?\+ ?[a-w])+"
+    rf"|(?:(?:{_NAMING}|[a-zA-Z]+)'*(?:\{{[a-zA-Z ]*\}})?(?: |(?=\\)|$)){{1,8}}|"
 )
+# \sin A may be called so; \cos 2\pi has a value of its own.
+_ANGLE = re.compile(r"(?:sin|cos|tan).*(?:[0-9]|pi)")
+# Words that make of x something else: the opposite of x = 5, up to x = 5.
+_OF = re.compile(r"(?<!value)(?<!number)(?<!area)(?<!length) of |\bto ")
 _NO_WORDS = re.compile(r"\\[a-zA-Z]+|\b[A-Z]+\b")
 _IS = re.compile(r"==?(?![<>=])|\\in(?![a-z])|\\approx")
 # What looks like a number and is none: the date 2023-01-01, the range or score 3-5, 120/80 mmHg
@@ -139,13 +145,18 @@ parse_answer = lru_cache(maxsize=64)(_parse)
 parse_truth = lru_cache(maxsize=4096)(_parse)
 
 
-# What may stand before the one value of a sentence: words, and names such as f(x) and \\angle A...
-_WORDS = re.compile(r"(?:[a-zA-Z\\][a-zA-Z'(){}\\-]*[,:]? )+")
-# ... but none that makes it the number of something, or a part of a formula in words.
+# What states the value behind it: words, that is no digits and no relations, and one of these.
+_STATES = re.compile(
+    r"(?:^an?|(?:^|(?<= ))(?:is|are|was|were|be|equal to|equals|gets?|gives?|obtain|has|have|had"
+    r"|at|left|sold|made|earned|spent|needs?|costs?|paid|saved|bought|used|ate|in all|altogether"
+    r"|then|therefore|thus|hence|so|(?:total|value|answer|sum|number) of))[,:]? ",
+    re.IGNORECASE,
+)
+_WORDS = re.compile(rf"(?:[a-zA-Z'(){{}},:$+_ -]|{_NAMING})*")
+# ... but not the number of something else.
 _NO_STATEMENT = re.compile(
-    r"\b(?:step|question|problem|part|case|type|stage|grade|level|figure|phase|class|exercise|page"
-    r"|up to|close to|by|from|with|before|after|until|per"
-    r"|(?<!\btotal )(?<!\bvalue )(?<!\banswer )(?<!\bsum )of) $",
+    r"\b(?:step|question|problem|part|case|type|stage|grade|level|figure|phase|class|exercise|page)"
+    r" (?:number )?(?:is )?$",
     re.IGNORECASE,
 )
 
@@ -157,25 +168,17 @@ def parse_sentence(text: str) -> Answer | None:
     Returns None for other sentences, and for those with words that may change what the value says.
     """
     text = plain(text)
-    words = _WORDS.match(text) if " " in text else None
-    starts = [match.end() for match in re.finditer(" ", words[0])][:32] if words else []
-    attempts = 0
-    for start in (0, *starts):
+    ends = [match.end() for match in _STATES.finditer(text)][:8] if " " in text else []
+    for start in (0, *ends):
         before, rest = text[:start], text[start:]
-        if before and (changes(before) or _NO_STATEMENT.search(before)):
+        if not _WORDS.fullmatch(before) or changes(before) or _NO_STATEMENT.search(before):
             continue
-        # An ordinary word is no value; "72 clips in April and May" is no list.
-        word = re.match("([a-zA-Z]{2,}) ", rest)
-        if before and not (word and word[1].lower() not in NUMBERS):
-            attempts += 1
-            if attempts > 8:
-                return None
-            answer = _parse(rest)
+        answers = [_parse(rest)] if before else []
+        if _PARTED.search(rest):  # "72 clips in April and May" is no list
+            answers.append(_single(rest))
+        for answer in answers:
             if answer is not None and answer.value is not None and answer.value[0] != "var":
                 return answer
-        answer = _single(rest) if _PARTED.search(rest) and not word else None
-        if answer is not None and answer.value is not None and answer.value[0] != "var":
-            return answer
     return None
 
 
@@ -203,7 +206,7 @@ def _single(text: str) -> Answer:
     if clock:
         return Answer(None, clock)
     # 3. A formula with a unit behind it. "S3 gallop" is no number of gallops.
-    body = text if text.isascii() else _MONEY.sub(r"\1\3 \2", text)  # -$5 -> -5 $
+    body = text if text.isascii() else _MONEY.sub(r"\1\2\4 \3", text)  # -$5 -> -5 $
     match = _TAIL.fullmatch(body)
     unit = unit_of(match[3], glued=not match[2]) if match else None
     if unit is not None and not (unit == "degree" and _TRIG_CALL.search(body)):
@@ -242,12 +245,16 @@ def _formula(text: str, canonical: str, unit: str, name: str = "") -> Answer | N
     if _SIZE.fullmatch(text):
         sides = ("size", tuple(map(int, re.findall("[0-9]+", text))))
         return Answer(sides, canonical, unit, name)
-    # 1. x = 5 and |PQ| = 5: the name goes. Only m + n = 113 is a sum with a value: x + y = 4 and
-    # a + b = 0 are relations.
+    # 1. x = 5 and |PQ| = 5: the name goes. Only m + n = 113 is a sum with a value: x + y = 4,
+    # a + b = 0 and x/x = 1 are relations.
     called, value = _name_and_value(text)
     if called is not None:
         answer = _formula(value, canonical, unit, "=".join(filter(None, (name, called))))
-        if not answer or "+" not in called or answer.value not in (("num", 0), ("num", 1)):
+        if (
+            not answer
+            or not re.search("[+:/]", called)
+            or answer.value not in (("num", 0), ("num", 1))
+        ):
             return answer
     # 2. So does the O of O(0, 0).
     point = None if name else _POINT.fullmatch(text)
@@ -270,9 +277,15 @@ def _name_and_value(text: str) -> tuple[str | None, str]:
     if not sign or not sign.start():
         return None, text
     quantity = _GROUP.sub("", text[: sign.start()]).strip()
-    if not _QUANTITY.fullmatch(quantity) or changes(_NO_WORDS.sub("", quantity)):
+    if (
+        not _QUANTITY.fullmatch(quantity)
+        or _OF.search(quantity)
+        or changes(_NO_WORDS.sub("", quantity))
+    ):
         return None, text
     called = text[: sign.start()].strip()
+    if _ANGLE.search(called):
+        return None, text
     if " " in re.sub(r"\\[a-z]+ |[+:/,] | [+:/,]", "", quantity):
         word = quantity.split(" ")[-1]
         called = "" if re.fullmatch("[a-zA-Z]{3,}", word) else word
@@ -294,7 +307,7 @@ def _interpret(tree: Node, canonical: str, unit: str, name: str) -> Answer:
         region = None if name else _region(terms, signs)
         if region:
             return Answer(region[1], canonical, unit, region[0])
-        tree = _last_value(terms, signs, bool(name)) or tree
+        tree = _last_value(terms, signs, name) or tree
     elif tree[0] == "set" and has_signs:
         items = [_with_sign(item, plus) for item in tree[1] for plus in (True, False)]
         tree = ("set", tuple(dict.fromkeys(items)))
@@ -305,7 +318,7 @@ def _interpret(tree: Node, canonical: str, unit: str, name: str) -> Answer:
     return Answer(tree, canonical, unit, name)
 
 
-def _last_value(terms: tuple[Node, ...], signs: tuple[str, ...], named: bool) -> Node | None:
+def _last_value(terms: tuple[Node, ...], signs: tuple[str, ...], name: str) -> Node | None:
     """Returns the last exact number of a chain: 4 of x + 1 = 3 + 1 = 4, 2/3 of 2/3 = 0.67.
 
     Returns None if two of its numbers differ, by more than rounding, or for a relation: x + y = 4.
@@ -314,7 +327,9 @@ def _last_value(terms: tuple[Node, ...], signs: tuple[str, ...], named: bool) ->
         return None
     numbers = [term for term in terms if not variables(term)]
     skipped = len(terms) - len(numbers)
-    if len(numbers) < 2 - (named or skipped > 1) or terms[skipped:] != tuple(numbers):
+    if len(numbers) < 2 - (name != "" or skipped > 1) or terms[skipped:] != tuple(numbers):
+        return None
+    if name and any(name in variables(term) for term in terms):  # x = 3 x = 8
         return None
     budget = Budget(MAX_WORK // 8)
     value = numbers[0]

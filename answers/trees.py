@@ -16,7 +16,7 @@ point says nothing.
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 
-from answers.formulas import Node, children, variables
+from answers.formulas import Node
 from answers.values import (
     ROUNDS,
     Approx,
@@ -219,6 +219,21 @@ def _rows_as_matrix(node: Node) -> Node:
     if node[0] == "seq" and all(item[0] == "seq" for item in node[2]):
         return "matrix", tuple(item[2] for item in node[2])
     return node
+
+
+# --- Any tree -------------------------------------------------------------------------------------
+
+
+def children(node: Node) -> list[Node]:
+    """Returns the trees right below; items of a list, or rows of a matrix, are a tuple of trees."""
+    return [child for child in node if isinstance(child, tuple) and child]
+
+
+def variables(node: Node) -> frozenset[str]:
+    """Returns the names of the variables in a tree."""
+    if node[0] == "var":
+        return frozenset((node[1],))
+    return frozenset().union(*map(variables, children(node)))
 
 
 def has_kind(node: Node, *kinds: str) -> bool:

@@ -25,20 +25,23 @@ _WORDS_THAT_CHANGE = set(
     """no nor not neither never zero one two three four five six seven eight nine
     ten plus minus times over mod sqrt log sine cos sin tan more less fewer greater larger smaller
     than least most below above between about almost nearly around maybe perhaps either else other
-    except without unless any wrong if when only or but too score gross root cannot""".split()
+    except without unless any if when only or but too score gross cannot nan inf yes
+    mil doubt assume suppose let guess hypothetical""".split()
 )
 _STEMS_THAT_CHANGE = tuple(
     """eleven twelve thirt fourte fort fift sixt sevent eighte eighty ninet hundred
     thousand million billion trillion half halves third quarter tenth ninth twelfth dozen lakh crore
     quadr double twice triple squared cubed factorial infinit infty negative divided multipl added
     raised power remainder choose approx possibl probabl incorrect false none undefined unknown
-    impossible""".split()
+    impossible eighth nine couple trio tens inclus exclu onward percentil round
+    invert revers negat reject untrue wrong fail rooted halv unequal""".split()
 )
 # Behind a noun or a unit these begin a remark: 8 years | old, 3 cups | of water, 6 | is the answer.
 _IDLE_WORDS = """of old on at for to from by with is are was were has have had will would can
     wide long tall deep high away left total altogether each that which who so as the""".split()
 _REMARK = re.compile(
-    rf" (?:{'|'.join(_IDLE_WORDS)})\b.*|(?<=\S) in .*| in (?:all|total|the|a)\b.*", re.IGNORECASE
+    rf" (?:{'|'.join(_IDLE_WORDS)})\b.*|(?<=[^\s/*]) in (?!\^).*| in (?:all|total|the|a)\b.*",
+    re.IGNORECASE,
 )
 
 
@@ -87,6 +90,8 @@ def unit_of(text: str, glued: bool) -> str | None:
             powers[last] = sign
         else:
             return None
+    if sign < 0 and all(exponent > 0 for exponent in powers.values()):  # m / nothing
+        return None
     spelling = " ".join(f"{name}^{power}".removesuffix("^1") for name, power in powers.items())
     return {"mile h^-1": "mph"}.get(spelling, spelling)
 

@@ -24,6 +24,7 @@ from answers.formulas import Node
 MAX_BITS = 2**15  # of an exact number: 2019^{2020} has 22,178
 MAX_WORK = 2**19  # of one comparison: 64 for each node it visits, and the bits of exact numbers
 EPSILON = 2.3e-16  # a float's relative rounding error
+MAX_ERROR = 1e-3  # of a float: in a larger one another term could hide, as the 1 of e^{100} + 1
 
 
 class NoValue(Exception):
@@ -91,7 +92,7 @@ def _bounded(function: Callable, *arguments: Value) -> Approx:
     """Returns a function's value as a float, with a bound on its error.
 
     The bound is how far the value moves when each argument moves by its own error (a step of 64
-    errors, divided by 64), and the rounding of the value itself. Raises NoValue where nothing is
+    errors, divided by 64), and the rounding of the value itself. Raises NoValue where too little is
     left but rounding errors, tan(pi/2).
     """
     numbers = [approximate(argument) for argument in arguments]
@@ -107,7 +108,7 @@ def _bounded(function: Callable, *arguments: Value) -> Approx:
             moved[place] -= 2 * _STEP * number.error
             there = function(*moved)
         error += abs(there - value) / _STEP
-    if not math.isfinite(abs(value)) or math.isnan(error) or 1e-6 < error > 1e-6 * abs(value):
+    if not error <= MAX_ERROR or 1e-6 < error > 1e-6 * abs(value):  # NaN is not <= anything
         raise NoValue
     return Approx(value, error)
 
@@ -337,9 +338,10 @@ def random_point(names: frozenset[str], turn: int) -> dict[str, Value]:
     for rank, name in enumerate(sorted(names, reverse=turn % 2 == 1)):
         random = zlib.crc32(f"{turn} {name}".encode())
         if turn < 6:
-            point[name] = 2 + 3 * rank + random % (3 + turn)
+            point[name] = 2 + 3 * rank + random % (3 + turn // 2)
         elif turn < 11:
-            point[name] = Fraction(random % 60_000 - (30_000 if turn > 7 else -1), 101)
+            sign = (1, 1, (-1) ** rank, (-1) ** (rank + len(names)), -1)[turn - 6]
+            point[name] = sign * Fraction(1 + random % 30_000, 101)
         else:
             point[name] = Fraction(1 + random % 996, 997)
     return point

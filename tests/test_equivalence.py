@@ -9,8 +9,9 @@ import pytest
 
 from answers import equivalence, formulas, parsing, trees, typography, units, values
 from answers.equivalence import answers_agree, is_equivalent
-from answers.formulas import NotMaths, Parser, tokenise, variables
+from answers.formulas import NotMaths, Parser, tokenise
 from answers.parsing import parse_answer
+from answers.trees import variables
 from answers.typography import MAX_CHARS, plain
 from answers.values import MAX_BITS, Approx, Budget, Evaluator, NoValue, approximate, values_agree
 from benchmarks import constant_answers
