@@ -2,153 +2,23 @@ r"""Formulas in LaTeX and plain maths: from a text to a tree.
 
 Standard library only. Nothing is ever evaluated by Python or a computer algebra system (sympy's
 parser calls `eval`, and 9**9**9**9 would run for ever), and every call is short: lengths and
-nesting are capped. Two steps, top to bottom:
+nesting are capped. tokens.py cuts the text into tokens, `Parser` turns them into a tree, and
+values.py gives its value.
 
-1. `tokenise` cuts a text (of which typography.py has made plain LaTeX) into numbers, letters,
-   commands and signs. A word that is none of maths is an error.
-2. `Parser` turns tokens into a tree, by precedence climbing (Pratt, "Top down operator precedence",
-   POPL 1973).
-
-values.py gives a tree's value.
-
->>> Parser(tokenise(r"\frac{1}{2} + 2x")).parse()
+>>> parse_formula(r"\frac{1}{2} + 2x")
 ('+', ('/', ('num', 1), ('num', 2)), ('*', ('num', 2), ('var', 'x')))
->>> Parser(tokenise("0 < x <= 1")).parse()
+>>> parse_formula("0 < x <= 1")
 ('chain', (('num', 0), ('var', 'x'), ('num', 1)), ('<', '<='))
 """
 
-import re
 from fractions import Fraction
 
-from answers.typography import NUMBERS
+from answers.tokens import NotMaths, Token, tokenise
 
-MAX_TOKENS = 128  # of one formula
 MAX_DEPTH = 24  # of brackets, fractions and powers in one another
 
 # ("num", 3), ("var", "x"), ("const", "pi"), ("+", left, right), ("call", "sin", x), ("set", items)
 Node = tuple
-
-
-class NotMaths(Exception):
-    """The text is no formula that we understand: it is compared as a string."""
-
-
-# --- Tokens ---------------------------------------------------------------------------------------
-
-Token = tuple[str, str]  # its kind (num, var, const, function or sign) and its value
-
-
-def aliases(table: str) -> dict[str, str]:
-    """Returns {alias: name} of a table. Its entries, parted by ; or lines, begin with the name."""
-    entries = [entry.split() for entry in table.replace("\n", ";").split(";")]
-    return {alias: entry[0] for entry in entries for alias in entry}
-
-
-THOUSANDS = r"[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])"
-_DECIMAL = rf"(?:(?:{THOUSANDS}|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)"
-_TRIG = ("sin", "cos", "tan", "cot", "sec", "csc")
-_FUNCTIONS = {"sinh", "cosh", "tanh", "ln", "log", "lg", "exp", "sqrt"}
-_FUNCTIONS |= {prefix + name for name in _TRIG for prefix in ("", "arc")}
-_FUNCTION = "|".join(sorted(_FUNCTIONS | {"pi"}, key=len, reverse=True))
-# A word that begins with a function's name ends there if at most two letters follow: sinx, lnab.
-_TOKEN = re.compile(
-    rf"""(?P<num>{_DECIMAL}(?:[eE][-+]?[0-9]{{1,3}}(?![0-9A-Za-z.]))?)
-    |(?P<command>\\(?:(?:begin|end)\{{[a-zA-Z]+\}}(?:\{{[lcr| ]+\}})?|[a-zA-Z]+|.))
-    |(?P<word>[A-Za-z](?=sqrt(?![A-Za-z]))
-        |(?:{_FUNCTION})(?=[^A-Za-z]|[A-Za-z]{{0,2}}(?![A-Za-z]))|[A-Za-z]+)
-    |(?P<sign><=|>=|=/=|=<|<>|!=|==|[-+*/^_=<>(){{}}\[\]|,;:!&°'])|(?P<space>\s+)|(?P<other>.)""",
-    re.VERBOSE | re.DOTALL,
-)
-_COMMANDS = aliases(r"""
-    frac dfrac tfrac cfrac nicefrac sfrac; binom dbinom tbinom; over; choose; cup; pm; mp; infty
-    mathbb; row \; emptyset varnothing; lfloor; rfloor; lceil; rceil; * times cdot ast; / div
-    : colon; \{ {; \} }; | mid vert lvert rvert Vert |; <= le leq leqslant leqq
-    >= ge geq geqslant geqq; < lt; > gt; != ne neq; approx simeq doteq; tan tg; cot ctg
-    csc cosec""")
-GREEK = set(
-    """alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau
-    upsilon phi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell""".split()
-)
-_WORDS = {"infinity": ("sign", "infty"), "and": ("sign", ","), "or": ("sign", ",")}
-_WORDS |= {word: ("num", str(number)) for word, number in NUMBERS.items()}
-_ENGLISH = set("no on is it of to in up as at we he so do go us if an am pm by my me be or".split())
-# A run of capitals is one name, as are symbols of elements: HTH is not THH, AB no product of A, B.
-_NAME_OF_LETTERS = re.compile("[A-Z]{2,}|(?:[A-Z][a-z]?){2,}")
-
-
-def _word(word: str) -> list[Token]:
-    """Returns a run of letters as a function, a number word, or a product of letters.
-
-    Raises NotMaths for all other words.
-    """
-    if word in _FUNCTIONS:
-        return [("function", word)]
-    if word == "pi":
-        return [("const", word)]
-    if word.lower() in _WORDS:
-        return [_WORDS[word.lower()]]
-    if not is_product(word):
-        raise NotMaths
-    if _NAME_OF_LETTERS.fullmatch(word):
-        return [("var", word)]
-    return [("const" if letter in "ei" else "var", letter) for letter in word]
-
-
-def is_product(word: str) -> bool:
-    """Returns whether letters are factors: ax (but not "is"), xyz (no vowel), abc (in order)."""
-    if len(word) < 3 and word.lower() not in _ENGLISH:
-        return True
-    in_order = all(ord(b) - ord(a) == 1 for a, b in zip(word, word[1:]))
-    return len(word) < 6 and (in_order or not re.search("[aeiouAEIOU]", word))
-
-
-def _command(name: str) -> Token:
-    """Returns the token of a LaTeX command, given without its backslash. Raises NotMaths."""
-    name = _COMMANDS.get(name, name)
-    if name in _FUNCTIONS:
-        return "function", name
-    if name in ("pi", "infty"):
-        return "const", name
-    if name in GREEK:
-        return "var", name
-    if name in _COMMANDS or name.startswith(("begin{", "end{")):
-        return "sign", name
-    raise NotMaths
-
-
-_SPELLINGS = {"==": "=", "=<": "<=", "=/=": "!=", "<>": "!="}
-
-
-def tokenise(text: str) -> list[Token]:
-    """Returns the tokens of a text. Raises NotMaths."""
-    tokens = []
-    depth = 0  # of brackets: in there, commas part numbers
-    for match in _TOKEN.finditer(text):
-        if len(tokens) > MAX_TOKENS:
-            raise NotMaths
-        # The group that matched says what it is; spaces are passed over.
-        kind, value = match.lastgroup, match[0]
-        if kind == "sign":
-            depth += (value in "([") - (value in ")]")
-            tokens.append((kind, _SPELLINGS.get(value, value)))
-        elif kind == "num" and depth > 0:  # (1,234) is a pair
-            first, *others = value.split(",")
-            tokens.append((kind, first))
-            for part in others:
-                tokens += [("sign", ","), (kind, part)]
-        elif kind == "num":
-            tokens.append((kind, value.replace(",", "")))
-        elif kind == "word":
-            tokens += _word(value)
-        elif kind == "command":
-            tokens.append(_command(value[1:]))
-            depth += (value == r"\{") - (value == r"\}")
-        elif kind == "other":
-            raise NotMaths
-    return tokens
-
-
-# --- From tokens to a tree ------------------------------------------------------------------------
 
 _RELATIONS = {"=", "<", ">", "<=", ">=", "!=", "approx"}
 # How tightly a sign binds what stands beside it.
@@ -157,10 +27,17 @@ _INFIX |= {"over": 2, "choose": 2, "cup": 3, ":": 4, "+": 5, "-": 5, "pm": 5, "m
 _INFIX |= {"*": 6, "/": 6, "^": 8}
 _GROUPED = ("+", "-", "*", "/", "^")
 _CLOSING = {"lfloor": "rfloor", "lceil": "rceil", "|": "|"}
-_OPENS_FACTOR = ("(", "[", "{", r"\{", "frac", "binom", "lfloor", "lceil", "infty")
-_MATRICES = {prefix + name for prefix in ("", "p", "b", "B") for name in ("matrix", "smallmatrix")}
-_MATRICES.add("array")
+_OPENS_FACTOR = ("(", "[", "{", r"\{", "frac", "binom", "lfloor", "lceil")
+_MATRICES = {
+    "array",
+    *(prefix + name for prefix in ("", "p", "b", "B") for name in ("matrix", "smallmatrix")),
+}
 END = ("end", "")
+
+
+def parse_formula(text: str) -> Node:
+    """Returns the tree of a formula. Raises NotMaths."""
+    return Parser(tokenise(text)).parse()
 
 
 def _number(text: str) -> Node:
@@ -169,7 +46,10 @@ def _number(text: str) -> Node:
 
 
 class Parser:
-    """Precedence climbing over the tokens of a formula. Raises NotMaths for anything malformed."""
+    """Precedence climbing over the tokens of a formula. Raises NotMaths for anything malformed.
+
+    Pratt, "Top down operator precedence", POPL 1973.
+    """
 
     def __init__(self, tokens: list[Token]):
         self.tokens = [*tokens, END]
@@ -291,8 +171,6 @@ class Parser:
             return self.matrix(value.split("{")[1].rstrip("}"))
         if value == "emptyset":
             return "set", ()
-        if value == "infty":
-            return "const", value
         if value == "mathbb" and self.argument() == ("var", "R"):
             return "seq", "()", (("neg", ("const", "infty")), ("const", "infty"))
         raise NotMaths
@@ -337,10 +215,9 @@ class Parser:
         """Returns a letter with its subscript and primes: x, x_1, x_{max}, f'."""
         start = self.place
         # f(0) is no product, and neither is I(0); n(n + 1) is one.
-        inside, closing = (*self.tokens[start + 1 : start + 3], END, END)[:2]
-        if closing == ("sign", ")") and (inside[0] == "num" or name in "fghFGHP"):
-            if self.next_is("("):
-                self.place += 2
+        inside = self.tokens[start : start + 3]
+        if [value for _, value in inside[::2]] == ["(", ")"]:
+            self.place += 3 * (inside[1][0] == "num" or name in "fghFGHP")
         if self.next_is("_") and self.take() == ("sign", "{"):
             while self.take() != ("sign", "}"):
                 pass
@@ -439,6 +316,8 @@ class Parser:
             return items[0]
         if not items:
             raise NotMaths
+        if all(item[:2] == ("seq", "[]") for item in items) and opening + closing == "[]":
+            return "matrix", tuple(item[2] for item in items)  # [[1, 2], [3, 4]]
         return "seq", opening + closing, tuple(items)
 
     def matrix(self, name: str) -> Node:

@@ -13,7 +13,8 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 
-from answers.formulas import GREEK, THOUSANDS, Node, NotMaths, Parser, tokenise
+from answers.formulas import Node, parse_formula
+from answers.tokens import GREEK, THOUSANDS, NotMaths
 from answers.trees import MIRRORED, has_kind, is_rounding, trees_agree, variables
 from answers.typography import plain
 from answers.units import changes, unit_of
@@ -261,7 +262,7 @@ def _formula(text: str, canonical: str, unit: str, name: str = "") -> Answer | N
     if point:
         name, text = point.groups()
     try:
-        return _interpret(Parser(tokenise(text)).parse(), canonical, unit, name)
+        return _interpret(parse_formula(text), canonical, unit, name)
     except (NotMaths, ValueError, ArithmeticError, RecursionError):
         return None
 

@@ -34,7 +34,10 @@ MIRRORED = {">": "<", ">=": "<=", "<": ">", "<=": ">="}
 
 def trees_agree(one: Node, other: Node, budget: Budget) -> bool:
     """Returns whether two trees mean the same. What exceeds the budget agrees with nothing."""
-    one, other = _only_element(one), _only_element(other)
+    # {5} is 5.
+    one, other = (
+        node[1][0] if node[0] == "set" and len(node[1]) == 1 else node for node in (one, other)
+    )
     kinds = {one[0], other[0]}
     if one == other or kinds == {"num"}:
         return one == other
@@ -64,11 +67,6 @@ def trees_agree(one: Node, other: Node, budget: Budget) -> bool:
     return _scalars_agree(one, other, budget)
 
 
-def _only_element(node: Node) -> Node:
-    """Returns the element of a set with one element, since {5} is 5; any other node as it is."""
-    return node[1][0] if node[0] == "set" and len(node[1]) == 1 else node
-
-
 def _all_agree(ours: Iterable[Node], others: Iterable[Node], budget: Budget) -> bool:
     """Returns whether there are as many trees on both sides, and each agrees with its opposite."""
     return len(ours) == len(others) and all(
@@ -94,22 +92,21 @@ def _values_at_points(
 
 
 def _scalars_agree(one: Node, other: Node, budget: Budget) -> bool:
-    """Returns whether two expressions have equal values. log has base e or 10, whichever fits."""
-    if _equal_at_points(one, other, budget, log_base=None):
-        return True
-    has_log = "log" in str(one) + str(other)
-    return has_log and _equal_at_points(one, other, budget, log_base=10)
+    """Returns whether two values are equal wherever both have one: at three points at least.
 
-
-def _equal_at_points(one: Node, other: Node, budget: Budget, log_base: int | None) -> bool:
-    """Returns whether the values are equal wherever both have one, at three points at least."""
+    log has base e or 10, whichever fits.
+    """
     names = variables(one) | variables(other)
-    seen = 0
-    for values in _values_at_points([one, other], names, budget, log_base):
-        if not values_agree(*values):
-            return False
-        seen += 1
-    return seen >= (3 if names else 1)
+    for log_base in (None, 10) if "'log'" in str((one, other)) else (None,):
+        seen = 0
+        for values in _values_at_points([one, other], names, budget, log_base):
+            if not values_agree(*values):
+                break
+            seen += 1
+        else:
+            if seen >= (3 if names else 1):
+                return True
+    return False
 
 
 def plain_number(node: Node | None) -> int | Fraction | None:
@@ -199,11 +196,7 @@ def agree_in_any_order(ones: Iterable, others: Iterable, agree: Callable) -> boo
 
 
 def _matrices_agree(one: Node, other: Node, budget: Budget) -> bool:
-    """Returns whether the entries agree. A single row or column also equals a tuple.
-
-    [[1, 2], [3, 4]] is a matrix as well.
-    """
-    one, other = _rows_as_matrix(one), _rows_as_matrix(other)
+    """Returns whether the entries agree. A single row or column also equals a tuple."""
     if one[0] == other[0]:
         return len(one[1]) == len(other[1]) and all(
             _all_agree(row, other_row, budget) for row, other_row in zip(one[1], other[1])
@@ -213,12 +206,6 @@ def _matrices_agree(one: Node, other: Node, budget: Budget) -> bool:
     if other[0] != "seq" or (len(rows) > 1 and len(rows[0]) > 1):
         return False
     return _all_agree([entry for row in rows for entry in row], other[2], budget)
-
-
-def _rows_as_matrix(node: Node) -> Node:
-    if node[0] == "seq" and all(item[0] == "seq" for item in node[2]):
-        return "matrix", tuple(item[2] for item in node[2])
-    return node
 
 
 # --- Any tree -------------------------------------------------------------------------------------

@@ -91,6 +91,8 @@ _SYSTEM = re.compile(
     r"(?:\\begin\{cases\}|\\\{ ?\\begin\{(?:array|aligned)\}(?:\{l\})?)([^&]*?)"
     r"\\end\{(?:cases|array|aligned)\}"
 )
+_RELATIONS = {"=/=": "!=", "<>": "!=", "=<": "<=", "==": "="}
+_RELATION = re.compile("|".join(_RELATIONS))
 _BOLD = re.compile(r"(?<![\w)])\*\*([^*]+)\*\*(?!\w)")
 _PREAMBLE = re.compile(  # So the final answer is: 5 -> 5, I choose B -> B, and = 5 -> 5
     r"^(?:(?:so|thus|hence|therefore|then|finally|and)\b,? ?)*"
@@ -169,7 +171,7 @@ def plain(text: str) -> str:
         text = _ascii(text)
         if len(text) > MAX_CHARS:  # some signs stand for many letters
             return ""
-    text = " ".join(text.split()).replace("=/=", "!=")
+    text = _RELATION.sub(lambda match: _RELATIONS[match[0]], " ".join(text.split()))
     if "\\" in text:
         text = text.replace("\\$", "¤").replace("\\%", "%").replace("\\&", "&")
     # 2. A pair of dollars encloses a formula; a single one is money.
@@ -186,7 +188,7 @@ def plain(text: str) -> str:
             text = pattern.sub(replacement, text)
         text = _IN_INTEGERS.sub("", text) if "\\in" in text else text
         text = _COMMAND.sub(lambda match: _COMMANDS.get(match[1], match[0]), text)
-        text = text.replace("{,}", ".").replace("{:}", ":").replace("=<", "<=")
+        text = text.replace("{,}", ".").replace("{:}", ":")
         text = _SYSTEM.sub(lambda match: match[1].strip("\\ ").replace("\\\\", ", "), text)
         text = " ".join(_REPEATING.sub(_repeating, text).split())
     # 5. 2 x 3 is a product, twenty-five is 25, 3 million is 3*10^6.

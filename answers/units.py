@@ -8,7 +8,7 @@
 
 import re
 
-from answers.formulas import aliases, is_product
+from answers.tokens import aliases, is_product
 
 _UNITS = aliases("""
     % percent pct; $ ¤ dollar usd; ¢ cent; € euro; £; degree deg °; radian rad; cup; day; week wk
