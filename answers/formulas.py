@@ -304,10 +304,11 @@ class Parser:
         self.in_bars = outside
         if closing not in {"{": ("}",), r"\{": (r"\}",)}.get(opening, (")", "]")):
             raise NotMaths
-        # 3. Other brackets group as well, beside a factor or a power: 2[x + 1], [x + 1]^2.
+        # 3. Other brackets group as well: 2[x + 1], and 2\{x + 1\} beside a factor or a power.
         if len(items) == 1 and items[0][0] in _GROUPED and opening + closing in ("[]", r"\{\}"):
             beside = before[0] in ("num", "var", "const") or before[1] in (")", "]", "}", "*", "/")
-            if beside or self.peek()[1] in ("^", "*", "/") or self.begins_factor():
+            behind = self.peek()[1] in ("^", "*", "/") or self.begins_factor()
+            if beside or behind or opening == "[":
                 return items[0]
         # 4. A set, a group or something in brackets, or else a tuple or an interval.
         if opening == r"\{" or opening == "{" and len(items) > 1:

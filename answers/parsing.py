@@ -148,7 +148,7 @@ parse_truth = lru_cache(maxsize=4096)(_parse)
 
 # What states the value behind it: words, that is no digits and no relations, and one of these.
 _STATES = re.compile(
-    r"(?:^an?|(?:^|(?<= ))(?:is|are|was|were|be|equal to|equals|gets?|gives?|obtain|has|have|had"
+    r"(?:(?-i:^an?)|(?:^|(?<= ))(?:is|are|was|were|be|equal to|equals|gets?|gives?|obtain|has|have|had"
     r"|at|left|sold|made|earned|spent|needs?|costs?|paid|saved|bought|used|ate|in all|altogether"
     r"|then|therefore|thus|hence|so|(?:total|value|answer|sum|number) of))[,:]? ",
     re.IGNORECASE,
@@ -211,7 +211,8 @@ def _single(text: str) -> Answer:
     match = _TAIL.fullmatch(body)
     unit = unit_of(match[3], glued=not match[2]) if match else None
     if unit is not None and not (unit == "degree" and _TRIG_CALL.search(body)):
-        answer = _formula(match[1], canonical, unit)
+        again = rf"{re.escape(match[2] + match[3])}(?= ?(?:=|\\approx))"  # 4/3 m \approx 1.33 m
+        answer = _formula(re.sub(again, "", match[1]), canonical, unit)
         if answer and not variables(answer.value):
             return answer
     # 4. A formula, perhaps with its domain in brackets, or else a text.

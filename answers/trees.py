@@ -34,9 +34,12 @@ MIRRORED = {">": "<", ">=": "<=", "<": ">", "<=": ">="}
 
 def trees_agree(one: Node, other: Node, budget: Budget) -> bool:
     """Returns whether two trees mean the same. What exceeds the budget agrees with nothing."""
-    # {5} is 5.
+    # {5} is 5, but not a set in a set.
     one, other = (
-        node[1][0] if node[0] == "set" and len(node[1]) == 1 else node for node in (one, other)
+        node[1][0]
+        if node[0] == "set" and [item[0] != "set" for item in node[1]] == [True]
+        else node
+        for node in (one, other)
     )
     kinds = {one[0], other[0]}
     if one == other or kinds == {"num"}:
@@ -126,7 +129,9 @@ def is_rounding(node: Node, rounded: Node, decimals: int, budget: Budget) -> boo
     if digits is None or number is None or isinstance(approximate(number).value, complex):
         return False
     places = next((n for n in range(12) if digits * 10**n % 1 == 0), 12)
-    return places >= decimals and abs(approximate(number).value - float(digits)) < 10**-places
+    sign = -1 if digits < 0 else 1
+    left_out = sign * (approximate(number).value - float(digits)) * 10**places
+    return places >= decimals and -0.501 < left_out < 1
 
 
 # --- Equations and inequalities -------------------------------------------------------------------

@@ -59,6 +59,7 @@ def unit_of(text: str, glued: bool) -> str | None:
     Returns None if the words are not surely a unit, "" for "is the answer". `glued`: no space
     stands before them.
     """
+    text = re.sub("^more (?!than|or|and)(?=[a-z]{3})", "", text)  # 7 more apples
     if changes(text):
         return None
     text = _REMARK.sub("", text if glued else " " + text)
@@ -86,7 +87,7 @@ def unit_of(text: str, glued: bool) -> str | None:
             glued = False
         elif _is_noun(word) and not glued:
             # "18 eggs": any noun will do, since 18 is all that was asked for.
-            last = lower.removesuffix("s")
+            last = (lower if word[1:].islower() else word).removesuffix("s")  # mHz is not MHz
             powers[last] = sign
         else:
             return None
