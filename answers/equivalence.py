@@ -48,7 +48,7 @@ _SEVERAL = ("list", "chain")
 
 def answers_agree(one: Answer, other: Answer, budget: Budget) -> bool:
     """Returns whether two answers are the same: units and names first, then their values."""
-    if one.text == other.text:
+    if one.text == other.text and one.unit == other.unit:  # 6 mHz is not 6 MHz
         return True
     if one.value is None or other.value is None:
         return False

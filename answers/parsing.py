@@ -148,9 +148,9 @@ parse_truth = lru_cache(maxsize=4096)(_parse)
 
 # What states the value behind it: words, that is no digits and no relations, and one of these.
 _STATES = re.compile(
-    r"(?:(?-i:^an?)|(?:^|(?<= ))(?:is|are|was|were|be|equal to|equals|gets?|gives?|obtain|has|have|had"
-    r"|at|left|sold|made|earned|spent|needs?|costs?|paid|saved|bought|used|ate|in all|altogether"
-    r"|then|therefore|thus|hence|so|(?:total|value|answer|sum|number) of))[,:]? ",
+    r"(?:(?-i:^an?)|(?:^|(?<= ))(?:is|are|was|were|be|equal to|equals|gets?|gives?|obtain|has|have"
+    r"|had|at|left|sold|made|earned|spent|needs?|costs?|paid|saved|bought|used|ate|in all"
+    r"|altogether|then|therefore|thus|hence|so|(?:total|value|answer|sum|number) of))[,:]? ",
     re.IGNORECASE,
 )
 _WORDS = re.compile(rf"(?:[a-zA-Z'(){{}},:$+_ -]|{_NAMING})*")

@@ -4,7 +4,7 @@ Standard library only. Behind this door an answer is ASCII or LaTeX on one line,
 \text{..}, markdown, invisible characters, and without "the answer is" around it.
 
 >>> plain(r"So the answer is **$\dfrac{１}{2}$**."), plain("12\u202f345 µm"), plain("７：３０ p.m.")
-('\\dfrac{1}{2}', '12345 microm', '7:30 pm')
+('\\frac{1}{2}', '12345 microm', '7:30 pm')
 >>> plain("9 (apples)"), plain("(B) is correct"), plain(r"x\in（2，3］")
 ('9 apples', 'B', 'x\\in(2,3]')
 """
@@ -19,7 +19,8 @@ _UNICODE = {
     ord(word[0]): word[1:] + (" " if word[1] == "\\" and word[-1].isalnum() else "")
     for word in r"""
     −- ‐- ‑- ‒- –- —- ―- ×\times ·* ⋅* ∙* •* ÷/ ⁄/ ∕/ ∶: ≤<= ≥>= ⩽<= ⩾>= ≦<= ≧>= ≠!= ′' ‘' ’' “" ”"
-    …... º° 、, 。. √\sqrt ∛\sqrt[3] ∜\sqrt[4] ∞\infty ±\pm ∓\mp ∪\cup ∈\in ∅\emptyset ≈\approx ∣| ∠\angle △\triangle
+    …... º° 、, 。. √\sqrt ∛\sqrt[3] ∜\sqrt[4]
+    ∞\infty ±\pm ∓\mp ∪\cup ∈\in ∅\emptyset ≈\approx ∣| ∠\angle △\triangle
     ℝ\mathbb{R} ℤ\mathbb{Z} ℕ\mathbb{N} Ω\Omega ½\frac12 ⅓\frac13 ⅔\frac23 ¼\frac14 ¾\frac34
     α\alpha β\beta γ\gamma δ\delta ε\epsilon ϵ\epsilon ζ\zeta η\eta θ\theta ϑ\theta ι\iota κ\kappa
     λ\lambda μ\mu ν\nu ξ\xi π\pi ρ\rho σ\sigma τ\tau υ\upsilon φ\phi ϕ\phi χ\chi ψ\psi ω\omega
@@ -105,7 +106,8 @@ _PREAMBLE = re.compile(  # So the final answer is: 5 -> 5, I choose B -> B, and 
     r"^(?:(?:so|thus|hence|therefore|then|finally|and)\b,? ?)*"
     r"(?:(?:(?:the|my|our) )?(?:(?:final|correct|best|right) )*(?:answer|option|choice|solution) ?"
     r"(?:is|must be|should be|would be|:|=) ?:? ?"
-    r"|I(?:'d| would| will)? (?:choose|pick|select|go with) )?(?:(?:\\approx|approximately|about|=) ?)?",
+    r"|I(?:'d| would| will)? (?:choose|pick|select|go with) )?"
+    r"(?:(?:\\approx|approximately|about|=) ?)?",
     re.IGNORECASE,
 )
 _VERDICT = re.compile(
@@ -200,7 +202,7 @@ def plain(text: str) -> str:
         text = " ".join(_REPEATING.sub(_repeating, text).split())
     # 5. 2 x 3 is a product, twenty-five is 25, 3 million is 3*10^6.
     if _THOUSANDS.fullmatch(text):
-        return text.replace(" ", "")
+        return text.replace(" ", "").replace(",", ".")
     text = _TIMES.sub(r" \\times ", text)
     if _WORD.search(text):
         text = _COMPOUND.sub(

@@ -18,7 +18,7 @@ _UNITS = aliases("""
     oz ounce; l L liter litre; ml mL milliliter millilitre; th st nd rd; ms millisecond
     s second sec; min minute; h hour hr; N newton; J joule; kJ kilojoule; cal calorie
     kcal kilocalorie; W watt; kW kilowatt; mW milliwatt; MW megawatt; V volt; A ampere amp; ohm
-    kohm; Hz hertz; kHz kilohertz
+    kohm; Hz hertz; kHz kilohertz; MHz megahertz; mHz; MPa megapascal; mPa
     Pa pascal; kPa kilopascal; atm atmosphere; K kelvin; mol mole; eV; mmHg; bpm; rpm""")
 # Words that change what a number says, and beginnings of such words: 3 million, not 3, 3 or more.
 _WORDS_THAT_CHANGE = set(
