@@ -13,8 +13,8 @@ _LETTER = re.compile(  # the letter, what sets it off from a text, the text
     re.IGNORECASE,
 )
 _LETTERS_BEHIND = re.compile(
-    r"(?:^|[,;/&(]|\b(?:or|and)\b) ?\(?([A-P])(?=[).:,;/&]| (?:or|and)\b| ?$)|\b([A-P])[:)]"
-    r"|\b(?:is|no|actually|correction:?) ([A-P])$"
+    r"(?:^|[,;/&(.]|\b(?:or|and)\b) ?\(?([A-P])(?=[).:,;/&]| (?:or|and)\b| ?$)|\b([A-P])[:)]"
+    r"|(?i:\b(?:is|no|actually|correction:?)) ([A-P])$"
 )
 _NAMED = re.compile(r"""[(\["']([A-P])[)\]"']|(?:OPTION|CHOICE|ANSWER) ?:? ?([A-P])\b""")
 _JOINTS = re.compile(r"[,;/=]|\b(?:or|and|but|not)\b")
@@ -65,7 +65,7 @@ def choose(answer: str, options: dict[str, str]) -> str | None:
         if mark and (is_capital or mark[0] in ":)]"):
             others = {other: option for other, option in options.items() if other != letter}
             own = options[letter]
-            said = words[len(own) :] if words.casefold().startswith(own.casefold()) else words
+            said = re.sub(rf"^{re.escape(own)}(?!\w)", "", words, flags=re.IGNORECASE)
             if not (_TAKEN_BACK.search(said) or _names_any(words, others, budget)):
                 return letter  # row 4
         if mark and is_capital:
