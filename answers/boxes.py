@@ -84,7 +84,7 @@ def _says_more(before: str, behind: str) -> bool:
     """Returns whether what stands beside a box is an operator, an "or", a doubt or a value."""
     if _MORE_BEFORE.search(before) or _MORE_BEHIND.match(behind):
         return True
-    if changes(re.split("[.,;]", behind)[0]) or re.match("[a-zA-Z](?![a-zA-Z])", behind):
+    if changes(" ".join(behind.split()[:2])) or re.match("[a-zA-Z](?![a-zA-Z])", behind):
         return True  # 3 million, 3x
     if is_value(before.rstrip(_FILLER).removesuffix("and").rstrip(_FILLER)):
         return True

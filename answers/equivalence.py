@@ -43,8 +43,6 @@ from answers.trees import agree_in_any_order, plain_number, relations_agree, tre
 from answers.typography import MAX_CHARS
 from answers.values import Budget
 
-_SEVERAL = ("list", "chain")
-
 
 def answers_agree(one: Answer, other: Answer, budget: Budget) -> bool:
     """Returns whether two answers are the same: units and names first, then their values."""
@@ -54,8 +52,8 @@ def answers_agree(one: Answer, other: Answer, budget: Budget) -> bool:
         return False
     # 1. A line or a curve: y = 2x + 3, a name and a value, against the relation 2x - y + 3 = 0.
     for named, relation in ((one, other), (other, one)):
-        is_pair = named.name and named.name != relation.name and named.value[0] not in _SEVERAL
-        if is_pair and relation.value[0] == "chain" and "=" in relation.value[2]:
+        is_named = named.name not in ("", relation.name) and named.value[0] not in ("list", "chain")
+        if is_named and relation.value[0] == "chain" and "=" in relation.value[2]:
             line = "chain", (("var", named.name), named.value), ("=",)
             return relations_agree(line, relation.value, budget)
     # 2. Units and names must be the same if both sides have them.

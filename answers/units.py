@@ -37,7 +37,7 @@ _STEMS_THAT_CHANGE = tuple(
     invert revers negat reject untrue wrong fail rooted halv unequal""".split()
 )
 # Behind a noun or a unit these begin a remark: 8 years | old, 3 cups | of water, 6 | is the answer.
-_IDLE_WORDS = """of old on at for to from by with is are was were has have had will would can
+_IDLE_WORDS = """of old on at to from by with is are was were has have had will would can
     wide long tall deep high away left total altogether each that which who so as the""".split()
 _REMARK = re.compile(
     rf" (?:{'|'.join(_IDLE_WORDS)})\b.*|(?<=[^\s/*]) in (?!\^).*| in (?:all|total|the|a)\b.*",
@@ -99,4 +99,6 @@ def unit_of(text: str, glued: bool) -> str | None:
 
 def _is_noun(word: str) -> bool:
     """Returns whether a word is surely no product of letters or a function."""
+    if word.endswith("ly"):  # 9 presumably
+        return False
     return word.isalpha() and (len(word) > 3 or len(word) == 3 and not is_product(word))

@@ -179,14 +179,8 @@ def _root(base: Value, degree: Value, real: bool) -> Value:
 
 def _integer_root(number: int, degree: int) -> int | None:
     """Returns the exact root of a number >= 0, None if there is none (or none that we find)."""
-    if degree == 2:
-        root = math.isqrt(number)
-    elif number.bit_length() > 900:  # near the end of a float's range
-        return None
-    else:
-        root = round(number ** (1 / degree))
-    is_root = root.bit_length() * degree < MAX_BITS and root**degree == number
-    return root if is_root else None
+    root = math.isqrt(number) if degree == 2 else round(number ** (1 / degree))
+    return root if root**degree == number else None
 
 
 def _whole(name: str, x: Value, k: Value = 0) -> int:
