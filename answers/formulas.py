@@ -25,7 +25,7 @@ _RELATIONS = {"=", "<", ">", "<=", ">=", "!=", "approx"}
 _INFIX = dict.fromkeys(_RELATIONS, 1)
 _INFIX |= {"over": 2, "choose": 2, "cup": 3, ":": 4, "+": 5, "-": 5, "pm": 5, "mp": 5}
 _INFIX |= {"*": 6, "/": 6, "^": 8}
-_GROUPED = ("+", "-", "*", "/", "^")
+_GROUPED = ("num", "call", "neg", "+", "-", "*", "/", "^")  # and no letter: [x] may be a floor
 _CLOSING = {"lfloor": "rfloor", "lceil": "rceil", "|": "|"}
 _OPENS_FACTOR = ("(", "[", "{", r"\{", "frac", "binom", "lfloor", "lceil")
 _MATRICES = {
@@ -279,7 +279,9 @@ class Parser:
 
     def root(self) -> Node:
         r"""Returns \sqrt{2}, \sqrt[3]{2} or \sqrt 12 (TeX would take the 1 only; people do not)."""
-        degree = self.bracket("[")[2][0] if self.next_is("[") else None
+        degree = self.bracket("[") if self.next_is("[") else None
+        if degree and degree[0] == "seq":  # [n]
+            degree = degree[2][0]
         kind, value = self.peek()
         if kind == "num":
             self.place += 1
