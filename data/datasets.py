@@ -383,10 +383,10 @@ def to_example(
     if mark and not images:
         raise InputError(f"{where}: the text has {mark[0]}, but the record has no image")
     # A file that was converted without its images would be answered blindly.
-    for number in re.findall(r"<image[ _]?([1-9])>", text) if "image_1" in record else ():
-        if f"image_{number}" not in named(record, "image"):
-            reason = f"is missing, but the text has <image {number}>"
-            raise InputError(f"{where}: field 'image_{number}' {reason}")
+    for image in re.findall(r"<image[ _]?([1-9])>", text) if "image_1" in record else ():
+        if f"image_{image}" not in named(record, "image"):
+            reason = f"is missing, but the text has <image {image}>"
+            raise InputError(f"{where}: field 'image_{image}' {reason}")
     gap = GAP_MARK.search(question)
     if gap and "numbers" in map(plain_name, record):
         raise InputError(f"{where}: the question has {gap[0]} in the place of a number")

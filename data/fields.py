@@ -66,6 +66,8 @@ OPEN_KEYS = {"label", "labels", "correct"}  # may be anything, where there are n
 # Base64 that does not say so: what PNG, JPEG, GIF and WebP begin with.
 BASE64 = re.compile(r"(iVBORw|/9j/|R0lGOD|UklGR)[A-Za-z0-9+/=\s]{60}")
 IMAGE_FILE = re.compile(r"\S.*\.(png|jpe?g|webp|gif|bmp|tiff?|svg|dcm|nii|mp4)", re.IGNORECASE)
+# These are another image, where the first is no path: all others may be the path of that one.
+PICTURES = {"figure", "figures", "diagram", "picture", "photo", "questionimage"}
 KINDS = {str: "text", dict: "an object", list: "an array"}
 
 
@@ -82,11 +84,13 @@ NAMES = {meaning: [plain_name(name) for name in MEANINGS[meaning].split()] for m
 
 
 def is_empty(value: object) -> bool:
-    """Says whether a field holds nothing: null, an empty text, array or object, or NaN.
+    """Says whether a field holds nothing: null, a blank text, an empty array or object, or NaN.
 
     NaN is what pandas makes of null.
     """
-    return value in (None, "", [], {}) or value != value
+    if isinstance(value, str):
+        return not value.strip()
+    return value in (None, [], {}) or value != value
 
 
 def optional(record: object, field: str, kind: type, where: str) -> object:
@@ -225,7 +229,8 @@ def read_open_answer(record: dict, where: str) -> tuple[list[str], list[str]]:
     if not isinstance(value, list):
         answer = required({field: value}, field, str, where)
         is_box = answer.startswith(r"\boxed{") and answer.endswith("}")
-        return [final_answer(answer) or answer if is_box else answer], [field]
+        is_wrapped = is_box and answer.count("boxed") == 1 or answer.endswith("</answer>")
+        return [final_answer(answer) or answer if is_wrapped else answer], [field]
     texts = [optional({field: one}, field, str, where) for one in value]
     if None in texts or not texts:
         raise InputError(f"{where}: field '{field}' has an empty answer")
@@ -283,7 +288,9 @@ def read_images(record: dict, where: str, folder: Path) -> tuple[list[str | Path
         again = bool(images) and not re.fullmatch(r"image\d", plain_name(field))
         # MathVista and MathVision have the path beside the image itself, others its address.
         is_address = re.match(r"https?:", str(record[field]), re.IGNORECASE)
-        if again and (is_address or not all(isinstance(image, Path) for image in images)):
+        is_path = plain_name(field) not in PICTURES
+        are_paths = all(isinstance(image, Path) for image in images)
+        if again and (is_address or is_path and not are_paths):
             continue
         found = images_of(record[field], f"{where}: field '{field}'", folder)
         if again:

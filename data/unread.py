@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 from data.fields import NAMES, holds_image, is_empty, plain_name
+from data.options import parse_text
 from hub.errors import InputError
 
 OPTION_WORDS = set(
@@ -106,14 +107,18 @@ def looks_like_options(words: list[str], value: object, answer: str) -> bool:
     """Says whether a field may hold options: by its name, or by what it holds.
 
     By what it holds: letters and their texts, or several short texts, of which the answer is one,
-    or names one by its letter or its number.
+    or names one by its letter or its number. They may stand in one text, as "A. red; B. blue".
     """
     if isinstance(value, bool | int | float) or plain_name("".join(words)) in TOLD_NAMES:
         return False
     if OPTION_WORDS & set(words):
         return True
+    if isinstance(value, str):
+        value = parse_text(value)
     if isinstance(value, dict):
         names = {plain_name(name) for name in value}
+        if {"1", "2"} <= names and (answer in names or answer in value.values()):
+            return True
         is_named = bool(names & {"options", "choices"}) and bool(re.fullmatch("[A-P]", answer))
         return {"a", "b"} <= names or is_named
     if not isinstance(value, list) or len(value) < 2:

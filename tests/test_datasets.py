@@ -724,6 +724,10 @@ BAD_FILES = {
         [{"question": "a", "answer": ""}],
         "line 1: field 'answer' is missing or empty",
     ),
+    "blank_answer": (
+        [{"question": "a", "answer": " \n"}],
+        "line 1: field 'answer' is missing or empty",
+    ),
     "no_question": ([{"answer": "a"}], "line 1: field 'question' is missing"),
     "question_type": (
         [{"question": ["a"], "answer": "b"}],
@@ -812,7 +816,7 @@ BAD_FILES = {
     ),
     "empty_thought": (
         [METADATA | {"deepseek_reasoning": " \n"}],
-        "the thought or the solution is empty",
+        "field 'deepseek_reasoning' is missing or empty",
     ),
     "item": (json.dumps([ORZ, ORZ[:1]]), "item 2: a record must be"),
     "orz_no_truth": (

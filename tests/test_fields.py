@@ -86,6 +86,8 @@ CHOICES = {  # published shapes of options, all of them these four colours, "C" 
     "an object an option": {"options": [{k: v} for k, v in COLOURS.items()], "answer": "C"},
     "M3Exam": {"options": ["1. red", "2. blue", "3. green", "4. black"], "answer": "3"},
     "small columns": {k.lower(): v for k, v in COLOURS.items()} | {"answer": "c"},
+    "small columns and a text": {k.lower(): v for k, v in COLOURS.items()} | {"answer": "green"},
+    "numbered columns": dict(zip("1234", TEXTS)) | {"answer": "3"},
     "one line": {"options": "A. red B. blue C. green D. black", "answer": "C"},
     "CMExam": {"options": "A red\nB blue\nC green\nD black", "answer": "C"},
     "Chinese": {"options": ["A、red", "B、blue", "C、green", "D、black"], "answer": "C"},
@@ -220,6 +222,8 @@ def test_every_image_is_read_or_refused(tmp_path):
     more = {"image_preview": "p.png", "rationale_image": "r.png", "image_link": "x/a.png"}
     assert len(only(tmp_path, record | {"image": "a.png"} | more).images) == 1
     assert only(tmp_path, record | {"rationale_image": "r.png"}).images == []
+    beside = {"image": "data:image/png;base64,AA", "diagram": "b.png"}
+    assert only(tmp_path, record | beside).images == [beside["image"], tmp_path / "b.png"]
     beside = {"image": "a.png", "image_url": "https://x.org/a.png"}
     assert only(tmp_path, record | beside).images == [tmp_path / "a.png"]
     seed = {"choice_a": "x", "choice_b": "y", "answer": "B", "data_id": "17_4", "question": "Q"}
@@ -278,6 +282,8 @@ def test_context_stands_before_the_question(tmp_path, name):
 
 LOOKS = {  # an unknown field, what it looks like, and an answer that makes it look so
     "options by name": ({"candidate_texts": TEXTS}, "options", "1.5"),
+    "letters and texts in one text": ({"selection": "A. red; B. blue"}, "options", "B"),
+    "numbers and texts": ({"selection": {"1": "red", "2": "blue"}}, "options", "2"),
     "letters and texts": ({"possibilities": COLOURS}, "options", "C"),
     "texts and a letter": ({"possibilities": TEXTS}, "options", "C"),
     "texts and an index": ({"possibilities": TEXTS}, "options", 2),
@@ -385,6 +391,9 @@ def test_marks_of_images(tmp_path, mark):
     record = {"question": f"What is in {mark}?", "answer": "1", "options": []}
     assert f"the text has {mark}" in complaint(written(tmp_path, record))
     if mark == "<image_2>":
+        # The number in a mark is not the record's, which gives it its id.
+        both = {"image_1": "a.png", "image_2": "b.png"}
+        assert only(tmp_path, record | both).id == "d-1"
         message = complaint(written(tmp_path, record | {"image_1": "a.png", "image_2": None}))
         assert "field 'image_2' is missing" in message
 
@@ -466,6 +475,8 @@ MATHS = {
     "R1-V": ({"problem": "P", "solution": "<answer> 3 </answer>"}, ["3"]),
     "AMC": ({"problem": "P", "answer": 27.0}, ["27"]),
     "MultiArith": ({"sQuestion": "P", "lSolutions": [5.0], "iIndex": 1}, ["5"]),
+    "tags": ({"question": "P", "answer": "<think>S</think><answer>5</answer>"}, ["5"]),
+    "two boxes": ({"question": "P", "answer": r"\boxed{1}, \boxed{2}"}, [r"\boxed{1}, \boxed{2}"]),
     "MGSM": ({"question": "P", "answer": "So it is 11.", "answer_number": 11}, ["11"]),
     "BoolQ": ({"question": "P", "answer": True}, ["yes", "true"]),
     "TheoremQA": ({"Question": "P", "Answer": [2, 3], "Picture": None}, ["[2, 3]"]),
