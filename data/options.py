@@ -169,7 +169,7 @@ def by_letter(pairs: list[tuple[str | None, object]], where: str) -> Options:
     begun = [BEGINNING.fullmatch(text.strip()) for text in texts]
     if None not in begun:
         marks = [(match[1] or match[2]).lower() for match in begun]
-        if marks in in_order(len(marks)):
+        if marks in in_order(len(marks)) or sorted(marks) == in_order(len(marks))[0]:
             texts = [match[3] for match in begun]
             names = marks if None in names else names
     if None in names:

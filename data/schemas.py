@@ -40,17 +40,14 @@ def option_texts(record: dict, where: str) -> dict[str, str] | None:
 
 
 def listed_answers(record: dict, where: str) -> dict:
-    """Returns the answer of a question without options, and other answers that are right as well.
+    """Returns the record, its answer as an array if it is the text of one: "['6', 'six']" (MMMU).
 
-    The text of a Python list of texts means that each of them is right (MMMU).
+    Where there are options, the answer stays as it is.
     """
-    answer = required(record, "answer", str, where)
-    answers = python_list(answer)
-    # "['6', 'six']" are two answers, but "[1, 2]" is one, which is a list of numbers.
-    are_texts = all(isinstance(text, str) and text for text in answers)
-    if isinstance(answers, list) and answers and are_texts:
-        return {"answer": answers[0], "accepted": answers[1:]}
-    return {"answer": answer}
+    answer = record.get("answer")
+    if not isinstance(answer, str) or read_options(record, where):
+        return record
+    return record | {"answer": python_list(answer) or answer}
 
 
 # --- Published schemas: each function takes a record, and returns it with our fields --------------
@@ -104,13 +101,11 @@ def mmlu_pro(record: dict, where: str) -> dict:
 
 def mmmu(record: dict, where: str) -> dict:
     """Texts point to images: <image 1>. The subject is a field, or in the id: validation_Art_1."""
-    options = option_texts(record, where)
     domain = record.get("subject")
     if not domain:
         name = re.fullmatch(r"[a-z]+_(.+)_\d+", str(record.get("id")))
         domain = name[1] if name else record.get("subfield")
-    record = record | {"options": options, "domain": domain}
-    return record if options else record | listed_answers(record, where)
+    return listed_answers(record, where) | {"domain": domain}
 
 
 def mmmu_vision(record: dict, where: str) -> dict:
@@ -131,8 +126,7 @@ def mathvista(record: dict, where: str) -> dict:
 def opencompass(row: dict, where: str) -> dict:
     """A row of an OpenCompass TSV."""
     domain = row.get("category", row.get("task"))
-    record = row | {"id": row["index"], "domain": domain}
-    return record if read_options(row, where) else record | listed_answers(row, where)
+    return listed_answers(row, where) | {"id": row["index"], "domain": domain}
 
 
 def scored(record: dict, where: str) -> dict:

@@ -62,7 +62,7 @@ def refuse_unread(
     image_names = {Path(image).name for image in images if not isinstance(image, bytes)}
     for field, value in record.items():
         words = words_of(field)
-        if field in read or is_empty(value) or not words:
+        if field in read or is_empty(value) or value in ("[]", "{}") or not words:
             continue
         looks = None
         tells_answer = bool(SOLUTION_WORDS & set(words))

@@ -91,6 +91,7 @@ CHOICES = {  # published shapes of options, all of them these four colours, "C" 
     "one line": {"options": "A. red B. blue C. green D. black", "answer": "C"},
     "CMExam": {"options": "A red\nB blue\nC green\nD black", "answer": "C"},
     "Chinese": {"options": ["A、red", "B、blue", "C、green", "D、black"], "answer": "C"},
+    "in another order": {"options": ["C. green", "A. red", "B. blue", "D. black"], "answer": "C"},
     "filled up": {"options": [*TEXTS, None, ""], "answer": "C"},
     "answers and a letter": {"answers": TEXTS, "answer": "C"},
 }
@@ -342,8 +343,10 @@ def test_what_only_describes_is_not_refused(tmp_path):
         "golden_answers": ["2", "two"],
         "numbers": "1 2",
     }
+    record |= {"options": "[]"}
     record |= {"r1_solution_1": "x", "r1_solution_2": "y", "finish_reasons": ["stop", "length"]}
-    assert only(tmp_path, record).meta.keys() == record.keys() - {"question", "answer"}
+    unread = record.keys() - {"question", "answer", "options"}
+    assert only(tmp_path, record).meta.keys() == unread
 
 
 def test_a_picture_that_the_text_points_to_must_be_there(tmp_path):
