@@ -21,14 +21,12 @@ from typing import NamedTuple
 from data.fields import final_answer, named, optional, python_list, required, without
 from data.options import read_options
 from data.turns import (
-    asked,
     is_sharegpt,
     openthoughts,
     openthoughts_metadata,
-    pictured,
     sharegpt,
-    turns_of,
     verl,
+    with_question,
 )
 from hub.errors import InputError
 
@@ -210,41 +208,30 @@ def to_plain(record: object, where: str, *, is_tsv: bool) -> tuple[str, dict]:
 
     Fields that mean nothing to us are left as they are. Raises InputError for an unknown schema.
     """
+    # 1. Every record but Open-Reasoner-Zero's is an object.
     # Open-Reasoner-Zero, data/orz_math_57k_collected.json; its tables have columns 0 and 1
     if isinstance(record, dict) and record.keys() == {"0", "1"}:
         record = [record["0"], record["1"]]
     if isinstance(record, list) and len(record) == 2:
         return "orz", orz(record, where)
-    if isinstance(record, dict) and None in record:  # where csv puts them
-        raise InputError(f"{where}: more cells than the first row")
     if not isinstance(record, dict):
         raise InputError(
             f"{where}: a record must be an object or [{{from, value}}, {{ground_truth}}]"
         )
+    if None in record:  # where csv puts them
+        raise InputError(f"{where}: more cells than the first row")
     if optional(record, "error_type", str, where) not in ("ok", None):  # MMLU-Redux
         raise InputError(f"{where}: field 'error_type' says that the question is bad")
+    # 2. These two are known by more than the names of fields.
     if is_tsv and "index" in record:
         return "opencompass", opencompass(record, where)
-    told = named(record, "answer") or named(record, "key") or named(record, "solution")
     if is_sharegpt(record):
         return "sharegpt", sharegpt(record, where)
-    # allenai/RLVR, verl, orz-eval: the turns before an answer
-    asks = named(record, "question")
-    for field in (*asks[:1], "messages", "conversations"):
-        spoken = turns_of(record.get(field))
-        if spoken and (field in asks or not asks and told and spoken[-1][0] == "user"):
-            question = asked(record[field], f"{where}: field '{field}'")
-            record = pictured(record, record[field]) | {"question": question}
-            record = without(record, *{field} - {"question"})
-            break
-    # databricks/dolly, tatsu-lab/alpaca: the response is the answer
-    worked = named(record, "worked")
-    if worked and not told and not named(record, "options"):
-        response = required(record, worked[0], str, where)
-        answer = final_answer(response) or response
-        # Alpaca has it all once more as `text`.
-        repeated = ["text"] if response in str(record.get("text")) else []
-        record = without(record, *worked, *repeated) | {"answer": answer, "response": response}
+    # 3. A question may be a conversation, and an answer may be in the response, in any schema.
+    told = bool(named(record, "answer") or named(record, "key") or named(record, "solution"))
+    record = with_question(record, told, where)
+    if not told:
+        record = with_answer(record, where)
     for schema in SCHEMAS:
         if schema.known_by <= record.keys() and not schema.lacks & record.keys():
             if schema.convert is not None:
@@ -253,7 +240,9 @@ def to_plain(record: object, where: str, *, is_tsv: bool) -> tuple[str, dict]:
     # openai/grade-school-math; openai/gsm8k
     if "####" in str(record.get("answer")) and not record.get("options"):
         return "gsm8k", gsm8k(record, where)
-    # allenai/arc: {"question": {"stem", "choices"}, "answerKey"}; MedQA of openlifescienceai
+    # 4. Any other is read by the names of its fields, which may be a level lower: allenai/arc has
+    # {"question": {"stem", "choices"}, "answerKey"}, so has MedQA of openlifescienceai.
+    asks = named(record, "question")
     for field, value in record.items():
         if isinstance(value, dict) and named(value, "question") and asks in ([], [field]):
             record = without(record, field) | value
@@ -262,3 +251,18 @@ def to_plain(record: object, where: str, *, is_tsv: bool) -> tuple[str, dict]:
     if not asks and not named(record, "answer"):
         raise InputError(f"{where}: unknown schema (fields: {', '.join(record)[:80]})")
     return ("plain" if "question" in asks and "answer" in record else "by names"), record
+
+
+def with_answer(record: dict, where: str) -> dict:
+    """Returns a record that has no answer with that of its response (databricks/dolly, alpaca).
+
+    Records with options need an answer of their own.
+    """
+    fields = named(record, "worked")
+    if not fields or named(record, "options"):
+        return record
+    response = required(record, fields[0], str, where)
+    # Alpaca has it all once more as `text`.
+    repeated = ["text"] if response in str(record.get("text")) else []
+    answer = final_answer(response) or response
+    return without(record, *fields, *repeated) | {"answer": answer, "response": response}

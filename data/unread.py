@@ -1,10 +1,10 @@
-"""What is left of a record: does it look like something that changes the question?"""
+"""What is left of a record, and what is missing: may the question need it?"""
 
 import re
 from collections import Counter
 from pathlib import Path
 
-from data.fields import NAMES, holds_image, is_empty, plain_name
+from data.fields import NAMES, holds_image, is_empty, named, plain_name
 from data.options import parse_text
 from hub.errors import InputError
 
@@ -41,6 +41,12 @@ ABOUT_WORDS = set(
     "rationales response responses outputs predictions info title name names date author equation "
     "equations numbers operations decomposition entities".split()
 )
+# <image>, <image 1>, <image_1>, <|image_1|>, <ImageHere>, <img src="a.png">, ![](a.png)
+IMAGE_MARK = re.compile(
+    r"<\|?image[ \w|]*>|<img [^>]*src=[^>]*>|!\[[^]]*\]\([^)]*\)", re.IGNORECASE
+)
+# MAWPS has the numbers in another field.
+GAP_MARK = re.compile(r"\b(?:N_\d\d|number\d)\b")
 TOLD_NAMES = {*NAMES["answer"], *NAMES["accepted"]} - {*NAMES["options"]}
 
 
@@ -92,6 +98,23 @@ def refuse_unread(
                 f"{where}: field '{field}' looks like {looks}, but is no name that is known "
                 "(data/fields.py): rename it, or remove it if the question does not need it"
             )
+
+
+def refuse_missing(record: dict, where: str, text: str, images: list) -> None:
+    """Raises InputError where the text, of question and options, points to what is not there.
+
+    A file that was converted without its images would be answered blindly.
+    """
+    mark = IMAGE_MARK.search(text)
+    if mark and not images:
+        raise InputError(f"{where}: the text has {mark[0]}, but the record has no image")
+    for number in re.findall(r"<image[ _]?([1-9])>", text) if "image_1" in record else ():
+        if f"image_{number}" not in named(record, "image"):
+            reason = f"is missing, but the text has <image {number}>"
+            raise InputError(f"{where}: field 'image_{number}' {reason}")
+    gap = GAP_MARK.search(text)
+    if gap and "numbers" in map(plain_name, record):
+        raise InputError(f"{where}: the question has {gap[0]} in the place of a number")
 
 
 def is_part_of_question(field: str, words: list[str], value: object, question: str) -> bool:
