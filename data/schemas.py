@@ -7,10 +7,12 @@ Our plain schema is
 
 where options are {"A": text, ...}, an image is a path, a data URI or an array of them, accepted
 are other right answers, and precision is the number of decimals that count. All of these have other
-names as well: fields.py has the table. Here is only what a table of names cannot say. `SCHEMAS`, at
-the end, lists the published schemas: by which fields each is known, and a function for what else
-there is to do. To add a dataset whose names are not known, add them in fields.py; to add one that
-needs more, add a line here.
+names as well: fields.py has the table.
+
+The rule: a record is read by the names of its fields, whatever dataset it is of. Here is only what
+a table of names cannot say. `SCHEMAS` lists by which fields such a dataset is known, and a function
+for what else there is to do. To add a dataset whose names are not known, add them in fields.py; to
+add one that needs more, add a line here.
 """
 
 import re
@@ -91,7 +93,7 @@ def medqa_hf(record: dict, where: str) -> dict:
 
 
 def mmlu_pro(record: dict, where: str) -> dict:
-    """There are up to ten options; those that are "N/A" only fill up."""
+    """Options "N/A" stand for nothing: they fill up the ten of each question."""
     options = option_texts(record, where) or {}
     kept = {letter: text for letter, text in options.items() if text != "N/A"}
     return record | {"options": kept}
@@ -108,6 +110,8 @@ def mmmu(record: dict, where: str) -> dict:
 
 def mmmu_vision(record: dict, where: str) -> dict:
     """The question is in the image; so are the options, which our prompts repeat."""
+    if named(record, "question"):
+        return record
     return record | {"question": "Answer the question in the image."}
 
 
@@ -179,7 +183,7 @@ SCHEMAS = (
         "mmmu-pro-vision",
         {"image", "options", "subject"},
         convert=mmmu_vision,
-        lacks=frozenset({"question", "level"}),
+        lacks=frozenset({"level"}),
     ),
     Schema("mmmu", {"image_1", "options"}, convert=mmmu),
     # AI4Math/MathVista
