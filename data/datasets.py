@@ -231,9 +231,7 @@ def json_records(path: Path) -> Iterator[tuple[str, object]]:
             for number, item in enumerate(parse_json(file.read(), str(path)), 1):
                 yield f"{path}: item {number}", item
             return
-        first = next((line for line in file if line.strip()), b"")
-        file.seek(0)
-        items = object_of_records(first, file, str(path))
+        items = object_of_records(file, str(path))
         if items is not None:
             yield from items
             return
@@ -243,19 +241,17 @@ def json_records(path: Path) -> Iterator[tuple[str, object]]:
                 yield f"{path}: line {number}", line.rstrip()
 
 
-def object_of_records(first: bytes, file: BinaryIO, where: str) -> list[tuple[str, object]] | None:
+def object_of_records(file: BinaryIO, where: str) -> list[tuple[str, object]] | None:
     """Returns the records of a file that is one JSON object; None if it has a record a line.
 
     The object has the records by their ids (MathVista), or has one array of them, as in
     {"questions": [...]}. Or it is a record itself, over several lines.
     """
+    lines = (line for line in file if line.strip())
     try:
-        content = json.loads(first.decode("utf-8-sig"))
-        lines = 0
-        for line in file:
-            lines += bool(line.strip())
-            if lines > 1:
-                return None
+        content = json.loads(next(lines, b"").decode("utf-8-sig"))
+        if next(lines, None) is not None:
+            return None
         is_line = True
     except ValueError:
         file.seek(0)
@@ -283,9 +279,8 @@ def is_array_of_records(value: object) -> bool:
     """Says whether a value may be the records of a file."""
     if not isinstance(value, list) or not value or not all(isinstance(one, dict) for one in value):
         return False
-    return bool(named(value[0], "question")) or not {"conversations", "messages"}.isdisjoint(
-        value[0]
-    )
+    first = value[0]
+    return bool(named(first, "question")) or "conversations" in first or "messages" in first
 
 
 def parse_json(content: bytes, where: str) -> object:
@@ -380,9 +375,8 @@ def to_example(
         fields = sources[meaning]
         return optional(record, fields[0], kind, where) if fields else None
 
-    domain = sources["domain"]
-    if domain and isinstance(record[domain[0]], list):
-        record = record | {domain[0]: ", ".join(map(str, record[domain[0]]))}
+    domains = record[sources["domain"][0]] if sources["domain"] else []
+    domains = domains if isinstance(domains, list) else [domains]
     accepted = [*answers[1:], *map(str, first("accepted", list) or [])]
     # Fields that say which answer is right stay in meta, as they were published.
     shown = {name for part in ("question", "options", "image") for name in sources.get(part, ())}
@@ -394,7 +388,7 @@ def to_example(
         options=options.texts if options else None,
         images=images,
         response=first("response", str),
-        domain=first("domain", str),
+        domain=", ".join(map(str, domains)) or None,
         meta={k: v for k, v in rest.items() if plain_name(k) not in OURS and is_json(v)},
         accepted=accepted,
         precision=read_precision(record, where),

@@ -55,7 +55,7 @@ MEANINGS = {
     # These are an image if they end like one.
     "file": "file_name file path image_id img_id data_id",
     "unit": "unit units answer_unit",
-    "domain": "domain subject category",
+    "domain": "domain medical_task ability subject category task",
     "accepted": "accepted accepted_answers aliases answer_aliases",
     "response": "response",
     # Where nothing else says the answer: it is what this ends with, or all of it.

@@ -121,14 +121,13 @@ def mathvista(record: dict, where: str) -> dict:
     metadata = optional(record, "metadata", dict, where) or {}
     letters = [letter for letter, text in options.items() if text == record.get("answer")]
     letters.append(record.get("answer"))
-    rest = without(record, "choices") | {"options": options, "domain": metadata.get("task")}
-    return rest | {"answer": letters[0]}
+    rest = without(record, "choices") | {"domain": metadata.get("task")}
+    return rest | {"options": options, "answer": letters[0]}
 
 
 def opencompass(row: dict, where: str) -> dict:
     """A row of an OpenCompass TSV."""
-    domain = row.get("category", row.get("task"))
-    return listed_answers(row, where) | {"id": row["index"], "domain": domain}
+    return listed_answers(row, where) | {"id": row["index"]}
 
 
 def scored(record: dict, where: str) -> dict:
@@ -146,10 +145,7 @@ def medxpertqa(record: dict, where: str) -> dict:
     bare, mark, listed = question.rpartition("\nAnswer Choices:")
     options = option_texts(record, where) or {}
     repeated = bool(mark) and all(text in listed for text in options.values())
-    return record | {
-        "question": bare.strip() if repeated else question,
-        "domain": record.get("medical_task"),
-    }
+    return record | {"question": bare.strip() if repeated else question}
 
 
 # --- The table ------------------------------------------------------------------------------------
@@ -160,7 +156,7 @@ class Schema(NamedTuple):
 
     name: str
     known_by: set[str]  # fields that a record must have
-    convert: Callable[[dict, str], dict] | None = None  # what else there is to do
+    convert: Callable[[dict, str], dict]  # what else there is to do
     lacks: frozenset[str] = frozenset()  # fields that a record must not have
 
 
@@ -172,8 +168,7 @@ SCHEMAS = (
         {"problem", "deepseek_reasoning", "deepseek_solution"},
         convert=openthoughts_metadata,
     ),
-    # jind11/MedQA; GBaker/MedQA-USMLE-4-options; GBaker/MedQA-USMLE-4-options-hf
-    Schema("medqa", {"question", "options", "answer_idx"}),
+    # GBaker/MedQA-USMLE-4-options-hf
     Schema("medqa-hf", {"sent1", "ending0", "label"}, convert=medqa_hf),
     # TIGER-Lab/MMLU-Pro
     Schema("mmlu-pro", {"question_id", "options", "category"}, convert=mmlu_pro),
@@ -202,8 +197,6 @@ SCHEMAS = (
     # truthfulqa/truthful_qa, "multiple_choice"; google/BIG-bench
     Schema("truthfulqa", {"question", "mc1_targets"}, convert=scored),
     Schema("big-bench", {"input", "target_scores"}, convert=scored),
-    # MathLLMs/MathVision. Options may be mere letters: then the image has their texts.
-    Schema("mathvision", {"question", "options", "level", "subject"}),
 )
 
 
@@ -212,8 +205,8 @@ def to_plain(record: object, where: str, *, is_tsv: bool) -> tuple[str, dict]:
 
     Fields that mean nothing to us are left as they are. Raises InputError for an unknown schema.
     """
-    # 1. Every record but Open-Reasoner-Zero's is an object.
-    # Open-Reasoner-Zero, data/orz_math_57k_collected.json; its tables have columns 0 and 1
+    # 1. Every record is an object, but those of Open-Reasoner-Zero's orz_math_57k_collected.json;
+    # its tables have columns 0 and 1.
     if isinstance(record, dict) and record.keys() == {"0", "1"}:
         record = [record["0"], record["1"]]
     if isinstance(record, list) and len(record) == 2:
@@ -238,9 +231,7 @@ def to_plain(record: object, where: str, *, is_tsv: bool) -> tuple[str, dict]:
         record = with_answer(record, where)
     for schema in SCHEMAS:
         if schema.known_by <= record.keys() and not schema.lacks & record.keys():
-            if schema.convert is not None:
-                record = schema.convert(record, where)
-            return schema.name, record
+            return schema.name, schema.convert(record, where)
     # openai/grade-school-math; openai/gsm8k
     if "####" in str(record.get("answer")) and not record.get("options"):
         return "gsm8k", gsm8k(record, where)

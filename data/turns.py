@@ -197,5 +197,4 @@ def verl(record: dict, where: str) -> dict:
     return without(record, field, "reward_model") | {
         "question": wrapped[1] if wrapped else question,
         "answer": answers,
-        "domain": record.get("ability"),
     }
