@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hub.config import Config
-from hub.errors import InputError
+from hub.errors import InputError, unreadable
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
 
@@ -41,11 +41,11 @@ class Tokenizer:
         """Reads a model folder's tokenizer.json; InputError if it is not there or malformed."""
         path = Path(folder) / "tokenizer.json"
         try:
-            core = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+            core = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8-sig"))
         except OSError as error:
             raise InputError(f"{path}: cannot be read ({error.strerror})") from None
         except Exception as error:  # the Rust library raises the bare class
-            raise InputError(f"{path}: malformed tokenizer ({error})") from None
+            raise unreadable(path, f"malformed tokenizer ({error})") from None
         return cls(core, str(path))
 
     def encode(self, text: str) -> list[int]:
@@ -74,11 +74,17 @@ class Tokenizer:
 
 
 def check_vocabulary(tokenizer: Tokenizer, config: Config) -> None:
-    """Raises InputError where text could turn into ids that the model has no row for."""
+    """Raises InputError where text could turn into ids that the model has no row for, and where the
+    two take different ids for an image."""
     if tokenizer.vocab_size > config.vocab_size:
         raise InputError(
             f"tokenizer.json has ids up to {tokenizer.vocab_size - 1}, "
             f"config.json a vocab_size of {config.vocab_size} only"
+        )
+    if config.image_token_id not in (None, tokenizer.image_pad):
+        raise InputError(
+            f"<|image_pad|> is {tokenizer.image_pad} in tokenizer.json, but config.json has an "
+            f"image_token_id of {config.image_token_id}"
         )
 
 

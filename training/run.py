@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from data.sequences import batches, num_steps
 from hub.disk import follow_links, sync
-from hub.errors import InputError, read_json
+from hub.errors import InputError, missing_file, read_json
 from hub.weights import copy_side_files, weight_files, write_model
 from kernels.triton_or_none import wanted_kernels
 from model import Qwen2_5_VL
@@ -70,8 +70,7 @@ class Run:
         self.records: list[dict] = []
         start = follow_links(options.model)
         if not start.is_dir():
-            hint = "grpo.py starts from what sft.py has trained"
-            raise InputError(f"--model {options.model}: no such folder ({hint})")
+            raise missing_file(Path(options.model) / "config.json")
         if not options.out:
             raise InputError("--out is empty")
         if follow_links(self.folder) in (start, *start.parents):
