@@ -74,17 +74,11 @@ class Tokenizer:
 
 
 def check_vocabulary(tokenizer: Tokenizer, config: Config) -> None:
-    """Raises InputError where text could turn into ids that the model has no row for, and where the
-    two take different ids for an image."""
+    """Raises InputError where text could turn into ids that the model has no row for."""
     if tokenizer.vocab_size > config.vocab_size:
         raise InputError(
             f"tokenizer.json has ids up to {tokenizer.vocab_size - 1}, "
             f"config.json a vocab_size of {config.vocab_size} only"
-        )
-    if config.image_token_id not in (None, tokenizer.image_pad):
-        raise InputError(
-            f"<|image_pad|> is {tokenizer.image_pad} in tokenizer.json, but config.json has an "
-            f"image_token_id of {config.image_token_id}"
         )
 
 
