@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from data.datasets import Example, load_examples
-from data.sequences import IDLE_ROW, Pack, Row, encode_example, make_pack, make_row, plan_packs
-from data.tokenizer import Tokenizer, check_vocabulary
+from data.sequences import IDLE_ROW, Pack, Row, example_pieces, make_pack, make_row, plan_packs
+from data.tokenizer import Piece, Tokenizer, check_vocabulary, encode_chats
 from hub.device import memory_phase
 from model import Qwen2_5_VL, score
 from rewards import accuracy_reward
@@ -33,6 +33,7 @@ from training.options import TrainOptions
 from training.parallel import deal, processes, total, training_device
 from training.plan import print_plan, settle
 from training.rehearsal import Rehearsal
+from training.rows import RowFile
 from training.run import Run
 from training.validation import MAX_BATCH, Validation
 
@@ -51,6 +52,9 @@ RECIPES = {
     "paper": {"prompt_style": "train", **PAPER},
     "med": {"prompt_style": "mcq", **PAPER},
 }
+
+# What the rows of tokens depend on, besides data and tokenizer (training/rows.py).
+ROW_OPTIONS = ("prompt_style", "max_length", "answer_only", "skip_bad_lines")
 
 
 @dataclass
@@ -118,20 +122,21 @@ def load_rows(options: SFTOptions, tokenizer: Tokenizer) -> list[Row]:
     Those whose prompt alone fills max_length have no token to score: they are dropped and counted.
     """
 
-    def convert(example: Example) -> Row | None:
-        ids, mask = encode_example(
-            example,
-            tokenizer,
-            style=options.prompt_style,
-            max_length=options.max_length,
-            answer_only=options.answer_only,
-        )
-        row = make_row(ids, mask, example.id)
-        return row if row.scored.any() else None
+    def convert(example: Example) -> tuple[str, list[Piece]]:
+        style, answer_only = options.prompt_style, options.answer_only
+        return example.id, example_pieces(example, tokenizer, style=style, answer_only=answer_only)
+
+    def tokenise(block: list[tuple[str, list[Piece]]]) -> list[Row | None]:
+        rows = []
+        encoded = encode_chats([pieces for _, pieces in block], tokenizer)
+        for (name, _), (ids, mask) in zip(block, encoded):
+            row = make_row(ids[: options.max_length], mask[: options.max_length], name)
+            rows.append(row if row.scored.any() else None)
+        return rows
 
     too_long = f"the prompt fills --max-length {options.max_length}"
     return load_examples(
-        options.data, convert, skip_bad=options.skip_bad_lines, too_long=too_long
+        options.data, convert, tokenise, skip_bad=options.skip_bad_lines, too_long=too_long
     ).items
 
 
@@ -164,13 +169,15 @@ def train_on_ranks(options: SFTOptions, run: Run) -> None:
     """Loads, and takes all steps. Every process runs this."""
     # 1. Load; only then touch the disk.
     tokenizer = Tokenizer.from_pretrained(options.model)
-    rows = load_rows(options, tokenizer)
+    row_file = RowFile(run, ROW_OPTIONS)
+    rows = row_file.rows(lambda: load_rows(options, tokenizer))
     validation = Validation(options, tokenizer, reward)
     with memory_phase("loading", *update_remedies(options)):
         model = load_for_training(options)
         check_vocabulary(tokenizer, model.config)
         optimizer = make_optimizer(model, options)
         run.begin(model, optimizer)
+    row_file.keep()
 
     # 2. Steps. The learning rate falls after each epoch.
     for epoch, chosen in run.steps(len(rows), options.batch_size):

@@ -4,6 +4,7 @@ import re
 
 from answers.parsing import is_value
 from answers.typography import MAX_CHARS
+from answers.units import changes
 
 
 def box_content(text: str) -> str | None:
@@ -26,10 +27,22 @@ def box_content(text: str) -> str | None:
 
 
 _MAX_BOXES = 16
-_JOINT = re.compile(r"[\s$.,;&]*(?:and|or)?[\s$,]*(?:[a-z](?:_[0-9a-z])? ?= ?[\s$]*)?")
-_FILLER = ",;:$*( \n\t"
-_OPERATOR_BEHIND = re.compile(r"[\s$)}]*[-+/^!](?!\\circ|\{\\circ)")
-_FURTHER_VALUE = re.compile(r"[\s.$*)}]*(?:[,;]|or\b|and\b)[\s$]*(?=\S)")
+# \text{ or } and \lor are or, \quad and \) are spaces.
+_SPACING = re.compile(r"\\(?:text|mathrm) ?\{([^{}]*)\}|\\q?quad|\\[()\[\],;: \\]|[$*]")
+_JOINT = re.compile(
+    r"[\s.,;&]*(?:and also|as well as|and|or)?[\s,]*(?:[a-z](?:_\{?[0-9a-z]\}?)? ?= ?\s*)?"
+)
+_FILLER = ",;:( \n\t"
+_OPERATOR = r"[-+/^!<>|]|\\(?:times|cdot|div|pm|mp|leq?|geq?|neq?|lt|gt|lor|vee|pi)(?![a-zA-Z])"
+_MORE_BEFORE = re.compile(
+    rf"(?:{_OPERATOR}|\{{|\b(?:or|not|maybe|perhaps|possibly))[\s(]*$", re.IGNORECASE
+)
+_MORE_BEHIND = re.compile(
+    rf"[\s)}}.,]*(?:(?!\^\\circ|\^\{{\\circ)(?:{_OPERATOR})"
+    r"|\b(?:or|not|maybe|perhaps|possibly|is (?:wrong|not|false))\b)",
+    re.IGNORECASE,
+)
+_FURTHER_VALUE = re.compile(r"[\s.)}]*(?:[,;]|and\b)\s*(?=\S)")
 
 
 def boxed_answer(text: str, strict: bool) -> str | None:
@@ -47,14 +60,14 @@ def boxed_answer(text: str, strict: bool) -> str | None:
         before = _last_box(text, first)
         content = box_content(text[before:]) if before >= 0 else None
         between = text[before:first].partition(f"{{{content}}}") if content else ("", "", "")
-        if between[1] and _JOINT.fullmatch(between[2]):
+        if between[1] and _JOINT.fullmatch(_plainer(between[2])):
             contents.insert(0, content)
         elif not strict or before < 0:
             break
         elif between[1] or not content or "box" not in content:  # a box in a box is one answer
             return None
         first = before
-    if None in contents or strict and _says_more(text[:first], behind):
+    if None in contents or strict and _says_more(_plainer(text[:first]), _plainer(behind)):
         return None
     return ", ".join(contents)
 
@@ -63,12 +76,17 @@ def _last_box(text: str, end: int | None = None) -> int:
     return max(text.rfind("\\boxed", 0, end), text.rfind("\\fbox", 0, end))
 
 
+def _plainer(text: str) -> str:
+    return _SPACING.sub(r" \1 ", text)
+
+
 def _says_more(before: str, behind: str) -> bool:
-    """Returns whether what stands beside a box is an operator or a value, perhaps behind "or"."""
-    before = before.rstrip(_FILLER).removesuffix("or").removesuffix("and").rstrip(_FILLER)
-    if before.endswith(("-", "+", "/", "^", "{")) or is_value(before):
+    """Returns whether what stands beside a box is an operator, an "or", a doubt or a value."""
+    if _MORE_BEFORE.search(before) or _MORE_BEHIND.match(behind):
         return True
-    if _OPERATOR_BEHIND.match(behind):
+    if changes(" ".join(behind.split()[:2])) or re.match("[a-zA-Z](?![a-zA-Z])", behind):
+        return True  # 3 million, 3x
+    if is_value(before.rstrip(_FILLER).removesuffix("and").rstrip(_FILLER)):
         return True
     further = _FURTHER_VALUE.match(behind)
     return further is not None and is_value(behind[further.end() :])

@@ -4,8 +4,8 @@ import re
 from functools import lru_cache
 
 from answers.equivalence import is_equivalent, same_text
-from answers.formulas import Budget
 from answers.typography import plain
+from answers.values import Budget
 
 _LETTER = re.compile(  # the letter, what sets it off from a text, the text
     r"[(\[]?(?:(?:option|choice) ?:? ?)?[(\[]?([A-P])(?![\w'^])"
@@ -13,17 +13,19 @@ _LETTER = re.compile(  # the letter, what sets it off from a text, the text
     re.IGNORECASE,
 )
 _LETTERS_BEHIND = re.compile(
-    r"(?:^|[,;/&(]|\b(?:or|and)\b) ?\(?([A-P])(?=[).:,;/&]| (?:or|and)\b| ?$)|\b([A-P])[:)]"
+    r"(?:^|[,;/&(.]|\b(?:or|and)\b) ?\(?([A-P])(?=[).:,;/&]| (?:or|and)\b| ?$)|\b([A-P])[:)]"
+    r"|(?i:\b(?:is|no|actually|correction:?)) ([A-P])$"
 )
 _NAMED = re.compile(r"""[(\["']([A-P])[)\]"']|(?:OPTION|CHOICE|ANSWER) ?:? ?([A-P])\b""")
 _JOINTS = re.compile(r"[,;/=]|\b(?:or|and|but|not)\b")
 # Words that take the letter back: B: wrong, B is not it, B or none. "B: No" echoes the prompts.
 _TAKEN_BACK = re.compile(
     r"^(?:no$|no[,.] |(?:is )?not\b(?! enough)|(?:(?:it|this|that) is )?(?:wrong|false|untrue)"
-    r"|never|neither|none|impossible)|\bincorrect"
+    r"|never|neither\b(?! nor)|none|impossible|not?$"
+    r"|(?:it is )?(?:rejected|discarded|unlikely))|\bincorrect"
     r"|\b(?:not|n't|never) (?:the |a |an )?(?:correct|right|true|answer|best|it\b|this\b|chosen)"
     r"|(?<!others )(?<!rest )\b(?:is|are|was|be|looks|seems) (?:wrong|false|excluded|eliminated)"
-    r"|\b(?:all|both|none|any|either|neither) (?:of|are|is)\b|\b(?:maybe|perhaps)\b"
+    r"|\b(?:all|both|none|any|either|neither) (?:of|are|is)\b|\b(?:maybe|perhaps|probably)\b"
     r"|\b(?:or|and|but) (?:none|not|neither|both|all|any)",
     re.IGNORECASE,
 )
@@ -63,7 +65,7 @@ def choose(answer: str, options: dict[str, str]) -> str | None:
         if mark and (is_capital or mark[0] in ":)]"):
             others = {other: option for other, option in options.items() if other != letter}
             own = options[letter]
-            said = words[len(own) :] if words.casefold().startswith(own.casefold()) else words
+            said = re.sub(rf"^{re.escape(own)}(?!\w)", "", words, flags=re.IGNORECASE)
             if not (_TAKEN_BACK.search(said) or _names_any(words, others, budget)):
                 return letter  # row 4
         if mark and is_capital:
@@ -87,10 +89,10 @@ def _same_texts(text: str, options: dict[str, str]) -> list[str]:
 def _names_any(words: str, options: dict[str, str], budget: Budget) -> bool:
     """Returns whether words name one of these options: by letter, by text, or by text in part."""
     letters = _LETTERS_BEHIND.findall(words) + _NAMED.findall(words.upper())
-    if any((one or other) in options for one, other in letters):
+    if any(letter in options for found in letters for letter in found):
         return True
-    texts = [words]
-    parts = [part for part in _JOINTS.split(words) if part.strip()]
-    if len(parts) > 1:  # 12 or 24
-        texts += parts
+    said = words.casefold()
+    if any(len(text) > 2 and text.casefold() in said for text in options.values()):
+        return True
+    texts = {words, *filter(str.strip, _JOINTS.split(words))}  # 12 or 24
     return any(is_equivalent(text, option, budget) for text in texts for option in options.values())

@@ -37,21 +37,25 @@ Where reasonable people differ, this is what we chose:
 
 import re
 
-from answers.formulas import Budget, Node
+from answers.formulas import Node
 from answers.parsing import Answer, parse_answer, parse_sentence, parse_truth
 from answers.trees import agree_in_any_order, plain_number, relations_agree, trees_agree
 from answers.typography import MAX_CHARS
+from answers.values import Budget
 
 
 def answers_agree(one: Answer, other: Answer, budget: Budget) -> bool:
     """Returns whether two answers are the same: units and names first, then their values."""
-    if one.text == other.text:
+    if one.text == other.text and one.unit == other.unit:  # 6 mHz is not 6 MHz
         return True
     if one.value is None or other.value is None:
         return False
     # 1. A line or a curve: y = 2x + 3, a name and a value, against the relation 2x - y + 3 = 0.
-    if one.name != other.name and "=" in _relation_signs(one, other):
-        return relations_agree(_as_relation(one), _as_relation(other), budget)
+    for named, relation in ((one, other), (other, one)):
+        is_named = named.name not in ("", relation.name) and named.value[0] not in ("list", "chain")
+        if is_named and relation.value[0] == "chain" and "=" in relation.value[2]:
+            line = "chain", (("var", named.name), named.value), ("=",)
+            return relations_agree(line, relation.value, budget)
     # 2. Units and names must be the same if both sides have them.
     if one.unit != other.unit and (one.unit and other.unit or "base " in one.unit + other.unit):
         return False
@@ -79,21 +83,6 @@ def _as_ratio(answer: Answer) -> Node:
     if answer.unit == "degree":
         return "call", "degrees", answer.value
     return answer.value
-
-
-def _relation_signs(one: Answer, other: Answer) -> tuple[str, ...]:
-    """Returns the relation's signs if one answer has a name and a value, the other a relation."""
-    for named, relation in ((one, other), (other, one)):
-        if named.name and relation.value[0] == "chain" and named.value[0] not in ("list", "chain"):
-            return relation.value[2]
-    return ()
-
-
-def _as_relation(answer: Answer) -> Node:
-    """Returns y = 2x + 3 for an answer of name y and value 2x + 3; a relation as it is."""
-    if answer.value[0] == "chain":
-        return answer.value
-    return "chain", (("var", answer.name), answer.value), ("=",)
 
 
 def _list_agrees(items: tuple[Answer, ...], value: Node, budget: Budget) -> bool:

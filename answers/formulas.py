@@ -1,180 +1,43 @@
-r"""Formulas in LaTeX and plain maths: from a text to a tree, and from a tree to a value.
+r"""Formulas in LaTeX and plain maths: from a text to a tree.
 
 Standard library only. Nothing is ever evaluated by Python or a computer algebra system (sympy's
-parser calls `eval`, and 9**9**9**9 would run for ever), and every call is short: lengths, nesting,
-numbers and the work done are capped. Three steps, top to bottom:
+parser calls `eval`, and 9**9**9**9 would run for ever), and every call is short: lengths and
+nesting are capped. tokens.py cuts the text into tokens, `Parser` turns them into a tree, and
+values.py gives its value.
 
-1. `tokenise` cuts a text (of which typography.py has made plain LaTeX) into numbers, letters,
-   commands and signs. A word that is none of maths is an error.
-2. `Parser` turns tokens into a tree, by precedence climbing (Pratt, "Top down operator precedence",
-   POPL 1973).
-3. `Evaluator` gives a tree's value: exact (int, Fraction) as long as it can, else a float with a
-   bound on its error.
-
->>> tree = Parser(tokenise(r"\frac{1}{2} + 2x")).parse()
->>> tree
+>>> parse_formula(r"\frac{1}{2} + 2x")
 ('+', ('/', ('num', 1), ('num', 2)), ('*', ('num', 2), ('var', 'x')))
->>> Evaluator({"x": Fraction(3, 4)}, Budget())(tree)
-Fraction(2, 1)
+>>> parse_formula("0 < x <= 1")
+('chain', (('num', 0), ('var', 'x'), ('num', 1)), ('<', '<='))
 """
 
-import cmath
-import math
-import re
-import zlib
-from dataclasses import dataclass
 from fractions import Fraction
 
-from answers.typography import NUMBERS
+from answers.tokens import NotMaths, Token, tokenise
 
-MAX_TOKENS = 128  # of one formula
 MAX_DEPTH = 24  # of brackets, fractions and powers in one another
-MAX_BITS = 2**15  # of an exact number: 2019^{2020} has 22,178
-MAX_WORK = 2**19  # of one comparison: 64 for each node it visits, and the bits of exact numbers
 
 # ("num", 3), ("var", "x"), ("const", "pi"), ("+", left, right), ("call", "sin", x), ("set", items)
 Node = tuple
-
-
-class NotMaths(Exception):
-    """The text is no formula that we understand: it is compared as a string."""
-
-
-class NoValue(Exception):
-    """The tree has no value there: out of its domain, of unknown kind, or too large."""
-
-
-# What an evaluation may raise. ArithmeticError: overflow; ValueError: a domain's border.
-NO_VALUE = (NoValue, ArithmeticError, ValueError, RecursionError)
-
-
-# --- Tokens ---------------------------------------------------------------------------------------
-
-Token = tuple[str, str]  # its kind (num, var, const, function or sign) and its value
-
-
-def aliases(table: str) -> dict[str, str]:
-    """Returns {alias: name} of a table. Its entries, parted by ; or lines, begin with the name."""
-    entries = [entry.split() for entry in table.replace("\n", ";").split(";")]
-    return {alias: entry[0] for entry in entries for alias in entry}
-
-
-THOUSANDS = r"[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])"
-_DECIMAL = rf"(?:(?:{THOUSANDS}|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)"
-_TRIG = ("sin", "cos", "tan", "cot", "sec", "csc")
-_FUNCTIONS = {"sinh", "cosh", "tanh", "ln", "log", "lg", "exp", "sqrt"}
-_FUNCTIONS |= {prefix + name for name in _TRIG for prefix in ("", "arc")}
-_FUNCTION = "(?:arc)?(?:" + "|".join(_TRIG) + ")h?|ln|log|lg|exp|sqrt|pi"
-# A word that begins with a function's name ends there if at most two letters follow: sinx, lnab.
-_TOKEN = re.compile(
-    rf"""(?P<num>{_DECIMAL}(?:[eE][-+]?[0-9]{{1,3}}(?![0-9A-Za-z.]))?)
-    |(?P<command>\\(?:(?:begin|end)\{{[a-zA-Z]+\}}(?:\{{[lcr| ]+\}})?|[a-zA-Z]+|.))
-    |(?P<word>[A-Za-z](?=sqrt(?![A-Za-z]))
-        |(?:{_FUNCTION})(?=[^A-Za-z]|[A-Za-z]{{0,2}}(?![A-Za-z]))|[A-Za-z]+)
-    |(?P<sign><=|>=|=/=|=<|<>|!=|==|[-+*/^_=<>(){{}}\[\]|,;:!&°'])|(?P<space>\s+)|(?P<other>.)""",
-    re.VERBOSE | re.DOTALL,
-)
-_COMMANDS = aliases(r"""
-    frac dfrac tfrac cfrac nicefrac sfrac; binom dbinom tbinom; over; choose; cup; pm; mp; infty
-    mathbb; row \; emptyset varnothing; lfloor; rfloor; lceil; rceil; * times cdot ast; / div
-    : colon; \{ {; \} }; | mid vert lvert rvert Vert |; <= le leq leqslant leqq
-    >= ge geq geqslant geqq; < lt; > gt; != ne neq; approx simeq doteq; tan tg; cot ctg
-    csc cosec""")
-_GREEK = set(
-    """alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau
-    upsilon phi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell""".split()
-)
-_WORDS = {"infinity": ("sign", "infty"), "and": ("sign", ","), "or": ("sign", ",")}
-_WORDS |= {word: ("num", str(number)) for word, number in NUMBERS.items()}
-_ENGLISH = set("no on is it of to in up as at we he so do go us if an am pm by my me be or".split())
-# A run of capitals is one name, as are symbols of elements: HTH is not THH, AB no product of A, B.
-_NAME_OF_LETTERS = re.compile("[A-Z]{2,}|(?:[A-Z][a-z]?){2,}")
-
-
-def _word(word: str) -> list[Token]:
-    """Returns a run of letters as a function, a number word, or a product of letters.
-
-    Raises NotMaths for all other words.
-    """
-    if word in _FUNCTIONS:
-        return [("function", word)]
-    if word == "pi":
-        return [("const", word)]
-    if word.lower() in _WORDS:
-        return [_WORDS[word.lower()]]
-    if not is_product(word):
-        raise NotMaths
-    if _NAME_OF_LETTERS.fullmatch(word):
-        return [("var", word)]
-    return [("const" if letter in "ei" else "var", letter) for letter in word]
-
-
-def is_product(word: str) -> bool:
-    """Returns whether letters are factors: ax (but not "is"), xyz (no vowel), abc (in order)."""
-    if len(word) < 3 and word.lower() not in _ENGLISH:
-        return True
-    in_order = all(ord(b) - ord(a) == 1 for a, b in zip(word, word[1:]))
-    return len(word) < 6 and (in_order or not re.search("[aeiouAEIOU]", word))
-
-
-def _command(name: str) -> Token:
-    """Returns the token of a LaTeX command, given without its backslash. Raises NotMaths."""
-    name = _COMMANDS.get(name, name)
-    if name in _FUNCTIONS:
-        return "function", name
-    if name in ("pi", "infty"):
-        return "const", name
-    if name in _GREEK:
-        return "var", name
-    if name in _COMMANDS or name.startswith(("begin{", "end{")):
-        return "sign", name
-    raise NotMaths
-
-
-_SPELLINGS = {"==": "=", "=<": "<=", "=/=": "!=", "<>": "!="}
-
-
-def tokenise(text: str) -> list[Token]:
-    """Returns the tokens of a text. Raises NotMaths."""
-    tokens = []
-    depth = 0  # of brackets: in there, commas part numbers
-    for match in _TOKEN.finditer(text):
-        if len(tokens) > MAX_TOKENS:
-            raise NotMaths
-        # The group that matched says what it is; spaces are passed over.
-        kind, value = match.lastgroup, match[0]
-        if kind == "sign":
-            depth += (value in "([") - (value in ")]")
-            tokens.append((kind, _SPELLINGS.get(value, value)))
-        elif kind == "num" and depth > 0:  # (1,234) is a pair
-            first, *others = value.split(",")
-            tokens.append((kind, first))
-            for part in others:
-                tokens += [("sign", ","), (kind, part)]
-        elif kind == "num":
-            tokens.append((kind, value.replace(",", "")))
-        elif kind == "word":
-            tokens += _word(value)
-        elif kind == "command":
-            tokens.append(_command(value[1:]))
-            depth += (value == r"\{") - (value == r"\}")
-        elif kind == "other":
-            raise NotMaths
-    return tokens
-
-
-# --- From tokens to a tree ------------------------------------------------------------------------
 
 _RELATIONS = {"=", "<", ">", "<=", ">=", "!=", "approx"}
 # How tightly a sign binds what stands beside it.
 _INFIX = dict.fromkeys(_RELATIONS, 1)
 _INFIX |= {"over": 2, "choose": 2, "cup": 3, ":": 4, "+": 5, "-": 5, "pm": 5, "mp": 5}
 _INFIX |= {"*": 6, "/": 6, "^": 8}
+_GROUPED = ("num", "call", "neg", "+", "-", "*", "/", "^")  # and no letter: [x] may be a floor
 _CLOSING = {"lfloor": "rfloor", "lceil": "rceil", "|": "|"}
-_OPENS_FACTOR = ("(", "[", "{", r"\{", "frac", "binom", "lfloor", "lceil", "infty")
-_MATRICES = {prefix + name for prefix in ("", "p", "b", "B") for name in ("matrix", "smallmatrix")}
-_MATRICES.add("array")
+_OPENS_FACTOR = ("(", "[", "{", r"\{", "frac", "binom", "lfloor", "lceil")
+_MATRICES = {
+    "array",
+    *(prefix + name for prefix in ("", "p", "b", "B") for name in ("matrix", "smallmatrix")),
+}
 END = ("end", "")
+
+
+def parse_formula(text: str) -> Node:
+    """Returns the tree of a formula. Raises NotMaths."""
+    return Parser(tokenise(text)).parse()
 
 
 def _number(text: str) -> Node:
@@ -183,7 +46,10 @@ def _number(text: str) -> Node:
 
 
 class Parser:
-    """Precedence climbing over the tokens of a formula. Raises NotMaths for anything malformed."""
+    """Precedence climbing over the tokens of a formula. Raises NotMaths for anything malformed.
+
+    Pratt, "Top down operator precedence", POPL 1973.
+    """
 
     def __init__(self, tokens: list[Token]):
         self.tokens = [*tokens, END]
@@ -305,8 +171,6 @@ class Parser:
             return self.matrix(value.split("{")[1].rstrip("}"))
         if value == "emptyset":
             return "set", ()
-        if value == "infty":
-            return "const", value
         if value == "mathbb" and self.argument() == ("var", "R"):
             return "seq", "()", (("neg", ("const", "infty")), ("const", "infty"))
         raise NotMaths
@@ -350,6 +214,10 @@ class Parser:
     def name(self, kind: str, name: str) -> Node:
         """Returns a letter with its subscript and primes: x, x_1, x_{max}, f'."""
         start = self.place
+        # f(0) is no product, and neither is I(0); n(n + 1) is one.
+        inside = self.tokens[start : start + 3]
+        if [value for _, value in inside[::2]] == ["(", ")"]:
+            self.place += 3 * (inside[1][0] == "num" or name in "fghFGHP")
         if self.next_is("_") and self.take() == ("sign", "{"):
             while self.take() != ("sign", "}"):
                 pass
@@ -404,12 +272,16 @@ class Parser:
         # 3. \sin^{-1} x is no 1 / sin x.
         if power == ("neg", ("num", 1)):
             return "call", "arc" + name, argument
+        if name == "lg":
+            name, base = "log", ("num", 10)
         call = ("call", name, argument) if base is None else ("call", name, argument, base)
         return call if power is None else ("^", call, power)
 
     def root(self) -> Node:
         r"""Returns \sqrt{2}, \sqrt[3]{2} or \sqrt 12 (TeX would take the 1 only; people do not)."""
-        degree = self.bracket("[")[2][0] if self.next_is("[") else None
+        degree = self.bracket("[") if self.next_is("[") else None
+        if degree and degree[0] == "seq":  # [n]
+            degree = degree[2][0]
         kind, value = self.peek()
         if kind == "num":
             self.place += 1
@@ -434,10 +306,11 @@ class Parser:
         self.in_bars = outside
         if closing not in {"{": ("}",), r"\{": (r"\}",)}.get(opening, (")", "]")):
             raise NotMaths
-        # 3. Other brackets group as well, beside a factor or a power: 2[x + 1], [x + 1]^2.
-        if len(items) == 1 and items[0][0] in _ARITHMETIC and opening + closing in ("[]", r"\{\}"):
+        # 3. Other brackets group as well: 2[x + 1], and 2\{x + 1\} beside a factor or a power.
+        if len(items) == 1 and items[0][0] in _GROUPED and opening + closing in ("[]", r"\{\}"):
             beside = before[0] in ("num", "var", "const") or before[1] in (")", "]", "}", "*", "/")
-            if beside or self.peek()[1] in ("^", "*", "/") or self.begins_factor():
+            behind = self.peek()[1] in ("^", "*", "/") or self.begins_factor()
+            if beside or behind or opening == "[":
                 return items[0]
         # 4. A set, a group or something in brackets, or else a tuple or an interval.
         if opening == r"\{" or opening == "{" and len(items) > 1:
@@ -446,6 +319,8 @@ class Parser:
             return items[0]
         if not items:
             raise NotMaths
+        if all(item[:2] == ("seq", "[]") for item in items) and opening + closing == "[]":
+            return "matrix", tuple(item[2] for item in items)  # [[1, 2], [3, 4]]
         return "seq", opening + closing, tuple(items)
 
     def matrix(self, name: str) -> Node:
@@ -466,385 +341,3 @@ class Parser:
         if name not in _MATRICES or len(set(map(len, rows))) != 1:
             raise NotMaths
         return "matrix", tuple(rows)
-
-
-# --- From a tree to a value -----------------------------------------------------------------------
-
-EPSILON = 2.3e-16  # a float's relative rounding error
-
-
-@dataclass(frozen=True)
-class Approx:
-    """A float or complex number that is within `error` of the true value."""
-
-    value: float | complex
-    error: float
-
-
-Value = int | Fraction | Approx
-
-
-def _exact(one: Value, other: Value = 0) -> bool:
-    return not (isinstance(one, Approx) or isinstance(other, Approx))
-
-
-def approximate(value: Value) -> Approx:
-    """Returns a value as a float with its error. Raises OverflowError beyond a float's range."""
-    if isinstance(value, Approx):
-        return value
-    number = float(value)
-    return Approx(number, abs(number) * EPSILON)
-
-
-def _checked(value: float | complex, error: float) -> Approx:
-    """Returns a computed value, its own rounding error added to the error that it inherits.
-
-    Raises NoValue where nothing is left but rounding errors, tan(pi/2), and for infinity, which no
-    calculation gives: infinity + 1 would equal infinity, and 1 / infinity nothing.
-    """
-    size = abs(value)
-    error += size * EPSILON
-    if not math.isfinite(size) or math.isnan(error) or 1e-6 < error > 1e-6 * size:
-        raise NoValue
-    return Approx(value, error)
-
-
-def values_agree(one: Value, other: Value) -> bool:
-    """Returns whether exact values are equal, or others are within (8 times) their errors."""
-    if _exact(one, other):
-        return one == other
-    try:
-        a, b = approximate(one), approximate(other)
-        return a.value == b.value or abs(a.value - b.value) <= 8 * (a.error + b.error)
-    except OverflowError:  # an exact number beyond a float's range
-        return False
-
-
-def _root(base: Value, degree: int, real: bool) -> Value:
-    """Returns the degree-th root, exact where it is rational.
-
-    Of a negative number it is the real root, or else the principal one (NoValue if `real`).
-    """
-    if degree < 1 or degree > 1000:
-        raise NoValue
-    # 1. Exactly: the roots of numerator and denominator. \sqrt[3]{-8} is -2.
-    if _exact(base):
-        if base < 0 and degree % 2:
-            root = _root(-base, degree, real)
-            return -root if _exact(root) else Approx(-root.value, root.error)
-        top, bottom = Fraction(base).as_integer_ratio()
-        top, bottom = _integer_root(abs(top), degree), _integer_root(bottom, degree)
-        if base >= 0 and top is not None and bottom is not None:
-            return Fraction(top, bottom) if bottom > 1 else top
-    # 2. As a float. Its relative error is at most that of the number.
-    number = approximate(base)
-    if number.value == 0:
-        return Approx(0.0, number.error ** (1 / degree))
-    value = number.value
-    if isinstance(value, float) and value < 0:
-        if real:
-            raise NoValue
-        value = complex(value)
-    root = value ** (1 / degree)
-    return _checked(root, abs(root) * number.error / abs(value))
-
-
-def _integer_root(number: int, degree: int) -> int | None:
-    """Returns the exact root of a number >= 0, None if there is none (or none that we find)."""
-    if degree == 2:
-        root = math.isqrt(number)
-    elif number.bit_length() > 900:  # near the end of a float's range
-        return None
-    else:
-        root = round(number ** (1 / degree))
-    is_root = root.bit_length() * degree < MAX_BITS and root**degree == number
-    return root if is_root else None
-
-
-# Functions of x; m is math, or cmath for complex numbers.
-_SMOOTH = {
-    "cot": lambda m, x: 1 / m.tan(x),
-    "sec": lambda m, x: 1 / m.cos(x),
-    "csc": lambda m, x: 1 / m.sin(x),
-    "arccot": lambda m, x: m.pi / 2 - m.atan(x),
-    "arcsec": lambda m, x: m.acos(1 / x),
-    "arccsc": lambda m, x: m.asin(1 / x),
-    "ln": lambda m, x: m.log(x),
-}
-for _name in ("sin", "cos", "tan", "sinh", "cosh", "tanh", "exp"):
-    _SMOOTH[_name] = lambda m, x, name=_name: getattr(m, name)(x)
-for _name in ("sin", "cos", "tan"):
-    _SMOOTH["arc" + _name] = lambda m, x, name="a" + _name: getattr(m, name)(x)
-_ZERO_AT_ZERO = ("sin", "tan", "arcsin", "arctan", "sinh", "tanh")
-_CONSTANTS = {
-    "pi": Approx(math.pi, 2e-16),
-    "e": Approx(math.e, 2e-16),
-    "i": Approx(1j, 0.0),
-    "infty": Approx(math.inf, 0.0),
-}
-
-
-@dataclass
-class Budget:
-    """The work that one comparison may still do, so that no answer keeps a training run waiting."""
-
-    left: int = MAX_WORK
-
-    def spend(self, value: Value) -> None:
-        """Pays for a node and its value. Raises NoValue if the value or the work is too much."""
-        bits = 0
-        if _exact(value):
-            bits = value.numerator.bit_length() + value.denominator.bit_length()
-        self.left -= 64 + bits
-        if bits > 2 * MAX_BITS or self.left < 0:
-            raise NoValue
-
-
-class Evaluator:
-    """Values of trees at one point: {variable: number}.
-
-    Exact numbers stay exact. A float carries a bound on its error, which grows with each operation
-    as the docstrings below say; so "equal" can be told from "close". With variables, roots and
-    logarithms of negative numbers have no value; without, they are complex.
-
-    log_base: what log means without a base: 10, or None for e.
-    """
-
-    def __init__(self, point: dict[str, Value], budget: Budget, log_base: int | None = None):
-        self.point = point
-        self.budget = budget
-        self.log_base = log_base
-        self.real = bool(point)
-
-    def __call__(self, node: Node) -> Value:
-        """Returns the tree's value. Raises one of NO_VALUE if it has none."""
-        kind = node[0]
-        if kind == "num":
-            value = node[1]
-        elif kind == "var":
-            value = self.point[node[1]]
-        elif kind == "const":
-            return _CONSTANTS[node[1]]
-        elif kind == "neg":
-            value = self(node[1])
-            value = -value if _exact(value) else Approx(-value.value, value.error)
-        elif kind in _ARITHMETIC:
-            value = _ARITHMETIC[kind](self, self(node[1]), self(node[2]))
-        elif kind == "call":
-            value = self.call(node[1], [self(argument) for argument in node[2:]])
-        elif kind == "size":
-            value = math.prod(node[1])
-        elif kind == "ratio" and len(node[1]) == 2:
-            value = self.quotient(self(node[1][0]), self(node[1][1]))
-        else:
-            raise NoValue
-        self.budget.spend(value)
-        return value
-
-    def sum(self, a: Value, b: Value) -> Value:
-        """Returns a + b. Errors add up: (a ± ε) + (b ± δ) is within ε + δ of a + b."""
-        if _exact(a, b):
-            return a + b
-        a, b = approximate(a), approximate(b)
-        return _checked(a.value + b.value, a.error + b.error)
-
-    def difference(self, a: Value, b: Value) -> Value:
-        return self.sum(a, self.product(-1, b))
-
-    def product(self, a: Value, b: Value) -> Value:
-        """Returns a b. (a ± ε)(b ± δ) is within |a| δ + |b| ε + ε δ of a b."""
-        if _exact(a, b):
-            return a * b
-        a, b = approximate(a), approximate(b)
-        error = abs(a.value) * b.error + abs(b.value) * a.error + a.error * b.error
-        return _checked(a.value * b.value, error)
-
-    def quotient(self, a: Value, b: Value) -> Value:
-        """Returns a / b. (a ± ε) / (b ± δ) is within (ε + |a/b| δ) / (|b| - δ) of a / b.
-
-        Raises NoValue where b may be zero.
-        """
-        if _exact(a, b):
-            if b == 0:
-                raise NoValue
-            value = Fraction(a) / b
-            return value.numerator if value.denominator == 1 else value
-        a, b = approximate(a), approximate(b)
-        if abs(b.value) <= 8 * b.error or abs(b.value) == math.inf:
-            raise NoValue
-        value = a.value / b.value
-        return _checked(value, (a.error + abs(value) * b.error) / (abs(b.value) - b.error))
-
-    def power(self, base: Value, exponent: Value) -> Value:
-        """Returns a power: exact for whole exponents, and for rational ones where the root is.
-
-        (b ± ε)^n is within n |b|^(n-1) ε of b^n, to first order. All else is exp(exponent ln base).
-        """
-        # 1. Real or complex exponents. Real ones need a base that is surely positive.
-        if not _exact(exponent):
-            number = approximate(base)
-            if not isinstance(exponent.value, complex):
-                if isinstance(number.value, complex) or number.value <= number.error:
-                    raise NoValue
-            return self.smooth("exp", self.product(exponent, self.smooth("ln", number)))
-        # 2. x^(2/3) is the square of the cube root.
-        if exponent.denominator > 1:
-            top, bottom = exponent.as_integer_ratio()
-            return self.power(_root(base, bottom, self.real), top)
-        # 3. Whole exponents.
-        exponent = int(exponent)
-        if exponent == 0 and approximate(base).value == 0:
-            raise NoValue
-        if exponent < 0:
-            return self.quotient(1, self.power(base, -exponent))
-        if not _exact(base):
-            size = abs(base.value)
-            if exponent > 10**6:
-                raise NoValue
-            error = exponent * size ** max(0, exponent - 1) * base.error
-            return _checked(base.value**exponent, error)
-        # 4. ... of exact numbers. Powers of 0 and 1 stay small; others are refused when too large.
-        bits = max(base.numerator.bit_length(), base.denominator.bit_length())
-        if exponent * bits > MAX_BITS:
-            if base not in (-1, 0, 1):
-                raise NoValue
-            exponent = 2 - exponent % 2
-        return base**exponent
-
-    def smooth(self, name: str, argument: Value) -> Value:
-        """Returns a function of the table above.
-
-        Its error is how far the value moves when the argument moves by its own error.
-        """
-        x = approximate(argument)
-        if name == "ln" and x.value == 0:
-            raise NoValue
-        if name == "exp" and argument == 0:
-            return 1
-        # 1. In which library. Without variables ln(-1) is i pi.
-        is_complex = isinstance(x.value, complex)
-        if is_complex or (name == "ln" and x.value < 0 and not self.real):
-            library = cmath
-        else:
-            library = math
-        # 2. The value, there and a little further on.
-        function = _SMOOTH[name]
-        value = function(library, x.value)
-        try:
-            moved = function(library, x.value + x.error)
-        except ValueError:  # the border of the domain: arcsin(1)
-            moved = function(library, x.value - x.error)
-        return _checked(value, abs(moved - value) + 2 * EPSILON * abs(value))
-
-    def call(self, name: str, arguments: list[Value]) -> Value:
-        """Returns a function's value, exact where it is rational for sure: ln 1, sin 0, sqrt 4."""
-        x = arguments[0]
-        # 1. Functions that may have two arguments.
-        if name == "sqrt":
-            return _root(x, 2, self.real)
-        if name == "root":
-            degree = arguments[1]
-            if not _exact(degree) or degree.denominator > 1:
-                raise NoValue
-            return _root(x, int(degree), self.real)
-        if name in ("log", "lg"):
-            logarithm = self.smooth("ln", x)
-            base = arguments[1] if len(arguments) > 1 else 10 if name == "lg" else self.log_base
-            if base is None:
-                return logarithm
-            number = approximate(base).value
-            if isinstance(number, complex) or number <= 0:  # \log_0 x, \log_{-1} x
-                raise NoValue
-            return self.quotient(logarithm, self.smooth("ln", base))
-        if name == "binom":
-            return self.whole(name, arguments)
-        if len(arguments) > 1:  # \sin_2 x
-            raise NoValue
-        # 2. Functions of one.
-        if name == "degrees":
-            return self.quotient(self.product(x, _CONSTANTS["pi"]), 180)
-        if name in _ZERO_AT_ZERO and x == 0 or name == "ln" and x == 1:
-            return 0
-        if name in _SMOOTH:
-            return self.smooth(name, x)
-        if name == "abs":
-            return abs(x) if _exact(x) else Approx(abs(x.value), x.error)
-        return self.whole(name, arguments)
-
-    def whole(self, name: str, arguments: list[Value]) -> int:
-        """Returns the value of a function to or on whole numbers."""
-        x = arguments[0]
-        if name in ("lfloor", "lceil"):
-            if not _exact(x):
-                x = x.value
-                # A float has a floor unless it may lie on either side of a whole number.
-                if isinstance(x, complex) or abs(x) > 1e12 or abs(x - round(x)) < 1e-9:
-                    raise NoValue
-            return math.floor(x) if name == "lfloor" else math.ceil(x)
-        for argument in arguments:
-            if not _exact(argument) or argument.denominator > 1 or argument < 0:
-                raise NoValue
-        if name == "factorial" and x <= 2500:
-            return math.factorial(int(x))
-        if name == "binom":
-            n, k = map(int, arguments)
-            if k > n:
-                return 0
-            if min(k, n - k) * n.bit_length() <= MAX_BITS:
-                return math.comb(n, k)
-        raise NoValue
-
-
-_ARITHMETIC = {
-    "+": Evaluator.sum,
-    "-": Evaluator.difference,
-    "*": Evaluator.product,
-    "/": Evaluator.quotient,
-    "^": Evaluator.power,
-}
-
-
-def value_or_none(evaluator: Evaluator, node: Node) -> Value | None:
-    """Returns the tree's value, None if it has none."""
-    try:
-        return evaluator(node)
-    except NO_VALUE:
-        return None
-
-
-def children(node: Node) -> list[Node]:
-    """Returns the trees right below; items of a list, or rows of a matrix, are a tuple of trees."""
-    return [child for child in node if isinstance(child, tuple) and child]
-
-
-def variables(node: Node) -> frozenset[str]:
-    """Returns the names of the variables in a tree."""
-    if node[0] == "var":
-        return frozenset((node[1],))
-    return frozenset().union(*map(variables, children(node)))
-
-
-ROUNDS = 16
-
-
-def random_point(names: frozenset[str], turn: int) -> dict[str, Value]:
-    """Returns numbers for the variables, the same in every process, for a turn below ROUNDS.
-
-    Turns 0 to 4 have small whole numbers, for exponents and factorials (at first in the order of
-    the alphabet: k of n); 5 to 7 have rational ones, of both signs from 6 on; 8 to 12 have some
-    between 0 and 1 (for arcsin); the last three have small whole ones in reverse order (n of m).
-    """
-    point = {}
-    for rank, name in enumerate(sorted(names)):
-        random = zlib.crc32(f"{turn} {name}".encode())
-        if turn < 3:
-            point[name] = 2 + 3 * rank + random % (3 + turn)
-        elif turn < 5:
-            point[name] = 2 + random % 11
-        elif turn < 8:
-            point[name] = Fraction(random % 60_000 - (30_000 if turn > 5 else -1), 101)
-        elif turn < 13:
-            point[name] = Fraction(1 + random % 996, 997)
-        else:
-            point[name] = 2 + 3 * (len(names) - rank) + random % 4
-    return point

@@ -10,22 +10,15 @@ True
 
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
-from answers.formulas import (
-    MAX_WORK,
-    THOUSANDS,
-    Budget,
-    Node,
-    NotMaths,
-    Parser,
-    tokenise,
-    variables,
-)
-from answers.trees import MIRRORED, has_kind, is_rounding, trees_agree
-from answers.typography import NUMBERS, plain
+from answers.formulas import Node, parse_formula
+from answers.tokens import GREEK, THOUSANDS, NotMaths
+from answers.trees import MIRRORED, has_kind, is_rounding, trees_agree, variables
+from answers.typography import plain
 from answers.units import changes, unit_of
+from answers.values import MAX_WORK, Budget
 
 
 @dataclass(frozen=True)
@@ -47,22 +40,26 @@ _TAIL = re.compile(
     r"|[%¤¢€£°](?: ?(?:[CF]|celsius|fahrenheit))?)",
     re.IGNORECASE,
 )
-_MONEY = re.compile(r"^([-+]?) ?([¤€£]) ?(.+)")
+_MONEY = re.compile(r"(^|= ?)([-+]?) ?([¤€£]) ?(.+)")
 _TRIG_CALL = re.compile("sin|cos|tan|cot|sec|csc")
 _BASE = re.compile(r"([0-9]+|[0-9A-F]+)_(?:\{([0-9]+)\}|([0-9]))")
-# What may stand before = or \in: x, x_1, x_{max}, \theta, f', f(x), f^{-1}(x), \angle A, (x, y).
-_NAME = (
-    r"(?:\\angle ?)?\\?[a-zA-Z]+(?:\^\{-1\})?"
-    r"(?:_(?:\{[^{}]{1,12}\}|[a-zA-Z0-9]))?'*(?: ?\([a-zA-Z0-9, ]{1,12}\))?"
-    r"|\([a-z](?:, ?[a-z])+\)"
+# What a value may be called: x, x_1, \theta, f', f(x), f^{-1}(x), \angle A, (x, y), |PQ|, P(X = 2),
+# S_{\triangle ABC}, \frac{AB}{CD}, AB:CD, m + n, the area. Subscripts and arguments go first.
+_GROUP = re.compile(
+    r"_\{[^{}]*\}|_.|\^\{-1\}(?= ?\()|(?<=[a-zA-Z}']) ?\([^()]*\)|(?<![a-zA-Z0-9]) ?\|[A-Z z]+\|"
 )
-_NAMES = re.compile(rf"((?:(?:{_NAME}) ?(?:=|\\in(?![a-z])|\\approx) ?)+)(?!=)(.+)")
-# What may be called by a formula: |PQ|, P(X = 2), S_{\triangle ABC}, \frac{AB}{CD}, AB:CD, area.
-_GROUP = re.compile(r"_\{[^{}]*\}|_.|(?<=[a-zA-Z}]) ?\([^()]*\)|(?<![a-zA-Z0-9]) ?\|[a-zA-Z ]+\|")
+_NAMING = rf"\\(?:angle|triangle|overline|vec|sin|cos|tan|{'|'.join(GREEK)})(?![a-z])"
 _QUANTITY = re.compile(
-    r"\\frac\{?[A-Z]+\}?\{?[A-Z]+\}?|[a-zA-Z]+(?: ?[:/] ?[a-zA-Z]+)+"
-    r"|[a-w](?: ?\+ ?[a-w])+|(?:\\?[a-zA-Z]+'*(?:\{[a-zA-Z ]*\})?(?: |(?=\\)|$)){1,8}|"
+    r"\\frac\{?[A-Z]+\}?\{?[A-Z]+\}?|[a-zA-Z]+(?: ?[:/] ?[a-zA-Z]+)+|\([a-z](?:, ?[a-z])+\)"
+    r"|[a-w](?: ?\+ ?[a-w])+"
+    rf"|(?:(?:{_NAMING}|[a-zA-Z]+)'*(?:\{{[a-zA-Z ]*\}})?(?: |(?=\\)|$)){{1,8}}|"
 )
+# \sin A may be called so; \cos 2\pi has a value of its own.
+_ANGLE = re.compile(r"(?:sin|cos|tan).*(?:[0-9]|pi)")
+# Words that make of x something else: the opposite of x = 5, up to x = 5.
+_OF = re.compile(r"(?<!value)(?<!number)(?<!area)(?<!length) of |\bto ")
+_NO_WORDS = re.compile(r"\\[a-zA-Z]+|\b[A-Z]+\b")
+_IS = re.compile(r"==?(?![<>=])|\\in(?![a-z])|\\approx")
 # What looks like a number and is none: the date 2023-01-01, the range or score 3-5, 120/80 mmHg
 _NO_NUMBER = re.compile(
     r"[0-9]{1,4}([-/])[0-9]{1,2}\1[0-9]{2,4}|[0-9]+(?: ?- ?[0-9]+)+|[0-9]+ ?/ ?[0-9]+(?: ?mm ?Hg)"
@@ -133,9 +130,9 @@ def _parse(text: str) -> Answer | None:
         return Answer(None, canonical)
     # x > 2 and x < 3 is one interval.
     if len(answers) == 2 and " and " in text:
-        both = _both_hold(*answers)
-        if both:
-            return Answer(both, canonical, name=answers[0].name)
+        both = _both_hold(*((answer.name, answer.value) for answer in answers))
+        if both and both[0]:
+            return Answer(both[1], canonical, name=both[0])
     # 0, \pm 1 is a list of three: lists in a list are dissolved.
     items = []
     for answer in answers:
@@ -149,13 +146,18 @@ parse_answer = lru_cache(maxsize=64)(_parse)
 parse_truth = lru_cache(maxsize=4096)(_parse)
 
 
-# What may stand before the one value of a sentence: words, and names such as f(x) and \\angle A...
-_WORDS = re.compile(r"(?:[a-zA-Z\\][a-zA-Z'(){}\\-]*[,:]? )+")
-# ... but none that makes it the number of something, or a part of a formula in words.
+# What states the value behind it: words, that is no digits and no relations, and one of these.
+_STATES = re.compile(
+    r"(?:(?-i:^an?)|(?:^|(?<= ))(?:is|are|was|were|be|equal to|equals|gets?|gives?|obtain|has|have"
+    r"|had|at|left|sold|made|earned|spent|needs?|costs?|paid|saved|bought|used|ate|in all"
+    r"|altogether|then|therefore|thus|hence|so|(?:total|value|answer|sum|number) of))[,:]? ",
+    re.IGNORECASE,
+)
+_WORDS = re.compile(rf"(?:[a-zA-Z'(){{}},:$+_ -]|{_NAMING})*")
+# ... but not the number of something else.
 _NO_STATEMENT = re.compile(
-    r"\b(?:step|question|problem|part|case|type|stage|grade|level|figure|phase|class|exercise|page"
-    r"|up to|close to|by|from|with|before|after|until|per"
-    r"|(?<!\btotal )(?<!\bvalue )(?<!\banswer )(?<!\bsum )of) $",
+    r"\b(?:step|question|problem|part|case|type|stage|grade|level|figure|phase|class|exercise|page)"
+    r" (?:number )?(?:is )?$",
     re.IGNORECASE,
 )
 
@@ -167,25 +169,17 @@ def parse_sentence(text: str) -> Answer | None:
     Returns None for other sentences, and for those with words that may change what the value says.
     """
     text = plain(text)
-    words = _WORDS.match(text) if " " in text else None
-    starts = [match.end() for match in re.finditer(" ", words[0])][:32] if words else []
-    attempts = 0
-    for start in (0, *starts):
+    ends = [match.end() for match in _STATES.finditer(text)][:8] if " " in text else []
+    for start in (0, *ends):
         before, rest = text[:start], text[start:]
-        if before and (changes(before) or _NO_STATEMENT.search(before)):
+        if not _WORDS.fullmatch(before) or changes(before) or _NO_STATEMENT.search(before):
             continue
-        # An ordinary word is no value; "72 clips in April and May" is no list.
-        word = re.match("([a-zA-Z]{2,}) ", rest)
-        if before and not (word and word[1].lower() not in NUMBERS):
-            attempts += 1
-            if attempts > 8:
-                return None
-            answer = _parse(rest)
+        answers = [_parse(rest)] if before else []
+        if _PARTED.search(rest):  # "72 clips in April and May" is no list
+            answers.append(_single(rest))
+        for answer in answers:
             if answer is not None and answer.value is not None and answer.value[0] != "var":
                 return answer
-        answer = _single(rest) if _PARTED.search(rest) and not word else None
-        if answer is not None and answer.value is not None and answer.value[0] != "var":
-            return answer
     return None
 
 
@@ -213,11 +207,12 @@ def _single(text: str) -> Answer:
     if clock:
         return Answer(None, clock)
     # 3. A formula with a unit behind it. "S3 gallop" is no number of gallops.
-    body = text if text.isascii() else _MONEY.sub(r"\1\3 \2", text)  # -$5 -> -5 $
+    body = text if text.isascii() else _MONEY.sub(r"\1\2\4 \3", text)  # -$5 -> -5 $
     match = _TAIL.fullmatch(body)
     unit = unit_of(match[3], glued=not match[2]) if match else None
     if unit is not None and not (unit == "degree" and _TRIG_CALL.search(body)):
-        answer = _formula(match[1], canonical, unit)
+        again = rf"{re.escape(match[2] + match[3])}(?= ?(?:=|\\approx))"  # 4/3 m \approx 1.33 m
+        answer = _formula(re.sub(again, "", match[1]), canonical, unit)
         if answer and not variables(answer.value):
             return answer
     # 4. A formula, perhaps with its domain in brackets, or else a text.
@@ -242,46 +237,61 @@ def _clock(hour: str, minute: str | None, second: str | None, half: str | None) 
     return ":".join([str(hours), minute or "00"] + [second] * (second not in (None, "00")))
 
 
-def _formula(text: str, canonical: str, unit: str) -> Answer | None:
+def _formula(text: str, canonical: str, unit: str, name: str = "") -> Answer | None:
     r"""Returns the answer in a formula, perhaps with a name: x = 5, x \in [0, 1], O(0, 0).
 
-    Returns None if it is not maths.
+    Returns None if it is not maths. `name`: what stood before it.
     """
     if _NO_NUMBER.fullmatch(text):
         return None
     if _SIZE.fullmatch(text):
         sides = ("size", tuple(map(int, re.findall("[0-9]+", text))))
-        return Answer(sides, canonical, unit)
-    # 1. x = 5: the name goes.
-    name = ""
-    relation = _RELATION.fullmatch(text)
-    has_sign = re.search(r"=|\\in|\\approx", text)
-    named = _NAMES.fullmatch(text) if has_sign and not relation else None
-    if named:
-        name = re.sub(r"\\in(?![a-z])|\\approx|[= \\]", "", named[1])
-        text = named[2]
-    point = None if named else _POINT.fullmatch(text)
+        return Answer(sides, canonical, unit, name)
+    # 1. x = 5 and |PQ| = 5: the name goes. Only m + n = 113 is a sum with a value: x + y = 4,
+    # a + b = 0 and x/x = 1 are relations.
+    called, value = _name_and_value(text)
+    if called is not None:
+        answer = _formula(value, canonical, unit, "=".join(filter(None, (name, called))))
+        if (
+            not answer
+            or not re.search("[+:/]", called)
+            or answer.value not in (("num", 0), ("num", 1))
+        ):
+            return answer
+    # 2. So does the O of O(0, 0).
+    point = None if name else _POINT.fullmatch(text)
     if point:
         name, text = point.groups()
     try:
-        answer = _interpret(Parser(tokenise(text)).parse(), canonical, unit, name)
+        return _interpret(parse_formula(text), canonical, unit, name)
     except (NotMaths, ValueError, ArithmeticError, RecursionError):
-        answer = None
-    # 2. |PQ| = 4: so does what is called by a formula or by words.
-    if not (name or relation) and "=" in text and (answer is None or answer.value[0] == "chain"):
-        place = _GROUP.sub(lambda match: "#" * len(match[0]), text).find("=")
-        quantity = _GROUP.sub("", text[:place]).strip()
-        changed = changes(re.sub(r"\\[a-z]+", "", quantity))
-        if _QUANTITY.fullmatch(quantity) and place > 0 and not changed:
-            value = _formula(text[place + 1 :].strip(), canonical, unit)
-            # Only m + n = 113 is a sum with a value; x + y = 4 and a + b = 0 are relations.
-            trivial = "+" in quantity and (not value or value.value in (("num", 0), ("num", 1)))
-            if value and not value.name and not trivial:
-                # Of "the solution x" the name is x, and "the area" is none.
-                called = quantity.split(" ")[-1] if " " in quantity else text[:place]
-                called = "" if re.search("[a-zA-Z]{3} ?$", called) else called.replace(" ", "")
-                return replace(value, name=re.sub(r"[\\{}]", "", called))
-    return answer
+        return None
+
+
+def _name_and_value(text: str) -> tuple[str | None, str]:
+    """Returns the name and the value in x = 5, or None and the text.
+
+    Of "the solution x" the name is x, and "the area" is none, so it is "".
+    """
+    sign = None if _RELATION.fullmatch(text) else _IS.search(text)
+    if sign:
+        sign = _IS.search(_GROUP.sub(lambda match: "#" * len(match[0]), text))
+    if not sign or not sign.start():
+        return None, text
+    quantity = _GROUP.sub("", text[: sign.start()]).strip()
+    if (
+        not _QUANTITY.fullmatch(quantity)
+        or _OF.search(quantity)
+        or changes(_NO_WORDS.sub("", quantity))
+    ):
+        return None, text
+    called = text[: sign.start()].strip()
+    if _ANGLE.search(called):
+        return None, text
+    if " " in re.sub(r"\\[a-z]+ |[+:/,] | [+:/,]", "", quantity):
+        word = quantity.split(" ")[-1]
+        called = "" if re.fullmatch("[a-zA-Z]{3,}", word) else word
+    return re.sub(r"[\\{} ]", "", called), text[sign.end() :].strip()
 
 
 def _interpret(tree: Node, canonical: str, unit: str, name: str) -> Answer:
@@ -296,11 +306,10 @@ def _interpret(tree: Node, canonical: str, unit: str, name: str) -> Answer:
     has_signs = has_kind(tree, "pm", "mp")
     if tree[0] == "chain":
         _, terms, signs = tree
-        interval = None if name else _interval(terms, signs)
-        if interval:
-            variable, tree = interval
-            return Answer(tree, canonical, unit, variable)
-        tree = _last_value(terms, signs, bool(name)) or tree
+        region = None if name else _region(terms, signs)
+        if region:
+            return Answer(region[1], canonical, unit, region[0])
+        tree = _last_value(terms, signs, name) or tree
     elif tree[0] == "set" and has_signs:
         items = [_with_sign(item, plus) for item in tree[1] for plus in (True, False)]
         tree = ("set", tuple(dict.fromkeys(items)))
@@ -311,7 +320,7 @@ def _interpret(tree: Node, canonical: str, unit: str, name: str) -> Answer:
     return Answer(tree, canonical, unit, name)
 
 
-def _last_value(terms: tuple[Node, ...], signs: tuple[str, ...], named: bool) -> Node | None:
+def _last_value(terms: tuple[Node, ...], signs: tuple[str, ...], name: str) -> Node | None:
     """Returns the last exact number of a chain: 4 of x + 1 = 3 + 1 = 4, 2/3 of 2/3 = 0.67.
 
     Returns None if two of its numbers differ, by more than rounding, or for a relation: x + y = 4.
@@ -320,7 +329,9 @@ def _last_value(terms: tuple[Node, ...], signs: tuple[str, ...], named: bool) ->
         return None
     numbers = [term for term in terms if not variables(term)]
     skipped = len(terms) - len(numbers)
-    if len(numbers) < 2 - (named or skipped > 1) or terms[skipped:] != tuple(numbers):
+    if len(numbers) < 2 - (name != "" or skipped > 1) or terms[skipped:] != tuple(numbers):
+        return None
+    if name and any(name in variables(term) for term in terms):  # x = 3 x = 8
         return None
     budget = Budget(MAX_WORK // 8)
     value = numbers[0]
@@ -345,51 +356,53 @@ _INFINITY = ("const", "infty")
 _MINUS_INFINITY = ("neg", _INFINITY)
 
 
-def _interval(terms: tuple[Node, ...], signs: tuple[str, ...]) -> tuple[str, Node] | None:
-    """Returns the variable and where it may be: an interval, or the union of two.
+def _region(terms: tuple[Node, ...], signs: tuple[str, ...]) -> tuple[str, Node] | None:
+    r"""Returns the variable of a relation and where it may be, None for other relations.
 
-    An interval for x > 3, 1 < x <= 5 and |x| < 2, a union for |x| > 2 and x != 2. Returns None for
-    other relations.
+    x < 3        (-\infty, 3)          1 < x <= 5   (1, 5], where both links hold
+    |x| < 2      (-2, 2)               |x| > 2      (-\infty, -2) \cup (2, \infty)
+    x != 2       (-\infty, 2) \cup (2, \infty)
     """
-    if all(sign in MIRRORED for sign in signs):  # 5 >= x > 1 is 1 < x <= 5
-        terms = terms[::-1]
-        signs = tuple(MIRRORED[sign] for sign in reversed(signs))
-    if signs != ("!=",) and not set(signs) <= {"<", "<="} or len(terms) > 3:
-        return None
-    # 1. The unknown and its ends. An `outer` one lies beyond them.
-    low, high = terms[0], terms[-1]
-    outer = signs == ("!=",) or high[:2] == ("call", "abs") and len(terms) == 2
     if len(terms) == 3:
-        unknown = terms[1]
-    elif low[:2] == ("call", "abs") or outer:  # |x| < 2, x != 2, or else 2 < |x|
-        bound, unknown = (low, high) if signs != ("!=",) and low[1:2] != ("abs",) else (high, low)
-        low, high = (bound if signs == ("!=",) else ("neg", bound)), bound
-        unknown = unknown[2] if unknown[:2] == ("call", "abs") else unknown
-    elif low[0] == "var":
-        unknown, low = low, _MINUS_INFINITY
-    else:
-        unknown, high = high, _INFINITY
-    if unknown[0] != "var" or variables(low) or variables(high):
+        return _both_hold(_region(terms[:2], signs[:1]), _region(terms[1:], signs[1:]))
+    left, right, sign = *terms[:2], signs[0]
+    if left[0] != "var" and left[:2] != ("call", "abs"):  # 3 > x is x < 3
+        left, right, sign = right, left, MIRRORED.get(sign, sign)
+    if len(terms) > 2 or sign not in MIRRORED and sign != "!=" or variables(right):
         return None
-    # 2. Its brackets.
-    opening = "[" if signs[0] == "<=" and low != _MINUS_INFINITY else "("
-    closing = "]" if signs[-1] == "<=" and high != _INFINITY else ")"
-    if not outer:
-        return unknown[1], ("seq", opening + closing, (low, high))
-    below = "seq", "(" + closing, (_MINUS_INFINITY, low)
-    above = "seq", opening + ")", (high, _INFINITY)
-    return unknown[1], ("union", (below, above))
+    # 1. Two halves: x != 2, and |x| < 2 is x < 2 and x > -2.
+    if sign == "!=":
+        halves = [_region((left, right), (half,)) for half in "<>"]
+        return _either_holds(*halves) if left[0] == "var" else None
+    if left[0] == "call":
+        mirrored = (left[2], ("neg", right)), (MIRRORED[sign],)
+        halves = _region(*mirrored), _region((left[2], right), (sign,))
+        return _both_hold(*halves) if sign in ("<", "<=") else _either_holds(*halves)
+    # 2. One half.
+    if left[0] != "var":
+        return None
+    if sign in ("<", "<="):
+        return left[1], ("seq", "(]" if sign == "<=" else "()", (_MINUS_INFINITY, right))
+    return left[1], ("seq", "[)" if sign == ">=" else "()", (right, _INFINITY))
 
 
-def _both_hold(one: Answer, other: Answer) -> Node | None:
+Region = tuple[str, Node] | None
+
+
+def _either_holds(below: Region, above: Region) -> Region:
+    """Returns the union of what two relations say about one variable."""
+    return (below[0], ("union", (below[1], above[1]))) if below and above else None
+
+
+def _both_hold(one: Region, other: Region) -> Region:
     """Returns the interval (2, 3) for x > 2 and x < 3; None for other pairs."""
-    if not one.name or one.name != other.name:
+    if not one or not other or one[0] != other[0]:
         return None
-    if any(answer.value[0] != "seq" or len(answer.value[2]) != 2 for answer in (one, other)):
+    if any(region[0] != "seq" or len(region[2]) != 2 for _, region in (one, other)):
         return None
     # From the one that is bounded below to the one that is bounded above.
-    halves = sorted((one.value, other.value), key=lambda half: half[2][0] == _MINUS_INFINITY)
+    halves = sorted((one[1], other[1]), key=lambda half: half[2][0] == _MINUS_INFINITY)
     (_, brackets, (low, high)), (_, other_brackets, (other_low, other_high)) = halves
     if high != _INFINITY or other_low != _MINUS_INFINITY:
         return None
-    return "seq", brackets[0] + other_brackets[1], (low, other_high)
+    return one[0], ("seq", brackets[0] + other_brackets[1], (low, other_high))

@@ -16,31 +16,33 @@ point says nothing.
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 
-from answers.formulas import (
+from answers.formulas import Node
+from answers.values import (
     ROUNDS,
     Approx,
     Budget,
     Evaluator,
-    Node,
     Value,
     approximate,
-    children,
     random_point,
     value_or_none,
     values_agree,
-    variables,
 )
 
-MIRRORED = {">": "<", ">=": "<="}
+MIRRORED = {">": "<", ">=": "<=", "<": ">", "<=": ">="}
 
 
 def trees_agree(one: Node, other: Node, budget: Budget) -> bool:
     """Returns whether two trees mean the same. What exceeds the budget agrees with nothing."""
-    if one == other:
-        return True
-    one, other = _only_element(one), _only_element(other)
+    # {5} is 5, but not a set in a set.
+    one, other = (
+        node[1][0]
+        if node[0] == "set" and [item[0] != "set" for item in node[1]] == [True]
+        else node
+        for node in (one, other)
+    )
     kinds = {one[0], other[0]}
-    if kinds == {"num"}:
+    if one == other or kinds == {"num"}:
         return one == other
     # What has several entries or sides, by kind.
     if "matrix" in kinds:
@@ -68,11 +70,6 @@ def trees_agree(one: Node, other: Node, budget: Budget) -> bool:
     return _scalars_agree(one, other, budget)
 
 
-def _only_element(node: Node) -> Node:
-    """Returns the element of a set with one element, since {5} is 5; any other node as it is."""
-    return node[1][0] if node[0] == "set" and len(node[1]) == 1 else node
-
-
 def _all_agree(ours: Iterable[Node], others: Iterable[Node], budget: Budget) -> bool:
     """Returns whether there are as many trees on both sides, and each agrees with its opposite."""
     return len(ours) == len(others) and all(
@@ -98,22 +95,21 @@ def _values_at_points(
 
 
 def _scalars_agree(one: Node, other: Node, budget: Budget) -> bool:
-    """Returns whether two expressions have equal values. log has base e or 10, whichever fits."""
-    if _equal_at_points(one, other, budget, log_base=None):
-        return True
-    has_log = "log" in str(one) + str(other)
-    return has_log and _equal_at_points(one, other, budget, log_base=10)
+    """Returns whether two values are equal wherever both have one: at three points at least.
 
-
-def _equal_at_points(one: Node, other: Node, budget: Budget, log_base: int | None) -> bool:
-    """Returns whether the values are equal wherever both have one, at three points at least."""
+    log has base e or 10, whichever fits.
+    """
     names = variables(one) | variables(other)
-    seen = 0
-    for values in _values_at_points([one, other], names, budget, log_base):
-        if not values_agree(*values):
-            return False
-        seen += 1
-    return seen >= (3 if names else 1)
+    for log_base in (None, 10) if "'log'" in str((one, other)) else (None,):
+        seen = 0
+        for values in _values_at_points([one, other], names, budget, log_base):
+            if not values_agree(*values):
+                break
+            seen += 1
+        else:
+            if seen >= (3 if names else 1):
+                return True
+    return False
 
 
 def plain_number(node: Node | None) -> int | Fraction | None:
@@ -133,7 +129,9 @@ def is_rounding(node: Node, rounded: Node, decimals: int, budget: Budget) -> boo
     if digits is None or number is None or isinstance(approximate(number).value, complex):
         return False
     places = next((n for n in range(12) if digits * 10**n % 1 == 0), 12)
-    return places >= decimals and abs(approximate(number).value - float(digits)) < 10**-places
+    sign = -1 if digits < 0 else 1
+    left_out = sign * (approximate(number).value - float(digits)) * 10**places
+    return places >= decimals and -0.501 < left_out < 1
 
 
 # --- Equations and inequalities -------------------------------------------------------------------
@@ -158,7 +156,7 @@ def _links(chain: Node) -> list[tuple[Node, str]]:
     _, terms, signs = chain
     links = []
     for left, right, sign in zip(terms, terms[1:], signs):
-        if sign in MIRRORED:
+        if sign in (">", ">="):
             left, right, sign = right, left, MIRRORED[sign]
         links.append((("-", left, right), sign))
     return links
@@ -203,11 +201,7 @@ def agree_in_any_order(ones: Iterable, others: Iterable, agree: Callable) -> boo
 
 
 def _matrices_agree(one: Node, other: Node, budget: Budget) -> bool:
-    """Returns whether the entries agree. A single row or column also equals a tuple.
-
-    [[1, 2], [3, 4]] is a matrix as well.
-    """
-    one, other = _rows_as_matrix(one), _rows_as_matrix(other)
+    """Returns whether the entries agree. A single row or column also equals a tuple."""
     if one[0] == other[0]:
         return len(one[1]) == len(other[1]) and all(
             _all_agree(row, other_row, budget) for row, other_row in zip(one[1], other[1])
@@ -219,10 +213,19 @@ def _matrices_agree(one: Node, other: Node, budget: Budget) -> bool:
     return _all_agree([entry for row in rows for entry in row], other[2], budget)
 
 
-def _rows_as_matrix(node: Node) -> Node:
-    if node[0] == "seq" and all(item[0] == "seq" for item in node[2]):
-        return "matrix", tuple(item[2] for item in node[2])
-    return node
+# --- Any tree -------------------------------------------------------------------------------------
+
+
+def children(node: Node) -> list[Node]:
+    """Returns the trees right below; items of a list, or rows of a matrix, are a tuple of trees."""
+    return [child for child in node if isinstance(child, tuple) and child]
+
+
+def variables(node: Node) -> frozenset[str]:
+    """Returns the names of the variables in a tree."""
+    if node[0] == "var":
+        return frozenset((node[1],))
+    return frozenset().union(*map(variables, children(node)))
 
 
 def has_kind(node: Node, *kinds: str) -> bool:

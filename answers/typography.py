@@ -4,7 +4,7 @@ Standard library only. Behind this door an answer is ASCII or LaTeX on one line,
 \text{..}, markdown, invisible characters, and without "the answer is" around it.
 
 >>> plain(r"So the answer is **$\dfrac{１}{2}$**."), plain("12\u202f345 µm"), plain("７：３０ p.m.")
-('\\dfrac{1}{2}', '12345 microm', '7:30 pm')
+('\\frac{1}{2}', '12345 microm', '7:30 pm')
 >>> plain("9 (apples)"), plain("(B) is correct"), plain(r"x\in（2，3］")
 ('9 apples', 'B', 'x\\in(2,3]')
 """
@@ -19,7 +19,8 @@ _UNICODE = {
     ord(word[0]): word[1:] + (" " if word[1] == "\\" and word[-1].isalnum() else "")
     for word in r"""
     −- ‐- ‑- ‒- –- —- ―- ×\times ·* ⋅* ∙* •* ÷/ ⁄/ ∕/ ∶: ≤<= ≥>= ⩽<= ⩾>= ≦<= ≧>= ≠!= ′' ‘' ’' “" ”"
-    …... º° 、, 。. √\sqrt ∞\infty ±\pm ∓\mp ∪\cup ∈\in ∅\emptyset ≈\approx ∣| ∠\angle △\triangle
+    …... º° 、, 。. √\sqrt ∛\sqrt[3] ∜\sqrt[4]
+    ∞\infty ±\pm ∓\mp ∪\cup ∈\in ∅\emptyset ≈\approx ∣| ∠\angle △\triangle
     ℝ\mathbb{R} ℤ\mathbb{Z} ℕ\mathbb{N} Ω\Omega ½\frac12 ⅓\frac13 ⅔\frac23 ¼\frac14 ¾\frac34
     α\alpha β\beta γ\gamma δ\delta ε\epsilon ϵ\epsilon ζ\zeta η\eta θ\theta ϑ\theta ι\iota κ\kappa
     λ\lambda μ\mu ν\nu ξ\xi π\pi ρ\rho σ\sigma τ\tau υ\upsilon φ\phi ϕ\phi χ\chi ψ\psi ω\omega
@@ -61,6 +62,8 @@ _DOTS = "ldots cdots dots dotsb dotsc dotsi dotsm dotso".split()
 _COMMANDS = dict.fromkeys(_FOR_THE_EYE, "") | dict.fromkeys(_DOTS, "...")
 _COMMANDS |= {"lor": " or ", "vee": " or ", "land": " and ", "wedge": " and ", "langle": "("}
 _COMMANDS |= {"rangle": ")", "lbrace": r"\{", "rbrace": r"\}", "R": r"\mathbb{R}", "cr": r"\\"}
+_COMMANDS |= dict.fromkeys(("dfrac", "tfrac", "cfrac"), r"\frac") | {"prime": "'"}
+_COMMANDS |= {"var" + name: "\\" + name for name in ("epsilon", "theta", "phi", "rho", "sigma")}
 _COMMANDS |= {"quad": " ", "qquad": " ", "tabularnewline": r"\\"}
 _COMMAND = re.compile(r"\\([a-zA-Z]+)")
 _WRAPPED = re.compile(_MACRO + r"\{(.*)\}")
@@ -69,6 +72,9 @@ _LATEX = [
     for pattern, replacement in (
         # 1{,}234 -> 1234, and 1\,234 -> 1234
         (r"(?<=[0-9])(?:\{,\}|,\\! ?|\\[,! ;:]|~)(?=[0-9]{3}(?![0-9]))", ""),
+        # \\frac -> \frac: a backslash that was escaped twice; ~5 is about 5
+        (r"(?<!\\)\\\\(?=(?:left|right|d?frac|sqrt|leq?|geq?|infty|cup)(?![a-zA-Z]))", r"\\"),
+        (r"^~", r"\\sim "),
         # \right. -> nothing, \\[4pt] -> \\, x \not= 2 -> x != 2
         (r"\\(?:left|right)\.", ""),
         (r"\\\\\*?\[-?[0-9.]+ ?[a-z]{2}\]", r"\\\\"),
@@ -77,6 +83,8 @@ _LATEX = [
         (r"(?<!\\)\\[,;:! ()\[\]]|~|\\hspace\{[^{}]*\}", " "),
         # 90^{\circ} -> 90°
         (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-zA-Z]))|\^?\\degree(?![a-zA-Z])", "°"),
+        # x^{\prime} -> x'
+        (r"\^ ?\{?((?: ?\\prime(?![a-zA-Z]))+) ?\}?", r"\1"),
         # 5^{\text{th}} -> 5th
         (r"\^ ?\{? ?\\(?:text|mathrm) ?\{ ?(st|nd|rd|th) ?\} ?\}?", r"\1"),
         # 5 \mu \text{m} -> 5 microm
@@ -91,12 +99,15 @@ _SYSTEM = re.compile(
     r"(?:\\begin\{cases\}|\\\{ ?\\begin\{(?:array|aligned)\}(?:\{l\})?)([^&]*?)"
     r"\\end\{(?:cases|array|aligned)\}"
 )
+_RELATIONS = {":=": "=", "=/=": "!=", "<>": "!=", "=<": "<=", "==": "="}
+_RELATION = re.compile("|".join(_RELATIONS))
 _BOLD = re.compile(r"(?<![\w)])\*\*([^*]+)\*\*(?!\w)")
 _PREAMBLE = re.compile(  # So the final answer is: 5 -> 5, I choose B -> B, and = 5 -> 5
     r"^(?:(?:so|thus|hence|therefore|then|finally|and)\b,? ?)*"
-    r"(?:(?:(?:the|my|our) )?(?:(?:final|correct|best|right) )*(?:answer|option|choice) ?"
+    r"(?:(?:(?:the|my|our) )?(?:(?:final|correct|best|right) )*(?:answer|option|choice|solution) ?"
     r"(?:is|must be|should be|would be|:|=) ?:? ?"
-    r"|I(?:'d| would| will)? (?:choose|pick|select|go with) |(?:\\approx|approximately|=) ?)?",
+    r"|I(?:'d| would| will)? (?:choose|pick|select|go with) )?"
+    r"(?:(?:\\approx|approximately|about|=) ?)?",
     re.IGNORECASE,
 )
 _VERDICT = re.compile(
@@ -112,7 +123,7 @@ _COMPOUND = re.compile(rf"\b({'|'.join(_TENS)})[- ]({'|'.join(_SMALL[1:10])})\b"
 _ZEROS = {"thousand": 3, "million": 6, "billion": 9}
 _LARGE = re.compile(rf"(?<=[0-9]) ?({'|'.join(_ZEROS)})\b", re.IGNORECASE)
 _TIMES = re.compile(r"(?<=[0-9]) ?(?:x| by ) ?(?=[0-9])")
-_THOUSANDS = re.compile("[1-9][0-9]{0,2}(?: [0-9]{3})+")
+_THOUSANDS = re.compile("[1-9][0-9]{0,2}(?: [0-9]{3})+(?:[.,][0-9]+)?")
 # That k is any whole number goes without saying: 2k, k \in \mathbb{Z}; 2k, where k is an integer.
 _IN_INTEGERS = re.compile(
     r"(?<=[^\s,]),? ?\(?[a-z] ?\\in ?(?:\\mathbb ?\{?[ZN]\}?|[ZN])(?:[_^]?\{?[*+]\}?)?\)?[ .]*$"
@@ -169,7 +180,7 @@ def plain(text: str) -> str:
         text = _ascii(text)
         if len(text) > MAX_CHARS:  # some signs stand for many letters
             return ""
-    text = " ".join(text.split()).replace("=/=", "!=")
+    text = _RELATION.sub(lambda match: _RELATIONS[match[0]], " ".join(text.split()))
     if "\\" in text:
         text = text.replace("\\$", "¤").replace("\\%", "%").replace("\\&", "&")
     # 2. A pair of dollars encloses a formula; a single one is money.
@@ -186,12 +197,12 @@ def plain(text: str) -> str:
             text = pattern.sub(replacement, text)
         text = _IN_INTEGERS.sub("", text) if "\\in" in text else text
         text = _COMMAND.sub(lambda match: _COMMANDS.get(match[1], match[0]), text)
-        text = text.replace("{,}", ".").replace("{:}", ":").replace("=<", "<=")
+        text = text.replace("{,}", ".").replace("{:}", ":")
         text = _SYSTEM.sub(lambda match: match[1].strip("\\ ").replace("\\\\", ", "), text)
         text = " ".join(_REPEATING.sub(_repeating, text).split())
     # 5. 2 x 3 is a product, twenty-five is 25, 3 million is 3*10^6.
     if _THOUSANDS.fullmatch(text):
-        return text.replace(" ", "")
+        return text.replace(" ", "").replace(",", ".")
     text = _TIMES.sub(r" \\times ", text)
     if _WORD.search(text):
         text = _COMPOUND.sub(

@@ -8,7 +8,7 @@
 
 import re
 
-from answers.formulas import aliases, is_product
+from answers.tokens import aliases, is_product
 
 _UNITS = aliases("""
     % percent pct; $ ¤ dollar usd; ¢ cent; € euro; £; degree deg °; radian rad; cup; day; week wk
@@ -18,27 +18,30 @@ _UNITS = aliases("""
     oz ounce; l L liter litre; ml mL milliliter millilitre; th st nd rd; ms millisecond
     s second sec; min minute; h hour hr; N newton; J joule; kJ kilojoule; cal calorie
     kcal kilocalorie; W watt; kW kilowatt; mW milliwatt; MW megawatt; V volt; A ampere amp; ohm
-    kohm; Hz hertz; kHz kilohertz
+    kohm; Hz hertz; kHz kilohertz; MHz megahertz; mHz; MPa megapascal; mPa
     Pa pascal; kPa kilopascal; atm atmosphere; K kelvin; mol mole; eV; mmHg; bpm; rpm""")
 # Words that change what a number says, and beginnings of such words: 3 million, not 3, 3 or more.
 _WORDS_THAT_CHANGE = set(
     """no nor not neither never zero one two three four five six seven eight nine
     ten plus minus times over mod sqrt log sine cos sin tan more less fewer greater larger smaller
     than least most below above between about almost nearly around maybe perhaps either else other
-    except without unless any wrong if when only or but too score gross root cannot""".split()
+    except without unless any if when only or but too score gross cannot nan inf yes
+    mil doubt assume suppose let guess hypothetical""".split()
 )
 _STEMS_THAT_CHANGE = tuple(
     """eleven twelve thirt fourte fort fift sixt sevent eighte eighty ninet hundred
     thousand million billion trillion half halves third quarter tenth ninth twelfth dozen lakh crore
     quadr double twice triple squared cubed factorial infinit infty negative divided multipl added
     raised power remainder choose approx possibl probabl incorrect false none undefined unknown
-    impossible""".split()
+    impossible eighth nine couple trio tens inclus exclu onward percentil round
+    invert revers negat reject untrue wrong fail rooted halv unequal""".split()
 )
 # Behind a noun or a unit these begin a remark: 8 years | old, 3 cups | of water, 6 | is the answer.
-_IDLE_WORDS = """of old on at for to from by with is are was were has have had will would can
+_IDLE_WORDS = """of old on at to from by with is are was were has have had will would can
     wide long tall deep high away left total altogether each that which who so as the""".split()
 _REMARK = re.compile(
-    rf" (?:{'|'.join(_IDLE_WORDS)})\b.*|(?<=\S) in .*| in (?:all|total|the|a)\b.*", re.IGNORECASE
+    rf" (?:{'|'.join(_IDLE_WORDS)})\b.*|(?<=[^\s/*]) in (?!\^).*| in (?:all|total|the|a)\b.*",
+    re.IGNORECASE,
 )
 
 
@@ -56,6 +59,7 @@ def unit_of(text: str, glued: bool) -> str | None:
     Returns None if the words are not surely a unit, "" for "is the answer". `glued`: no space
     stands before them.
     """
+    text = re.sub("^more (?!than|or|and)(?=[a-z]{3})", "", text)  # 7 more apples
     if changes(text):
         return None
     text = _REMARK.sub("", text if glued else " " + text)
@@ -83,14 +87,18 @@ def unit_of(text: str, glued: bool) -> str | None:
             glued = False
         elif _is_noun(word) and not glued:
             # "18 eggs": any noun will do, since 18 is all that was asked for.
-            last = lower.removesuffix("s")
+            last = (lower if word[1:].islower() else word).removesuffix("s")  # mHz is not MHz
             powers[last] = sign
         else:
             return None
+    if sign < 0 and all(exponent > 0 for exponent in powers.values()):  # m / nothing
+        return None
     spelling = " ".join(f"{name}^{power}".removesuffix("^1") for name, power in powers.items())
     return {"mile h^-1": "mph"}.get(spelling, spelling)
 
 
 def _is_noun(word: str) -> bool:
     """Returns whether a word is surely no product of letters or a function."""
+    if word.endswith("ly"):  # 9 presumably
+        return False
     return word.isalpha() and (len(word) > 3 or len(word) == 3 and not is_product(word))

@@ -17,6 +17,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from reprlib import repr as short
 from typing import BinaryIO, NamedTuple, TypeVar
@@ -32,17 +33,24 @@ from data.fields import (
     read_open_answer,
     read_precision,
     read_question,
-    refuse_unread,
 )
 from data.options import Ambiguous, read_letter, read_options
 from data.schemas import to_plain
+from data.unread import refuse_unread
 from hub.errors import BEGINNINGS, InputError, unreadable
 
 T = TypeVar("T")
 
+BLOCK = 200  # examples that `load_examples` finishes at a time
 # These fields are no part of Example.meta, even if they are empty.
-OURS = {*"id question answer options response domain accepted precision".split(), *NAMES["image"]}
-IMAGE_MARK = re.compile(r"<image ?\d*>")
+OURS = {*"id question answer response domain accepted precision unit".split()}
+OURS |= {*NAMES["image"], *NAMES["options"]}
+# <image>, <image 1>, <image_1>, <|image_1|>, <ImageHere>, <img src="a.png">, ![](a.png)
+IMAGE_MARK = re.compile(
+    r"<\|?image[ \w|]*>|<img [^>]*src=[^>]*>|!\[[^]]*\]\([^)]*\)", re.IGNORECASE
+)
+# MAWPS has the numbers in another field.
+GAP_MARK = re.compile(r"\b(?:N_\d\d|number\d)\b")
 
 
 @dataclass
@@ -132,45 +140,32 @@ class Loaded(NamedTuple):
 
 def load_examples(
     path: str | Path,
-    convert: Callable[[Example], T | None],
+    convert: Callable[[Example], T],
+    finish: Callable[[list[T]], list] = list,
     *,
     skip_bad: bool = False,
     limit: int | None = None,
     too_long: str = "too long",
     unique_ids: bool = False,
 ) -> Loaded:
-    """Returns convert(example) of the examples of a file, the first `limit` of them.
+    """Returns finish([convert(example), ...]) of the examples of a file, the first `limit` of them.
 
-    Where convert returns None, the example is too long: it is dropped, counted, and stderr says
-    `too_long`. A record that is bad, to the reader or to convert, raises InputError; with skip_bad
-    it is left out and counted, and stderr shows the first few. Raises InputError where nothing is
-    left, and, with unique_ids, where an id comes again.
+    `finish` is for what is faster for many at once, tokenising above all: it gets BLOCK converted
+    examples at a time, in order, and returns as many items. An item that is None is too long: it is
+    dropped, counted, and stderr says `too_long`. A record that is bad, to the reader or to convert,
+    raises InputError; with skip_bad it is left out and counted, and stderr shows the first few.
+    Raises InputError where nothing is left, and, with unique_ids, where an id comes again.
     """
-    bad: list[str] = []
-    items: list[T] = []
+    bad: list[str] | None = [] if skip_bad else None
+    # What is dropped counts, so that a limit means the same questions for every model.
+    converted = islice(convert_all(path, convert, bad, unique_ids), limit)
+    items = []
     dropped = 0
-    ids: set[str] = set()
-    examples = read_examples(path, bad if skip_bad else None)
-    for example in tqdm(examples, desc="reading", unit=" examples", delay=5):
-        try:
-            item = convert(example)
-        except InputError as error:
-            complaint = f"{example.where}: {error}"
-            if not skip_bad:
-                raise InputError(complaint) from None
-            bad.append(complaint)
-            continue
-        if unique_ids and example.id in ids:
-            complaint = f"field 'id' is not unique: {example.id!r} comes again"
-            raise InputError(f"{example.where}: {complaint}")
-        ids.add(example.id)
-        if item is None:
-            dropped += 1
-        else:
-            items.append(item)
-        # What is dropped counts, so that a limit means the same questions for every model.
-        if len(items) + dropped == limit:
-            break
+    while block := list(islice(converted, BLOCK)):
+        finished = finish(block)
+        kept = [item for item in finished if item is not None]
+        items += kept
+        dropped += len(finished) - len(kept)
 
     # Nothing is left: say why. Else say on stderr what is missing.
     if not items and dropped:
@@ -183,7 +178,28 @@ def load_examples(
     if dropped:
         n = len(items) + dropped
         print(f"{path}: {dropped} of {n} examples dropped: {too_long}", file=sys.stderr)
-    return Loaded(items, dropped, len(bad))
+    return Loaded(items, dropped, len(bad or ()))
+
+
+def convert_all(
+    path: str | Path, convert: Callable[[Example], T], bad: list[str] | None, unique_ids: bool
+) -> Iterator[T]:
+    """Yields convert(example) of the examples of a file, as load_examples says, with a bar."""
+    ids: set[str] = set()
+    for example in tqdm(read_examples(path, bad), desc="reading", unit=" examples", delay=5):
+        try:
+            item = convert(example)
+        except InputError as error:
+            complaint = f"{example.where}: {error}"
+            if bad is None:
+                raise InputError(complaint) from None
+            bad.append(complaint)
+            continue
+        if unique_ids and example.id in ids:
+            complaint = f"field 'id' is not unique: {example.id!r} comes again"
+            raise InputError(f"{example.where}: {complaint}")
+        ids.add(example.id)
+        yield item
 
 
 # --- From a file to records ----------------------------------------------------------------------
@@ -198,11 +214,8 @@ def records(path: Path) -> Iterator[tuple[str, object]]:
                 raise unreadable(path, "")
         if suffix == ".parquet":
             yield from parquet_records(path)
-        elif suffix == ".tsv":
-            yield from tsv_records(path)
-        elif suffix == ".csv":
-            for number, row in enumerate(table_rows(path, ","), 1):
-                yield f"{path}: row {number}", {name: cell for name, cell in row.items() if cell}
+        elif suffix in (".tsv", ".csv"):
+            yield from table_records(path, "\t" if suffix == ".tsv" else ",")
         else:
             yield from json_records(path)
     except OSError as error:
@@ -287,30 +300,26 @@ def parse_json(content: bytes, where: str) -> object:
         raise InputError(f"{where}: malformed JSON ({error})") from None
 
 
-def tsv_records(path: Path) -> Iterator[tuple[str, dict]]:
-    """Yields the rows of an OpenCompass TSV, without their empty cells.
+def table_records(path: Path, delimiter: str) -> Iterator[tuple[str, dict]]:
+    """Yields the rows of a table, without their empty cells, which pandas writes as nan.
 
-    An `image` of up to 64 characters is the index of another row, before or behind, which has the
-    image (VLMEvalKit, vlmeval/dataset/image_base.py). So the whole file is read first.
+    In an OpenCompass TSV, an `image` of up to 64 characters is the index of another row, before or
+    behind, which has the image (VLMEvalKit, vlmeval/dataset/image_base.py). So the whole file is
+    read first.
     """
-    rows = table_rows(path, "\t")
-    images = {row.get("index"): row["image"] for row in rows if len(row.get("image") or "") > 64}
-    for number, row in enumerate(rows, 1):
-        row = {column: cell for column, cell in row.items() if cell}
-        if row.get("image") in images:
-            row["image"] = images[row["image"]]
-        yield f"{path}: row {number}", row
-
-
-def table_rows(path: Path, delimiter: str) -> list[dict]:
-    """Returns the rows of a table whose first line has the names of its columns."""
     csv.field_size_limit(2**31 - 1)  # images are in base64
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            return list(csv.DictReader(file, delimiter=delimiter))
+            rows = list(csv.DictReader(file, delimiter=delimiter))
     except (csv.Error, UnicodeDecodeError) as error:
         kind = path.suffix[1:].upper()
         raise InputError(f"{path}: malformed {kind} ({error})") from None
+    images = {row.get("index"): row["image"] for row in rows if len(row.get("image") or "") > 64}
+    for number, row in enumerate(rows, 1):
+        row = {name: cell for name, cell in row.items() if cell not in (None, "", "nan")}
+        if row.get("image") in images:
+            row["image"] = images[row["image"]]
+        yield f"{path}: row {number}", row
 
 
 def parquet_records(path: Path) -> Iterator[tuple[str, dict]]:
@@ -370,13 +379,20 @@ def to_example(
 
     # 2. Nothing that belongs to the question may be left.
     used = {name for names in read.values() for name in names}
-    refuse_unread(
-        record, used, where, options=bool(options), images=bool(images), answer=answers[0]
-    )
-    texts = [question, *(options.texts.values() if options else ())]
-    mark = IMAGE_MARK.search("\n".join(texts))
+    bare = str(record[read["question"][0]])
+    refuse_unread(record, used, where, bare, bool(options), images, answers[0])
+    text = "\n".join([question, *(options.texts.values() if options else ())])
+    mark = IMAGE_MARK.search(text)
     if mark and not images:
         raise InputError(f"{where}: the text has {mark[0]}, but the record has no image")
+    # A file that was converted without its images would be answered blindly.
+    for number in re.findall(r"<image[ _]?([1-9])>", text) if "image_1" in record else ():
+        if f"image_{number}" not in named(record, "image"):
+            reason = f"is missing, but the text has <image {number}>"
+            raise InputError(f"{where}: field 'image_{number}' {reason}")
+    gap = GAP_MARK.search(question)
+    if gap and "numbers" in map(plain_name, record):
+        raise InputError(f"{where}: the question has {gap[0]} in the place of a number")
     accepted = [*answers[1:], *map(str, first("accepted", list) or [])]
     # What says the answer stays in meta as it was published.
     told = {name for part in ("question", "options", "image") for name in read.get(part, ())}

@@ -5,7 +5,7 @@ name, but that looks like options, an image or context, makes the record bad. So
 another question silently: what could change what it asks is read or refused by name.
 
 Names are compared without case, spaces, `_` and `-`: "Correct Answer" is "correctanswer".
-Options and the answer that is one of them are in options.py.
+Options and the answer that is one of them are in options.py, what is not read in unread.py.
 """
 
 import ast
@@ -23,40 +23,49 @@ from hub.errors import InputError
 MEANINGS = {
     "id": "id question_id qid pid uid unique_id problem_id",
     "question": "question problem query question_text problem_text problem_statement question_stem "
-    "stem prompt sentence ctx goal qtext input instruction text",
+    "stem prompt sentence ctx goal qtext original_text s_question inputs input instruction "
+    "open_ended_verifiable_question text",
     # Text that stands before the question, because it cannot be answered without.
     "context": "context contexts passage passages flores_passage article paragraph body premise "
-    "background story scenario vignette case clinical_case case_report document dialogue dialog "
-    "transcript abstract excerpt statement stimulus hint table text prompt instruction input "
-    "problem sentence stem",
+    "background story narrative situation scenario vignette case clinical_case case_report "
+    "patient_note clinical_note document dialogue dialog transcript abstract excerpt statement "
+    "stimulus hint table text prompt instruction input problem sentence stem",
     "options": "options option choices candidates alternatives endings answer_choices "
     "answer_options possible_answers candidate_answers option_list choice_list options_text "
-    "choices_text multiple_choice_options mc_choices answers",
-    "answer": "answer final_answer correct_answer ground_truth gt_answer gold_answer golden_answer "
-    "reference_answer standard_answer best_answer right_answer expected_answer answer_number "
-    "final_decision target gold gt answers correct_answers gold_answers golden_answers targets",
+    "choices_text multiple_choice_options mc_choices choice opts answer_list answer_option_list "
+    "answers",
+    "answer": "answer_number final_answer final_ans answer correct_answer ground_truth gt_answer "
+    "gold_answer golden_answer reference_answer standard_answer best_answer right_answer ans "
+    "expected_answer ground_truth_answer ground_true_answer multiple_choice_answer answer_value "
+    "final_decision target gold gt answers correct_answers gold_answers golden_answers targets "
+    "l_solutions",
     # Where there are options, these too say which of them is right: by letter or number.
     "key": "answer_idx answer_index answer_key answer_letter answer_option answer_label "
     "answer_choice correct_idx correct_index correct_option correct_choice correct_letter "
     "correct_choice_idx correct_choice_index correct_option_index correct_answer_idx "
     "correct_answer_index correct_answer_id correct_answer_num gold_idx gold_index target_idx "
-    "correct cop ra label labels",
+    "correct cop ra gold_label label labels",
     # Where there is no answer: it stands in <answer> tags or a box.
     "solution": "solution",
-    "image": "decoded_image image images image_1 image_2 image_3 image_4 image_5 image_6 image_7 "
-    "image_path image_paths image_file image_files image_filename image_name img imgs img_path "
-    "img_paths img_name img_file img_filename figure figures figure_path diagram picture photo "
-    "image_bytes image_base64 question_image image_url image_urls img_url "
-    "image_local_name",
+    "image": "decoded_image image images image_0 image_1 image_2 image_3 image_4 image_5 image_6 "
+    "image_7 image_8 image_9 image_path image_paths image_file image_files image_filename "
+    "image_name img imgs img_path img_paths img_name img_file img_filename figure figures "
+    "figure_path diagram picture photo image_bytes image_base64 base64_image image_b64 image_data "
+    "question_image image_url image_urls img_url image_local_name",
     # These are an image if they end like one.
     "file": "file_name file path image_id img_id data_id",
-    "unit": "unit",
+    "unit": "unit units answer_unit",
     "domain": "domain subject category",
     "accepted": "accepted accepted_answers aliases answer_aliases",
     "response": "response",
+    # Where nothing else says the answer: it is what this ends with, or all of it.
+    "worked": "response completion output",
     "precision": "precision",
 }
 OPEN_KEYS = {"label", "labels", "correct"}  # may be anything, where there are no options
+# Base64 that does not say so: what PNG, JPEG, GIF and WebP begin with.
+BASE64 = re.compile(r"(iVBORw|/9j/|R0lGOD|UklGR)[A-Za-z0-9+/=\s]{60}")
+IMAGE_FILE = re.compile(r"\S.*\.(png|jpe?g|webp|gif|bmp|tiff?|svg|dcm|nii|mp4)", re.IGNORECASE)
 KINDS = {str: "text", dict: "an object", list: "an array"}
 
 
@@ -89,7 +98,8 @@ def optional(record: object, field: str, kind: type, where: str) -> object:
     if is_empty(value):
         return None
     if kind is str and type(value) in (int, float):
-        return str(value)
+        is_whole = isinstance(value, float) and value.is_integer()  # 27.0, as tables have 27
+        return str(int(value) if is_whole else value)
     if not isinstance(value, kind):
         kind = KINDS[kind]
         raise InputError(f"{where}: field '{field}' must be {kind}, not {short(value)}")
@@ -162,10 +172,11 @@ def read_question(record: dict, where: str) -> tuple[str, list[str]]:
         text = context_text(value, f"{where}: field '{name}'")
         if text not in question:
             lines.append(text)
-    unit = optional(record, "unit", str, where)
-    if unit:
-        fields.append("unit")
-        question = f"{question} (Unit: {unit})"
+    for name in named(record, "unit")[:1]:
+        unit = required(record, name, str, where)
+        if not unit.isdigit():  # unit 3 is a chapter
+            fields.append(name)
+            question = f"{question} (Unit: {unit})"
     return "\n".join([*lines, question]), fields
 
 
@@ -181,8 +192,13 @@ def context_text(value: object, where: str) -> str:
 def read_open_answer(record: dict, where: str) -> tuple[list[str], list[str]]:
     """Returns the right answers of a question without options, and the fields that they are from.
 
-    An array means that each of its texts is right. Raises InputError where a field names an option.
+    An array means that each of its texts is right; an array of numbers is one answer. Raises
+    InputError where a field names an option, or says by a number or by `false` what is meant.
     """
+    marks = [key for key in named(record, "key") if plain_name(key) in OPEN_KEYS]
+    marks = [key for key in marks if isinstance(record[key], int) and record[key] is not True]
+    if marks:  # the number of a class, or whether the answer is right (MultiRC)
+        raise InputError(f"{where}: field '{marks[0]}' may not be the answer; if it is, call it so")
     keys = [key for key in named(record, "key") if plain_name(key) not in OPEN_KEYS]
     keys = [key for key in keys if re.fullmatch(r"[A-Pa-p]|\d{1,2}", str(record[key]))]
     fields = named(record, "answer")
@@ -199,10 +215,15 @@ def read_open_answer(record: dict, where: str) -> tuple[list[str], list[str]]:
         )
     [field, *_] = fields or named(record, "key") or ["answer"]
     value = record.get(field)
+    if isinstance(value, bool):
+        return (["yes", "true"] if value else ["no", "false"]), [field]
     if isinstance(value, dict):  # SQuAD, TriviaQA
         value = value.get("text") or [value.get("value"), *(value.get("aliases") or [])]
+    if isinstance(value, list) and len(value) > 1:
+        is_one = all(type(one) in (int, float) for one in value)
+        value = str(value) if is_one else value
     if not isinstance(value, list):
-        answer = required(record, field, str, where)
+        answer = required({field: value}, field, str, where)
         is_box = answer.startswith(r"\boxed{") and answer.endswith("}")
         return [final_answer(answer) or answer if is_box else answer], [field]
     texts = [optional({field: one}, field, str, where) for one in value]
@@ -222,6 +243,9 @@ def final_answer(solution: str) -> str | None:
     if tags:
         return tags[-1].strip() or None
     _, box, rest = solution.rpartition(r"\boxed{")
+    said = re.search(r"(?:####|[Tt]he (?:final )?answer is:?) *([^\n]+?)\.?\s*$", solution)
+    if said and not box:
+        return said[1]
     if not box:
         is_sentence = len(solution.split()) > 5 or solution.rstrip().endswith(".")
         return None if is_sentence else solution.strip() or None
@@ -256,9 +280,10 @@ def read_images(record: dict, where: str, folder: Path) -> tuple[list[str | Path
         if not fields and IMAGE_FILE.fullmatch(str(record[field])):
             fields = [field]
     for field in fields:
-        again = bool(images) and not re.fullmatch(r"image[2-7]", plain_name(field))
-        # MathVista and MathVision have the path beside the image itself.
-        if again and not all(isinstance(image, Path) for image in images):
+        again = bool(images) and not re.fullmatch(r"image\d", plain_name(field))
+        # MathVista and MathVision have the path beside the image itself, others its address.
+        is_address = re.match(r"https?:", str(record[field]), re.IGNORECASE)
+        if again and (is_address or not all(isinstance(image, Path) for image in images)):
             continue
         found = images_of(record[field], f"{where}: field '{field}'", folder)
         if again:
@@ -297,11 +322,13 @@ def images_of(value: object, where: str, folder: Path) -> list[str | Path | byte
             raise InputError(f"{where} is an address: load the image, and write its path there")
         if isinstance(one, str) and re.match(r"file:", one, re.IGNORECASE):
             one = follow_uri(one)
+        if isinstance(one, str) and BASE64.match(one):
+            one = f"data:image;base64,{one}"
         if isinstance(one, bytes) or isinstance(one, str) and is_uri(one):
             images.append(one)
         elif isinstance(one, str) and len(one) < 4096:
             images.append(folder / one)
-        else:  # base64 that does not say so is too long for a path
+        else:  # other base64 is too long for a path
             raise InputError(
                 f"{where} must be a path, a data URI, an image's bytes or an array of them, "
                 f"not {short(one)}"
@@ -309,123 +336,14 @@ def images_of(value: object, where: str, folder: Path) -> list[str | Path | byte
     return images
 
 
-# --- What is left: does it look like something that changes the question? -------------------------
-
-OPTION_WORDS = set(
-    "option options choice choices candidate candidates alternative alternatives distractor "
-    "distractors incorrect wrong endings".split()
-)
-IMAGE_WORDS = set(
-    "image images img imgs picture pictures pic pics photo photos figure figures diagram chart "
-    "scan screenshot radiograph xray dicom visual video videos audio frames".split()
-)
-CONTEXT_WORDS = set(
-    "context contexts passage passages article paragraph paragraphs premise vignette background "
-    "stimulus story scenario excerpt dialogue dialog transcript history facts information notes "
-    "report findings document documents description text content essay email review news snippet "
-    "code para paras sentences premises assumptions setup given tables".split()
-)
-SOLUTION_WORDS = set("answer answers solution response explanation reasoning output".split())
-# A field whose name ends so describes something, and does not hold it: `image_caption`.
-ABOUT_WORDS = set(
-    "type types caption description count num width number height size format mode license source "
-    "sources class category categories style hash explanation explanations required needed quality "
-    "split tag tags topic topics keyword keywords phrases step steps skill skills concepts "
-    "generations generation solution solutions hint hints domains subjects authors references url "
-    "urls languages tests cases messages turns conversations reasons metadata score scores "
-    "rationale rationales response responses outputs predictions info title name names date "
-    "author equation equations numbers operations decomposition entities".split()
-)
-IMAGE_FILE = re.compile(r"\S.*\.(png|jpe?g|webp|gif|bmp|tiff?|svg|dcm|nii|mp4)", re.IGNORECASE)
-
-
-def words_of(name: str) -> list[str]:
-    """Returns the words of a field's name: `answerChoice_a` has three."""
-    name = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)
-    return re.findall(r"[a-z]+|\d+", name.lower())
-
-
-def refuse_unread(
-    record: dict, read: set[str], where: str, *, options: bool, images: bool, answer: str
-) -> None:
-    """Raises InputError for an unread field that looks as if it belonged to the question.
-
-    `options` and `images` say whether there are any: what is beside them may repeat them.
-    """
-    stems = {}
-    for field, value in record.items():
-        words = words_of(field)
-        if field in read or is_empty(value) or not words:
-            continue
-        looks = None
-        if not images and holds_image(value):
-            looks = "an image"
-        elif words[-1] in ABOUT_WORDS and words != ["description"]:
-            continue
-        elif not options and looks_like_options(words, value, answer):
-            looks = "options"
-        elif not images and looks_like_image(words, value):
-            looks = "an image"
-        elif CONTEXT_WORDS & set(words) and not SOLUTION_WORDS & set(words) and is_long(value):
-            looks = "context"
-        # Several columns of one name, such as reply_a and reply_b, and an answer that chooses.
-        is_column = words[-1] in ("a", "b", "1", "2") and isinstance(value, str | int | float)
-        if is_column and len(words) > 1 and words[-2] not in ABOUT_WORDS:
-            stems.setdefault((*words[:-1], words[-1].isdigit()), []).append(field)
-            chooses = not options and re.fullmatch(r"[A-Pa-p]|\d", answer)
-            if chooses and len(stems[(*words[:-1], words[-1].isdigit())]) > 1:
-                looks = "options"
-        if looks:
-            raise InputError(
-                f"{where}: field '{field}' looks like {looks}, but is no name that is known "
-                "(data/fields.py): rename it, or remove it if the question does not need it"
-            )
-
-
-def looks_like_options(words: list[str], value: object, answer: str) -> bool:
-    """Says whether a field may hold options: by its name, or by what it holds.
-
-    By what it holds: letters and their texts, or several short texts, of which the answer is one,
-    or names one by its letter or its number.
-    """
-    if isinstance(value, bool | int | float):
-        return False
-    if OPTION_WORDS & set(words):
-        return True
-    if isinstance(value, dict):
-        names = {plain_name(name) for name in value}
-        is_named = bool(names & {"options", "choices"}) and bool(re.fullmatch("[A-P]", answer))
-        return {"a", "b"} <= names or is_named
-    if not isinstance(value, list) or len(value) < 2:
-        return False
-    if all(isinstance(one, dict) for one in value):
-        return bool(re.fullmatch("[A-P]", answer))
-    if not all(isinstance(text, str) and len(text) <= 200 for text in value):
-        return False
-    if answer in value:
-        return len(set(value)) > 1
-    is_index = bool(re.fullmatch(r"\d{1,2}", answer)) and int(answer) <= len(value)
-    return is_index or bool(re.fullmatch("[A-P]", answer))
-
-
 def holds_image(value: object) -> bool:
     """Says whether a value is an image's bytes, URI or path, or holds one, whatever its name is."""
     if isinstance(value, str):
-        return value.startswith("data:image") or bool(IMAGE_FILE.fullmatch(value))
+        begins = value.startswith("data:image") or BASE64.match(value)
+        return bool(begins or IMAGE_FILE.fullmatch(value))
     if isinstance(value, dict):
         held = [one for one in value.values() if isinstance(one, str | bytes)]
         return "bytes" in value or any(map(holds_image, held))
     if isinstance(value, list):
         return any(holds_image(one) for one in value if isinstance(one, str | bytes | dict))
     return isinstance(value, bytes)
-
-
-def looks_like_image(words: list[str], value: object) -> bool:
-    """Says whether a field names the image that the question is about; that may be a number."""
-    is_name = isinstance(value, str | list | dict) or words[-1] == "id"
-    return bool(IMAGE_WORDS & set(words)) and is_name
-
-
-def is_long(value: object) -> bool:
-    """Says whether a value is more than a name or a number."""
-    return isinstance(value, list | dict) or isinstance(value, str) and len(value.split()) > 2

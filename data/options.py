@@ -8,18 +8,35 @@ import re
 from reprlib import repr as short
 from typing import NamedTuple
 
-from data.fields import OPEN_KEYS, from_json, is_empty, named, plain_name, python_list, required
+from data.fields import (
+    OPEN_KEYS,
+    from_json,
+    holds_image,
+    is_empty,
+    named,
+    plain_name,
+    python_list,
+    required,
+)
 from hub.errors import InputError
 
 LETTERS = "ABCDEFGHIJKLMNOP"  # of options
 # The fields of an option that is an object.
-NAME_FIELDS = ("key", "letter", "label", "id", "aid", "name", "option")
+NAME_FIELDS = ("key", "letter", "label", "id", "aid", "aoVal", "name", "option")
 TEXT_FIELDS = ("value", "content", "text", "atext", "answer", "option", "choice", "description")
 # Columns, one an option: choice_a, option1, ending0, opa, A.
 COLUMN = re.compile(
     r"(|choices?|options?|opt|op|answers?|ans|candidate|ending|sol|alternative|answerchoice|"
     r"answeroption|optiontext|choicetext|mcanswer)([a-p]|\d{1,2})"
 )
+# Where an option begins in a text of all options; and one that begins with its letter or number.
+MARKS = (
+    # a ) 38 , b ) 27; (A) red (B) blue
+    r"(?:^|[\n,;]|(?<=\s)(?=\())\s*\(?([A-Pa-p])\s?[).:、．：]",
+    r"(?:^|\s)([A-P])[).:、．：]",  # A. red B. blue
+    r"(?:^|\n)\s*([A-P])\s",  # A red, and B blue in the next line
+)
+BEGINNING = re.compile(r"\(?(?:([A-Pa-p])[).:、．：]\s*|(\d{1,2})[).:、．：]\s+)(\S.*)", re.DOTALL)
 
 
 class Options(NamedTuple):
@@ -41,11 +58,13 @@ class Ambiguous(InputError):
 
 def read_options(record: dict, where: str) -> Options | None:
     """Returns the options of a record; None if it has none."""
-    # `answers` are options only where another field says which of them is right.
     fields = named(record, "options")
-    answers = [field for field in fields if plain_name(field) == "answers"]
-    if answers and (len(fields) > 1 or not is_choice_of(record, answers[0])):
-        fields = [field for field in fields if field not in answers]
+    # `answers` are options only where a key or a letter chooses one of them (ReClor).
+    if plain_name(fields[-1] if fields else "") == "answers":
+        answers = record[fields[-1]]
+        chooses = named(record, "key") or names_letter(record)
+        if len(fields) > 1 or not chooses or not isinstance(answers, list) or len(answers) < 2:
+            fields.pop()
     found = []
     for field in fields:
         options = one_field(record[field], f"{where}: field '{field}'")
@@ -58,44 +77,61 @@ def read_options(record: dict, where: str) -> Options | None:
         if list(other.texts.values()) != list(shapes[0].texts.values()):
             one, two = shapes[0].fields[0], other.fields[0]
             raise InputError(f"{where}: fields '{one}' and '{two}' both look like options")
-    return strip_letters(shapes[0])._replace(fields=[f for shape in shapes for f in shape.fields])
+    if len(shapes[0].texts) < 2:
+        raise InputError(f"{where}: field '{shapes[0].fields[0]}' has only one option")
+    return shapes[0]._replace(fields=[f for shape in shapes for f in shape.fields])
 
 
-def is_choice_of(record: dict, field: str) -> bool:
-    """Says whether an array is what a key chooses from (ReClor), not a list of right answers."""
-    value = record[field]
-    return isinstance(value, list) and len(value) > 1 and bool(named(record, "key"))
+def names_letter(record: dict) -> bool:
+    """Says whether a field that has the answer, or says which option it is, is a mere letter."""
+    fields = [*named(record, "answer"), *named(record, "key")]
+    return any(re.fullmatch("[A-Pa-p]", str(record[field])) for field in fields)
 
 
 def one_field(options: object, where: str) -> Options | None:
-    """Returns the options that one field holds; None if there are none.
+    """Returns the options that one field holds; None if there are none."""
+    pairs = pairs_of(parse_text(options) if isinstance(options, str) else options, where)
+    while pairs and pairs[-1][0] is None and is_empty(pairs[-1][1]):  # fills up
+        pairs.pop()
+    return by_letter(pairs, where) if pairs else None
 
-    An object {letter: text}; an array of texts, in the order of the letters; an array of objects
-    such as {"key": letter, "value": text} (MedQA); {"label": [...], "text": [...]} (ARC); one of
-    these as a text in JSON or Python (MMMU); or a text "A) red, B) blue" (MathQA).
+
+def pairs_of(options: object, where: str) -> list[tuple[str | None, object]]:
+    """Returns (name, text) of each option; the name is None where options are mere texts.
+
+    An object {name: text}; an array of texts; an array of objects such as {"key": letter, "value":
+    text} (MedQA) or {letter: text}; {"label": [...], "text": [...]} (ARC).
     """
-    if isinstance(options, str):
-        options = parse_text(options)
     if is_empty(options):
-        return None
+        return []
     if isinstance(options, dict) and isinstance(options.get("text"), list):
         texts, labels = options["text"], options.get("label")
-        if not isinstance(labels, list) or len(labels) != len(texts):
-            labels = LETTERS[: len(texts)]
-        options = [{"key": label, "value": text} for label, text in zip(labels, texts)]
-    if is_empty(options):
-        return None
-    if isinstance(options, list) and isinstance(options[0], dict):
-        return from_objects(options, where)
-    if isinstance(options, list):
-        return Options(checked(by_letter(options, where), where))
-    if not isinstance(options, dict):
+        is_named = isinstance(labels, list) and len(labels) == len(texts)
+        return list(zip(labels if is_named else [None] * len(texts), texts))
+    if isinstance(options, dict):
+        # Parquet's objects have the letters of all rows; those that a row lacks are null.
+        return [(name, text) for name, text in options.items() if text is not None]
+    if not isinstance(options, list):
         raise InputError(f"{where} must be an object or a list of texts, not {short(options)}")
-    # Parquet's objects have the letters of all rows; those that a row lacks are null.
-    given = {letter: text for letter, text in options.items() if text is not None}
-    if set(given) <= set(LETTERS.lower()):
-        given = {letter.upper(): text for letter, text in given.items()}
-    return Options(checked(given, where), lettered=True) if given else None
+    options = [one[0] if isinstance(one, list) and len(one) == 1 else one for one in options]
+    if not isinstance(options[0], dict):
+        return [(None, text) for text in options]
+    if all(isinstance(one, dict) and len(one) == 1 for one in options):
+        pairs = [next(iter(one.items())) for one in options]
+        if len(dict(pairs)) > 1:
+            return pairs
+    if any(map(holds_image, options)):
+        raise InputError(f"{where} has images: options must be texts")
+    fields = options[0].keys()
+    name_field = next((name for name in NAME_FIELDS if name in fields), None)
+    text_field = next((name for name in TEXT_FIELDS if name in fields and name != name_field), None)
+    if name_field is None and text_field is None:
+        name_field = "key"
+    names = [required(option, name_field, str, where) if name_field else None for option in options]
+    return [
+        (name, required(option, text_field or "value", str, where))
+        for name, option in zip(names, options)
+    ]
 
 
 def parse_text(text: str) -> object:
@@ -105,90 +141,77 @@ def parse_text(text: str) -> object:
         parsed = python_list(text)
     if not isinstance(parsed, str):
         return parsed
-    # "a ) 38 , b ) 27", "A. red\nB. blue", "(A) red (B) blue"
-    marks = list(re.finditer(r"(?:^|[\n,;]|(?<=\s)(?=\())\s*\(?([A-Pa-p])\s?[).:](?=\s|\S)", text))
-    letters = "".join(mark[1].upper() for mark in marks)
-    if len(letters) < 2 or letters != LETTERS[: len(letters)] or text[: marks[0].start()].strip():
-        return text
-    ends = [*(mark.start() for mark in marks[1:]), len(text)]
-    return {
-        letter: text[mark.end() : end].strip(" ,;\n")
-        for letter, mark, end in zip(letters, marks, ends)
-    }
+    for pattern in MARKS:
+        marks = list(re.finditer(pattern, text))
+        letters = "".join(mark[1].upper() for mark in marks)
+        ends = [*(mark.start() for mark in marks[1:]), len(text)]
+        texts = [text[mark.end() : end].strip(" ,;\n") for mark, end in zip(marks, ends)]
+        is_all = len(marks) > 1 and not text[: marks[0].start()].strip()
+        if is_all and letters == LETTERS[: len(letters)]:
+            return dict(zip(letters, texts))
+    return text
 
 
-def from_objects(options: list, where: str) -> Options:
-    """Returns options that are objects of a name and a text, or of a text only.
+def by_letter(pairs: list[tuple[str | None, object]], where: str) -> Options:
+    """Returns options by letter, from the name and the text of each.
 
-    Raises InputError where one has no field that is known as name or text, and for names that are
-    neither letters nor the numbers from 0 or 1 on.
+    Names are letters, or the numbers from 0 or 1 on, perhaps behind a word: A, (a), choice_a,
+    option 1. A text may begin with its name as well: "(A) red", "1. red" (AGIEval). Raises
+    InputError for other names, and for what is no text.
     """
-    fields = options[0].keys()
-    name_field = next((name for name in NAME_FIELDS if name in fields), None)
-    text_field = next((name for name in TEXT_FIELDS if name in fields and name != name_field), None)
-    if not name_field and text_field and all(isinstance(option, dict) for option in options):
-        texts = [option.get(text_field) for option in options]
-        return Options(checked(by_letter(texts, where), where))
-    names = [required(option, name_field or "key", str, where) for option in options]
-    names = [name.strip("(). ").upper() for name in names]
-    texts = [required(option, text_field or "value", str, where) for option in options]
-    if set(names) <= set(LETTERS) and len(set(names)) == len(names):
-        return Options(checked(dict(zip(names, texts)), where), lettered=True)
-    numbers = [str(i) for i in range(len(names) + 1)]
-    if names not in (numbers[:-1], numbers[1:]):
-        found = ", ".join(names)[:80]
+    if len(pairs) > len(LETTERS):
+        raise InputError(f"{where} must have letters from A to P, not {len(pairs)} options")
+    if any(holds_image(text) for _, text in pairs):
+        raise InputError(f"{where} has images: options must be texts")
+    names = [name if name is None else plain_name(str(name)) for name, _ in pairs]
+    fields = [LETTERS[i] if pair[0] is None else str(pair[0]) for i, pair in enumerate(pairs)]
+    texts = [required({field: text}, field, str, where) for field, (_, text) in zip(fields, pairs)]
+    begun = [BEGINNING.fullmatch(text.strip()) for text in texts]
+    if None not in begun:
+        marks = [(match[1] or match[2]).lower() for match in begun]
+        if marks in in_order(len(marks)):
+            texts = [match[3] for match in begun]
+            names = marks if None in names else names
+    if None in names:
+        return Options(dict(zip(LETTERS, texts)))
+    ends = [match and match[2] for match in map(COLUMN.fullmatch, names)]
+    if set(ends) <= set(LETTERS.lower()) and len(set(ends)) == len(ends):
+        letters = [end.upper() for end in ends]
+        return Options(dict(zip(letters, texts)), dict(zip(names, letters)), lettered=True)
+    if ends not in in_order(len(ends)):
+        found = ", ".join(fields)[:80]
         raise InputError(f"{where} must be named by letters from A to P, not {found}")
-    return Options(by_letter(texts, where), dict(zip(names, LETTERS)))
+    return Options(dict(zip(LETTERS, texts)), dict(zip([*names, *ends], LETTERS[: len(ends)] * 2)))
 
 
-def by_letter(texts: list, where: str) -> dict:
-    """Returns texts under A, B, ..."""
-    if len(texts) > len(LETTERS):
-        found = f"{len(texts)} options"
-        raise InputError(f"{where} must have letters from A to P as keys, not {found}")
-    return dict(zip(LETTERS, texts))
-
-
-def checked(options: dict, where: str) -> dict[str, str]:
-    """Returns letter -> text; InputError for other letters, and for what is no text."""
-    if not set(options) <= set(LETTERS):
-        found = ", ".join(options)[:80]
-        raise InputError(f"{where} must have letters from A to P as keys, not {found}")
-    return {letter: required(options, letter, str, where) for letter in options}
+def in_order(n: int) -> list[list[str]]:
+    """Returns the names that n options may have in this order: a, b, ...; 0, 1, ...; 1, 2, ..."""
+    numbers = [str(i) for i in range(n + 1)]
+    return [list(LETTERS.lower()[:n]), numbers[:-1], numbers[1:]]
 
 
 def column_options(record: dict, where: str) -> Options | None:
     """Returns options that are columns of their own: at least two, from a, A, 0 or 1 on.
 
-    Mere letters must be capitals: `a` and `b` may be anything.
+    Mere letters must be capitals, or the answer one of them: `a` and `b` may be anything.
     """
     groups = {}
+    mere = "[A-Pa-p]" if names_letter(record) else "[A-P]"
     for field, value in record.items():
         match = COLUMN.fullmatch(plain_name(field))
         is_text = isinstance(value, str | int | float) and not isinstance(value, bool)
         if match and is_text and not is_empty(value) and value != "nan":
-            if match[1] or re.fullmatch("[A-P]", field):
+            if match[1] or re.fullmatch(mere, field):
                 groups.setdefault(match[1], {})[match[2]] = field
-    for stem, columns in groups.items():
+    for columns in groups.values():
         ends = sorted(columns, key=lambda end: (len(end), end))
-        numbered = ends[0].isdigit()
-        if numbered:
-            low = min(int(ends[0]), 1)
-            expected = [str(low + i) for i in range(len(ends))]
-            letters = LETTERS
-        else:
-            expected = ["a", *ends[1:]]
-            letters = "".join(ends).upper()
         fields = [columns[end] for end in ends]
-        if len(ends) > 1 and ends != expected and not numbered:
+        is_lettered = ends[0] == "a" and not any(end.isdigit() for end in ends)
+        if len(ends) > 1 and not ends[0].isdigit() and not is_lettered:
             raise InputError(f"{where}: field '{fields[0]}' looks like an option, but A is missing")
-        if len(ends) < 2 or ends != expected:
-            continue
-        texts = [required(record, field, str, where) for field in fields]
-        names = {stem + end: letter for end, letter in zip(ends, letters)}
-        if numbered:
-            names |= dict(zip(ends, letters))
-        return Options(dict(zip(letters, texts)), names, not numbered, fields)
+        if len(ends) > 1 and (is_lettered or ends in in_order(len(ends))):
+            options = by_letter([(field, record[field]) for field in fields], where)
+            return options._replace(fields=fields)
     return None
 
 
@@ -212,18 +235,7 @@ def wrong_answers(record: dict, where: str) -> Options | None:
             f"{where}: field '{wrong_field}' has the wrong options, but '{field}' is no text"
         )
     texts = sorted({right, *(text for values in wrong.values() for text in values)})
-    return Options(by_letter(texts, where), fields=list(wrong))
-
-
-def strip_letters(options: Options) -> Options:
-    """Returns the options without letters that their texts begin with: "(A) red" (AGIEval)."""
-    bare = {}
-    for letter, text in options.texts.items():
-        match = re.fullmatch(rf"(?:\({letter}\)|{letter}[).:])\s*(.+)", text.strip(), re.DOTALL)
-        if match is None:
-            return options
-        bare[letter] = match[1]
-    return options._replace(texts=bare, lettered=True)
+    return by_letter([(None, text) for text in texts], where)._replace(fields=list(wrong))
 
 
 # --- Which option is right ------------------------------------------------------------------------
@@ -277,11 +289,12 @@ def ambiguous(
     texts = [text.strip() for text in options.texts.values()]
     if base is not None or str(value).strip() in texts:
         return InputError(message)
-    # A number in JSON counts from 0, as the hub's class labels do. MedMCQA's `cop` does both.
+    # A number in JSON counts from 0, as the hub's class labels do. MedMCQA's `cop` does both, and
+    # QuALITY counts from 1.
     for field in fields:
         is_index = isinstance(record[field], int | float)
         is_index = is_index or plain_name(field).endswith(("index", "idx"))
-        if is_index and plain_name(field) != "cop":
+        if is_index and plain_name(field) not in ("cop", "goldlabel"):
             return Ambiguous(message, 0)
     return Ambiguous(message, None)
 
@@ -296,19 +309,25 @@ def letters_meant(
 ) -> set[str]:
     """Returns the letters that a field may mean: as a letter, a name, an option's text, an index.
 
-    Where the record itself has the letters, a letter is just that. Raises InputError for several
-    right options.
+    An array of marks, one an option, means the option that is marked by 1 or true. Where the record
+    itself has the letters, a letter is just that. Raises InputError for several right options.
     """
+    texts = options.texts
+    if isinstance(value, list) and len(value) == len(texts):
+        if all(one in (0, 1) for one in value) and sum(value) == 1:
+            return {list(texts)[value.index(1)]}
+    if isinstance(value, bool):
+        said = ("yes", "true") if value else ("no", "false")
+        return {letter for letter, option in texts.items() if folded(option) in said}
     if isinstance(value, list):
         if len(value) != 1:
             raise InputError(f"{where}: field '{field}' names several right options")
         value = value[0]
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
+    if not isinstance(value, str | int | float):
         found = short(value)
         raise InputError(f"{where}: field '{field}' must be text, not {found}")
     text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
     text = re.sub(r"^\\boxed\{(.*)\}$", r"\1", text.strip())
-    texts = options.texts
     # 1. A letter: B, (B), b., B: Blue
     letters = set()
     match = re.fullmatch(r"(?i:option |choice )?\(?([A-Pa-p])(?:\)?[.:]?|\)?[.:)]\s*(.+))", text)
@@ -322,9 +341,10 @@ def letters_meant(
     same = [letter for letter, option in texts.items() if option.strip() == text]
     alike = [letter for letter, option in texts.items() if folded(option) == folded(text)]
     letters |= set(same[:1] or alike)
-    # 3. The name of an option. A `label` is rather an index, as the hub's class labels are.
+    # 3. The name of an option. A number in a `label` or the like is an index, as on the hub.
     name = plain_name(text)
-    if name in options.names and not (name.isdigit() and plain_name(field) == "label"):
+    is_index = name.isdigit() and plain_name(field).endswith(("label", "index", "idx"))
+    if name in options.names and not is_index:
         return letters | {options.names[name]}
     # 4. An index.
     if re.fullmatch(r"\d{1,2}", text):

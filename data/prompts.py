@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data.datasets import Example, load_examples
 from data.images import ImageConfig, ImageSource, image_grid, load_image, preprocess_image
-from data.tokenizer import DEFAULT_SYSTEM, Tokenizer, render_chat
+from data.tokenizer import DEFAULT_SYSTEM, Piece, Tokenizer, chat_pieces, encode_chats, render_chat
 from hub.config import MERGE, Grid
 from hub.errors import InputError
 
@@ -114,12 +114,16 @@ def make_prompt(
     system: str | None = None,
 ) -> Prompt:
     """Returns one user turn, the images before the text, ready for the assistant to go on."""
-    content = [{"type": "image"}] * len(images) + [{"type": "text", "text": text}]
-    messages = [
+    return chat_prompt(question_turns(text, len(images), system), images, tokenizer, image_config)
+
+
+def question_turns(text: str, num_images: int = 0, system: str | None = None) -> list[dict]:
+    """Returns the messages of one user turn, the images before the text."""
+    content = [{"type": "image"}] * num_images + [{"type": "text", "text": text}]
+    return [
         {"role": "system", "content": DEFAULT_SYSTEM if system is None else system},
         {"role": "user", "content": content},
     ]
-    return chat_prompt(messages, images, tokenizer, image_config)
 
 
 def load_text_questions(
@@ -130,13 +134,19 @@ def load_text_questions(
     Those whose prompt has over `limit` tokens are dropped and counted.
     """
 
-    def convert(example: Example) -> Question | None:
+    def convert(example: Example) -> tuple[Example, list[Piece]]:
         if example.images:
             raise InputError(f"question {example.id} has an image: training is on text only")
-        prompt = make_prompt(format_prompt(example, style), [], tokenizer, ImageConfig())
-        if len(prompt.ids) > limit:
-            return None
-        return Question(replace(example, response=None, meta={}), prompt)
+        turns = question_turns(format_prompt(example, style))
+        pieces = chat_pieces(turns, tokenizer, add_generation_prompt=True)
+        return replace(example, response=None, meta={}), pieces
+
+    def tokenise(block: list[tuple[Example, list[Piece]]]) -> list[Question | None]:
+        questions = []
+        encoded = encode_chats([pieces for _, pieces in block], tokenizer)
+        for (example, _), (ids, _) in zip(block, encoded):
+            questions.append(Question(example, Prompt(ids)) if len(ids) <= limit else None)
+        return questions
 
     too_long = f"the prompt is over {limit} tokens"
-    return load_examples(path, convert, skip_bad=skip_bad, too_long=too_long).items
+    return load_examples(path, convert, tokenise, skip_bad=skip_bad, too_long=too_long).items

@@ -8,9 +8,9 @@ Our plain schema is
 where options are {"A": text, ...}, an image is a path, a data URI or an array of them, accepted
 are other right answers, and precision is the number of decimals that count. All of these have other
 names as well: fields.py has the table. Here is only what a table of names cannot say. `SCHEMAS`, at
-the end, lists the published schemas: by which fields each is known, which of its fields mean the
-same as one of ours, and a function for what else there is to do. To add a dataset whose names are
-not known, add them in fields.py; to add one that needs more, add a line here.
+the end, lists the published schemas: by which fields each is known, and a function for what else
+there is to do. To add a dataset whose names are not known, add them in fields.py; to add one that
+needs more, add a line here.
 """
 
 import re
@@ -18,13 +18,14 @@ from collections.abc import Callable
 from reprlib import repr as short
 from typing import NamedTuple
 
-from data.fields import named, optional, python_list, required, without
-from data.options import LETTERS, read_options
+from data.fields import final_answer, named, optional, python_list, required, without
+from data.options import read_options
 from data.turns import (
     asked,
     is_sharegpt,
     openthoughts,
     openthoughts_metadata,
+    pictured,
     sharegpt,
     turns_of,
     verl,
@@ -36,14 +37,6 @@ def option_texts(record: dict, where: str) -> dict[str, str] | None:
     """Returns the options as letter -> text; None if there are none."""
     options = read_options(record, where)
     return None if options is None else options.texts
-
-
-def letter_of(text: str, options: dict[str, str], where: str) -> str:
-    """Returns the letter of the option that says `text`; InputError if none does."""
-    for letter, option in options.items():
-        if option == text:
-            return letter
-    raise InputError(f"{where}: field 'answer' is none of the options: {short(text)}")
 
 
 def listed_answers(record: dict, where: str) -> dict:
@@ -71,13 +64,6 @@ def orz(record: list, where: str) -> dict:
     return without(truth, "value") | {"question": question, "answer": answer}
 
 
-def orz_eval(record: dict, where: str) -> dict:
-    """The question is the only turn of a conversation."""
-    turns = required(record, "prompt", list, where)
-    question = required(turns[0], "value", str, f"{where}: field 'prompt'")
-    return without(record, "prompt", "final_answer", "choices") | {"question": question}
-
-
 def gsm8k(record: dict, where: str) -> dict:
     """The answer is a worked solution, "####", and a number.
 
@@ -91,12 +77,6 @@ def gsm8k(record: dict, where: str) -> dict:
     if thought and "response" not in record:
         record["response"] = f"<think>{thought}</think>\n<answer>{number}</answer>"
     return record
-
-
-def medqa(record: dict, where: str) -> dict:
-    """The answer is an option's text, which answer_idx names by its letter."""
-    letter = record["answer_idx"]
-    return record | {"answer": letter} if isinstance(letter, str) else record
 
 
 def medqa_hf(record: dict, where: str) -> dict:
@@ -125,17 +105,10 @@ def mmlu_pro(record: dict, where: str) -> dict:
 def mmmu(record: dict, where: str) -> dict:
     """Texts point to images: <image 1>. The subject is a field, or in the id: validation_Art_1."""
     options = option_texts(record, where)
-    domain = record.get("domain")
+    domain = record.get("subject")
     if not domain:
         name = re.fullmatch(r"[a-z]+_(.+)_\d+", str(record.get("id")))
         domain = name[1] if name else record.get("subfield")
-    # A file that was converted without its images would be answered blindly.
-    texts = [required(record, "question", str, where), *(options or {}).values()]
-    for number in re.findall(r"<image ([1-7])>", "\n".join(texts)):
-        if not record.get(f"image_{number}"):
-            raise InputError(
-                f"{where}: field 'image_{number}' is missing, but the text has <image {number}>"
-            )
     record = record | {"options": options, "domain": domain}
     return record if options else record | listed_answers(record, where)
 
@@ -146,43 +119,29 @@ def mmmu_vision(record: dict, where: str) -> dict:
 
 
 def mathvista(record: dict, where: str) -> dict:
-    """The answer is the right choice's text. The official prompt has the unit with the question."""
-    question = required(record, "question", str, where)
-    answer = required(record, "answer", str, where)
-    options = option_texts(record, where)
-    unit = optional(record, "unit", str, where)
+    """The answer is the right choice's text, even if that is a letter."""
+    options = option_texts(record, where) or {}
     metadata = optional(record, "metadata", dict, where) or {}
-    return without(record, "pid", "choices", "unit") | {
-        "question": f"{question} (Unit: {unit})" if unit else question,
-        "options": options,
-        "answer": letter_of(answer, options, where) if options else answer,
-        "domain": metadata.get("task"),
-    }
+    letters = [letter for letter, text in options.items() if text == record.get("answer")]
+    letters.append(record.get("answer"))
+    rest = without(record, "choices") | {"options": options, "domain": metadata.get("task")}
+    return rest | {"answer": letters[0]}
 
 
 def opencompass(row: dict, where: str) -> dict:
-    """A row of an OpenCompass TSV.
+    """A row of an OpenCompass TSV."""
+    domain = row.get("category", row.get("task"))
+    record = row | {"id": row["index"], "domain": domain}
+    return record if read_options(row, where) else record | listed_answers(row, where)
 
-    Options are in columns A, B, ... or, as the text of a list, in `choices`. An image is in base64;
-    several are the text of a list.
-    """
-    question = required(row, "question", str, where)
-    options = {letter: row[letter] for letter in LETTERS if letter in row} or row.get("choices")
-    images = row.get("image", row.get("image_path", ""))
-    images = python_list(images)
-    images = images if isinstance(images, list) else [images]
-    if "image" in row:
-        images = [f"data:image;base64,{image}" for image in images]
-    record = without(row, *LETTERS, "choices", "hint", "image_path") | {
-        "id": row.get("index"),
-        "question": f"{row['hint']}\n{question}" if "hint" in row else question,
-        "options": options,
-        "image": images,
-        "domain": row.get("category", row.get("task")),
-    }
-    if not options:
-        return record | listed_answers(row, where)
-    return record | {"answer": row.get("answer_option", row.get("answer"))}
+
+def scored(record: dict, where: str) -> dict:
+    """The options have a score each, of which the right one's is 1 (TruthfulQA, BIG-bench)."""
+    field = "mc1_targets" if "mc1_targets" in record else "target_scores"
+    scores = required(record, field, dict, where)
+    if "labels" not in scores:
+        scores = {"choices": list(scores), "labels": list(scores.values())}
+    return without(record, "mc1_targets", "mc2_targets", "target_scores", "target") | scores
 
 
 def medxpertqa(record: dict, where: str) -> dict:
@@ -205,7 +164,6 @@ class Schema(NamedTuple):
 
     name: str
     known_by: set[str]  # fields that a record must have
-    means: dict[str, str] = {}  # our field -> the published one that means the same
     convert: Callable[[dict, str], dict] | None = None  # what else there is to do
     lacks: frozenset[str] = frozenset()  # fields that a record must not have
 
@@ -216,51 +174,40 @@ SCHEMAS = (
     Schema(
         "openthoughts-metadata",
         {"problem", "deepseek_reasoning", "deepseek_solution"},
-        {"question": "problem"},
-        openthoughts_metadata,
-    ),
-    # Open-Reasoner-Zero, data/eval_data/*.json
-    Schema(
-        "orz-eval",
-        {"prompt", "final_answer"},
-        {"answer": "final_answer", "options": "choices"},
-        orz_eval,
+        convert=openthoughts_metadata,
     ),
     # jind11/MedQA; GBaker/MedQA-USMLE-4-options; GBaker/MedQA-USMLE-4-options-hf
-    Schema("medqa", {"question", "options", "answer_idx"}, convert=medqa),
+    Schema("medqa", {"question", "options", "answer_idx"}),
     Schema("medqa-hf", {"sent1", "ending0", "label"}, convert=medqa_hf),
     # TIGER-Lab/MMLU-Pro
-    Schema(
-        "mmlu-pro",
-        {"question_id", "options", "category"},
-        {"id": "question_id", "domain": "category"},
-        mmlu_pro,
-    ),
+    Schema("mmlu-pro", {"question_id", "options", "category"}, convert=mmlu_pro),
     # MMMU/MMMU_Pro, "standard (... options)" and "vision"; MMMU/MMMU and lmms-lab/MMMU
-    Schema("mmmu-pro", {"image_1", "options", "subject"}, {"domain": "subject"}, mmmu),
+    Schema("mmmu-pro", {"image_1", "options", "subject"}, convert=mmmu),
     Schema(
         "mmmu-pro-vision",
         {"image", "options", "subject"},
-        {"domain": "subject"},
-        mmmu_vision,
+        convert=mmmu_vision,
         lacks=frozenset({"question", "level"}),
     ),
     Schema("mmmu", {"image_1", "options"}, convert=mmmu),
     # AI4Math/MathVista
-    Schema(
-        "mathvista",
-        {"question", "choices", "question_type", "answer_type"},
-        {"id": "pid", "options": "choices"},
-        mathvista,
-    ),
+    Schema("mathvista", {"choices", "question_type", "answer_type"}, convert=mathvista),
     # TsinghuaC3I/MedXpertQA, and eval/data/input of its repository
     Schema("medxpertqa", {"question", "options", "medical_task"}, convert=medxpertqa),
     # volcengine/verl: DAPO-Math, geometry3k, ...
-    Schema("verl", {"prompt", "reward_model"}, convert=verl),
-    # AILab-CVPR/SEED-Bench
-    Schema("seed-bench", {"choice_a", "data_id"}, {"image": "data_id"}),
+    Schema("verl", {"reward_model"}, convert=verl),
+    # AILab-CVPR/SEED-Bench. An image is named with or without an ending.
+    Schema(
+        "seed-bench",
+        {"choice_a", "data_id"},
+        convert=lambda record, where: record | {"image": record["data_id"]},
+        lacks=frozenset({"image"}),
+    ),
+    # truthfulqa/truthful_qa, "multiple_choice"; google/BIG-bench
+    Schema("truthfulqa", {"question", "mc1_targets"}, convert=scored),
+    Schema("big-bench", {"input", "target_scores"}, convert=scored),
     # MathLLMs/MathVision. Options may be mere letters: then the image has their texts.
-    Schema("mathvision", {"question", "options", "level", "subject"}, {"domain": "subject"}),
+    Schema("mathvision", {"question", "options", "level", "subject"}),
 )
 
 
@@ -269,7 +216,9 @@ def to_plain(record: object, where: str, *, is_tsv: bool) -> tuple[str, dict]:
 
     Fields that mean nothing to us are left as they are. Raises InputError for an unknown schema.
     """
-    # Open-Reasoner-Zero, data/orz_math_57k_collected.json
+    # Open-Reasoner-Zero, data/orz_math_57k_collected.json; its tables have columns 0 and 1
+    if isinstance(record, dict) and record.keys() == {"0", "1"}:
+        record = [record["0"], record["1"]]
     if isinstance(record, list) and len(record) == 2:
         return "orz", orz(record, where)
     if isinstance(record, dict) and None in record:  # where csv puts them
@@ -278,31 +227,44 @@ def to_plain(record: object, where: str, *, is_tsv: bool) -> tuple[str, dict]:
         raise InputError(
             f"{where}: a record must be an object or [{{from, value}}, {{ground_truth}}]"
         )
-    if is_tsv:
+    if optional(record, "error_type", str, where) not in ("ok", None):  # MMLU-Redux
+        raise InputError(f"{where}: field 'error_type' says that the question is bad")
+    if is_tsv and "index" in record:
         return "opencompass", opencompass(record, where)
+    told = named(record, "answer") or named(record, "key") or named(record, "solution")
     if is_sharegpt(record):
         return "sharegpt", sharegpt(record, where)
-    # allenai/RLVR: the turns before an answer
-    spoken = turns_of(record.get("messages"))
-    if spoken and spoken[-1][0] == "user" and named(record, "answer") and "question" not in record:
-        question = asked(record["messages"], f"{where}: field 'messages'")
-        record = without(record, "messages") | {"question": question}
+    # allenai/RLVR, verl, orz-eval: the turns before an answer
+    asks = named(record, "question")
+    for field in (*asks[:1], "messages", "conversations"):
+        spoken = turns_of(record.get(field))
+        if spoken and (field in asks or not asks and told and spoken[-1][0] == "user"):
+            question = asked(record[field], f"{where}: field '{field}'")
+            record = pictured(record, record[field]) | {"question": question}
+            record = without(record, *{field} - {"question"})
+            break
+    # databricks/dolly, tatsu-lab/alpaca: the response is the answer
+    worked = named(record, "worked")
+    if worked and not told and not named(record, "options"):
+        response = required(record, worked[0], str, where)
+        answer = final_answer(response) or response
+        # Alpaca has it all once more as `text`.
+        repeated = ["text"] if response in str(record.get("text")) else []
+        record = without(record, *worked, *repeated) | {"answer": answer, "response": response}
     for schema in SCHEMAS:
         if schema.known_by <= record.keys() and not schema.lacks & record.keys():
-            for ours, theirs in schema.means.items():
-                record = record | {ours: record.get(theirs)}
             if schema.convert is not None:
                 record = schema.convert(record, where)
             return schema.name, record
     # openai/grade-school-math; openai/gsm8k
     if "####" in str(record.get("answer")) and not record.get("options"):
         return "gsm8k", gsm8k(record, where)
-    # allenai/arc: {"question": {"stem", "choices"}, "answerKey"}
-    if isinstance(record.get("question"), dict):
-        record = without(record, "question") | record["question"]
+    # allenai/arc: {"question": {"stem", "choices"}, "answerKey"}; MedQA of openlifescienceai
+    for field, value in record.items():
+        if isinstance(value, dict) and named(value, "question") and asks in ([], [field]):
+            record = without(record, field) | value
+            break
     asks = named(record, "question")
     if not asks and not named(record, "answer"):
         raise InputError(f"{where}: unknown schema (fields: {', '.join(record)[:80]})")
-    if asks and turns_of(record[asks[0]]):
-        record = record | {asks[0]: asked(record[asks[0]], f"{where}: field '{asks[0]}'")}
     return ("plain" if "question" in asks and "answer" in record else "by names"), record

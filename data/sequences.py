@@ -18,7 +18,7 @@ from torch import Tensor
 
 from data.datasets import Example
 from data.prompts import format_prompt
-from data.tokenizer import Tokenizer, render_chat
+from data.tokenizer import Piece, Tokenizer, chat_pieces, join_pieces
 from hub.errors import InputError
 
 
@@ -35,9 +35,10 @@ def make_row(ids: Sequence[int], scored: Sequence[bool], example: str = "") -> R
 
     A first token follows nothing, so nothing predicts it: it is never scored.
     """
-    row = Row(torch.tensor(ids, dtype=torch.int32), torch.tensor(scored, dtype=torch.bool), example)
-    row.scored[:1] = False
-    return row
+    # By way of numpy, which reads a Python list three times as fast as torch.
+    ids, scored = np.array(ids, dtype=np.int32), np.array(scored, dtype=np.bool_)
+    scored[:1] = False
+    return Row(torch.from_numpy(ids), torch.from_numpy(scored), example)
 
 
 # One token and nothing to score: what a process runs while others have one more pack to run.
@@ -56,6 +57,17 @@ def encode_example(
 
     What is cut has no <|im_end|>, so nothing teaches the model to stop there. Where the prompt
     alone fills max_length, the mask is all false: such rows are for the caller to drop.
+    """
+    pieces = example_pieces(example, tokenizer, style=style, answer_only=answer_only)
+    ids, mask = join_pieces(pieces, tokenizer.encode)
+    return ids[:max_length], mask[:max_length]
+
+
+def example_pieces(
+    example: Example, tokenizer: Tokenizer, *, style: str, answer_only: bool = False
+) -> list[Piece]:
+    """Returns a text example for SFT as a conversation in pieces: question, response.
+
     `answer_only` leaves the thoughts out: the paper's ablation without chains of thought.
     """
     if example.images:
@@ -65,8 +77,7 @@ def encode_example(
         raise InputError(f"{example.id}: field 'response' is missing")
     question = {"role": "user", "content": format_prompt(example, style)}
     answer = {"role": "assistant", "content": response}
-    ids, mask = render_chat([question, answer], tokenizer)
-    return ids[:max_length], mask[:max_length]
+    return chat_pieces([question, answer], tokenizer)
 
 
 @dataclass

@@ -54,7 +54,7 @@ def openthoughts(record: dict, where: str) -> dict:
 
 def openthoughts_metadata(record: dict, where: str) -> dict:
     """The same set with its parts apart. Starter code, of a coding problem, is in the question."""
-    question = required(record, "question", str, where)
+    question = required(record, "problem", str, where)
     code = optional(record, "starter_code", str, where)
     thought = required(record, "deepseek_reasoning", str, where)
     solution = required(record, "deepseek_solution", str, where)
@@ -88,7 +88,7 @@ def turns_of(turns: object) -> list[tuple[str, str]] | None:
     """Returns (speaker, text) of each turn of a conversation; None if it is none.
 
     ShareGPT says from and value, the chat APIs say role and content. The text may be an array of
-    parts, of which those that are text count.
+    parts, texts and images; an image leaves its mark.
     """
     found = []
     for turn in turns if isinstance(turns, list) else []:
@@ -97,12 +97,23 @@ def turns_of(turns: object) -> list[tuple[str, str]] | None:
         speaker = turn.get("from", turn.get("role"))
         text = turn.get("value", turn.get("content"))
         if isinstance(text, list):
-            parts = [part.get("text") for part in text if isinstance(part, dict)]
-            text = "\n".join(part for part in parts if isinstance(part, str))
+            parts = [part if isinstance(part, dict) else {} for part in text]
+            marks = ["<image>" if "image" in str(part.get("type")) else None for part in parts]
+            texts = [part.get("text", mark) for part, mark in zip(parts, marks)]
+            text = "\n".join(texts) if all(isinstance(one, str) for one in texts) else None
         if not isinstance(speaker, str) or not isinstance(text, str):
             return None
         found.append((SPEAKERS.get(speaker, speaker), text.strip()))
     return found or None
+
+
+def pictured(record: dict, turns: list) -> dict:
+    """Returns the record with the images that its turns hold, if it has no field of images."""
+    texts = [turn.get("value", turn.get("content")) for turn in turns]
+    parts = [part for text in texts if isinstance(text, list) for part in text]
+    held = [part.get("image", part.get("image_url")) for part in parts]
+    held = [image for image in held if image]
+    return record if named(record, "image") or not held else record | {"images": held}
 
 
 def asked(turns: object, where: str) -> str:
@@ -120,6 +131,7 @@ def sharegpt(record: dict, where: str) -> dict:
     The answer is what the response has in <answer> tags, else in its last box, else all of it.
     """
     field = "conversations" if "conversations" in record else "messages"
+    record = pictured(record, record[field])
     spoken = turns_of(record[field]) or []
     texts = [text for speaker, text in spoken if speaker != "system"]
     speakers = [speaker for speaker, _ in spoken if speaker != "system"]
@@ -128,29 +140,34 @@ def sharegpt(record: dict, where: str) -> dict:
     question, response = texts
     answer = final_answer(response) or response
     return (
-        {"answer": answer} | without(record, field) | {"question": question, "response": response}
+        {"answer": answer}
+        | without(record, field, *named(record, "question"))
+        | {"question": question, "response": response}
     )
 
 
 def is_sharegpt(record: dict) -> bool:
-    """Says whether all there is to a record is a conversation; OpenThoughts has its own tags."""
+    """Says whether a record is a conversation, its question perhaps beside it; not OpenThoughts."""
     turns = record.get("conversations", record.get("messages"))
-    if named(record, "question") or not isinstance(turns, list) or not turns:
-        return False
     spoken = turns_of(turns)
-    is_published = isinstance(turns[0], dict) and turns[0].get("from") == "user"
-    is_prompt = bool(spoken) and spoken[-1][0] == "user" and bool(named(record, "answer"))
-    return spoken is not None and not is_published and not is_prompt
+    if not spoken:
+        return False
+    begun = [record[field] for field in named(record, "question")]
+    told = named(record, "answer") or named(record, "solution")
+    if begun and (told or not any(text == str(begun[0]).strip() for _, text in spoken)):
+        return False
+    is_published = turns[0].get("from") == "user" and ("system" in record or "<|" in str(turns))
+    is_prompt = spoken[-1][0] == "user" and bool(named(record, "answer"))
+    return not is_published and not is_prompt
 
 
 def verl(record: dict, where: str) -> dict:
-    """The prompt is a conversation, and the reward's model has the truth.
+    """The prompt was a conversation, and the reward's model has the truth.
 
     Where extra_info has the question as well, that is the bare one, without instructions.
     """
-    question = record["prompt"]
-    if not isinstance(question, str):
-        question = asked(question, f"{where}: field 'prompt'")
+    [field, *_] = named(record, "question") or ["prompt"]
+    question = required(record, field, str, where)
     extra = optional(record, "extra_info", dict, where) or {}
     bare = extra.get("question")
     if isinstance(bare, str) and bare.strip() and bare.strip() in question:
@@ -162,7 +179,7 @@ def verl(record: dict, where: str) -> dict:
     if isinstance(truths, dict):
         truths = truths.get("target", truths)
     answers, _ = read_open_answer({"ground_truth": truths}, f"{where}: field 'reward_model'")
-    return without(record, "prompt", "reward_model") | {
+    return without(record, field, "reward_model") | {
         "question": wrapped[1] if wrapped else question,
         "answer": answers,
         "domain": record.get("ability"),

@@ -40,6 +40,14 @@ def test_logprob_on_a_cpu():
         assert way["forward_ms"] > 0 and way["forward_backward_ms"] > 0 and way["rate"] > 0
 
 
+def test_tokenizing():
+    done = bench("tokenizing", "--megabytes", "0.02", "--solutions", "2", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert set(result["seconds"]) == {"read", "one by one", "in blocks", "keep", "find"}
+    assert all(clock > 0 for clock, _ in result["seconds"].values()) and result["tokens"] > 1000
+
+
 def test_rollout_without_a_peer():
     done = bench("rollout", *SMALL, "--json")
     assert done.returncode == 0, done.stderr
@@ -66,6 +74,7 @@ def test_train_step_on_a_cpu(stage):
     [
         (["rollout", "--wrong"], "--wrong"),
         (["rollout", "--shape", "9b"], "0.5b"),
+        (["tokenizing", "--data", "micro/data/rl.jsonl"], "no worked responses"),
         (["rollout", "--prompts", "100000"], "questions only"),
         (["rollout", *SMALL, "--peer", "/no/such/python"], "--peer /no/such/python"),
         (["logprob", "--device", "cpu", "--tokens", "9", "--peer", "false"], "--peer false"),

@@ -8,15 +8,19 @@ import zlib
 from pathlib import Path
 from urllib.parse import quote
 
+from hub.options import MICRO_BASE
+
 import PIL
 import pytest
 import torch
 from PIL import Image
 
 import data
+import data.tokenizer as tokenizer_module
 from data import Example, ImageConfig, InputError, Tokenizer
 from data.images import IMAGE_MEAN, IMAGE_STD
 from data.prompts import MATH_PROMPT, MCQ_PROMPT, TRAIN_PROMPT
+from data.tokenizer import chat_pieces, encode_chats, stretches
 
 GOLDEN = Path(__file__).parent / "golden"
 CHAT = json.loads((GOLDEN / "data_chat.json").read_text())
@@ -90,6 +94,49 @@ def test_control_tokens(tokenizer):
 def test_encode_equals_published(tokenizer, text):
     assert tokenizer.encode(text) == CHAT["pieces"][text]
     assert tokenizer.decode(tokenizer.encode(text), skip_special=False) == text
+
+
+# White space of every kind, controls, marks that combine, digits and letters of several scripts.
+ODD_CHARACTERS = [
+    *"aAb\u00e9\u4e2d \t\n\n\r\v\f\x1c\x1f\x85\xa0\u2003\u2028\u3000\u200b\ufeff\u0301\u0338",
+    *"\u1100\u1161\u11a8\u017fsStT1\u00b2\u0663.,!<>|/()\U0001f600\u200d\U0001d7d8\ue000\0",
+    *["'s", "'ll", "\n\n", " \n", "\r\n", "<|im_end|>", "<|image_pad|>", "</think>", "\u2126"],
+]
+
+
+def odd_texts(seed: int, count: int) -> list[str]:
+    chance = random.Random(seed)
+    return ["".join(chance.choices(ODD_CHARACTERS, k=chance.randrange(60))) for _ in range(count)]
+
+
+@pytest.mark.parametrize("folder", [GOLDEN / "data_tokenizer", MICRO_BASE], ids=["qwen", "micro"])
+def test_many_texts_at_once_have_the_ids_that_each_has_alone(monkeypatch, folder):
+    """Also where every text is cut at every place where `encode_all` would ever cut one."""
+    tokenizer, texts = Tokenizer.from_pretrained(folder), odd_texts(0, 2000)
+    expected = [tokenizer.encode(text) for text in texts]
+    assert tokenizer.encode_all(texts) == expected
+    monkeypatch.setattr(tokenizer_module, "STRETCH", 1)
+    cut = [stretches(text) for text in texts]
+    assert sum(map(len, cut)) > 1.5 * len(texts)
+    assert ["".join(parts) for parts in cut] == texts
+    assert tokenizer.encode_all(texts) == expected
+    assert tokenizer.encode_all([]) == []
+
+
+def test_long_texts_are_cut_into_whole_lines():
+    lines = [f"{'x' * 299}\n" for _ in range(10)]
+    assert stretches("".join(lines)) == ["".join(lines[i : i + 4]) for i in (0, 4, 8)]
+    assert stretches("x" * 5000) == ["x" * 5000] and stretches("") == [""]
+    # Not before white space: the next line's indent belongs to the line break.
+    assert stretches("x" * 2000 + "\n  y") == ["x" * 2000 + "\n  y"]
+
+
+def test_half_a_surrogate_pair_is_refused_one_by_one_and_at_once(tokenizer):
+    expected = "text is not valid Unicode: 'a\\ud800'"
+    assert complaint(tokenizer.encode, "a\ud800") == expected
+    assert complaint(tokenizer.encode_all, ["fine", "a\ud800"]) == expected
+    turns = [{"role": "user", "content": "a\ud800"}]
+    assert "not valid Unicode: 'user\\na" in complaint(chat_pieces, turns, tokenizer)
 
 
 def test_known_ids_of_the_tags(tokenizer):
@@ -549,6 +596,25 @@ def test_control_tokens_in_text_stay_text(tokenizer, role):
     for control in TRUE_IDS.values():
         assert ids.count(control) == plain.count(control)
     assert attack in tokenizer.decode(ids, skip_special=False)
+
+
+def test_many_chats_at_once_are_what_each_is_alone(tokenizer):
+    """Chats of any turns, empty ones too, whose texts look like control tokens now and then."""
+    texts, chance = odd_texts(1, 900), random.Random(1)
+    chats = []
+    for _ in range(150):
+        messages, image_tokens = [], []
+        for role in chance.choices(["system", "user", "assistant"], k=chance.randrange(5)):
+            parts = [{"type": "text", "text": texts.pop()} for _ in range(chance.randrange(3))]
+            if chance.random() < 0.2:
+                parts.insert(chance.randrange(len(parts) + 1), {"type": "image"})
+                image_tokens.append(chance.randrange(1, 5))
+            messages.append({"role": role, "content": parts})
+        more = {"image_tokens": image_tokens, "add_generation_prompt": chance.random() < 0.5}
+        chats.append((messages, more))
+    pieces = [chat_pieces(messages, tokenizer, **more) for messages, more in chats]
+    expected = [data.render_chat(messages, tokenizer, **more) for messages, more in chats]
+    assert encode_chats(pieces, tokenizer) == expected
 
 
 @pytest.mark.parametrize(

@@ -106,11 +106,6 @@ METADATA = {
     "test_cases": "{}",
     "starter_code": "def f(x):",
 }
-ORZ_EVAL = {
-    "prompt": [{"from": "user", "value": "Who?"}],
-    "final_answer": "B",
-    "choices": {"A": "x", "B": "y"},
-}
 MEDQA_LIST = MEDQA | {"options": [{"key": "A", "value": "Zinc"}, {"key": "B", "value": "Iron"}]}
 MEDQA_HF = {
     "id": "train-3",
@@ -239,11 +234,6 @@ SCHEMAS = {  # record, what it is read as; images relative to the file's folder
         ),
     ),
     "orz": (ORZ, Example("d-1", "1+1?", "2", meta={"pass_at_n": 0.5})),
-    "orz-eval": (ORZ_EVAL, Example("d-1", "Who?", "B", {"A": "x", "B": "y"})),
-    "orz-eval no choices": (
-        {"prompt": ORZ_EVAL["prompt"], "final_answer": 73},
-        Example("d-1", "Who?", "73"),
-    ),
     "gsm8k": (
         GSM8K,
         Example(
@@ -361,7 +351,8 @@ SCHEMAS = {  # record, what it is read as; images relative to the file's folder
             domain="geometry problem solving",
             precision=1,
             meta={
-                key: MATHVISTA[key] for key in ("question_type", "answer_type", "metadata", "query")
+                key: MATHVISTA[key]
+                for key in ("pid", "question_type", "answer_type", "metadata", "query")
             },
         ),
     ),
@@ -376,7 +367,7 @@ SCHEMAS = {  # record, what it is read as; images relative to the file's folder
             domain="geometry problem solving",
             meta={
                 key: MATHVISTA_CHOICE[key]
-                for key in ("question_type", "answer_type", "metadata", "query")
+                for key in ("pid", "question_type", "answer_type", "metadata", "query")
             },
         ),
     ),
@@ -740,8 +731,8 @@ BAD_FILES = {
         "line 1: field 'question' must be text, not ['a']",
     ),
     "answer_type": (
-        [{"question": "a", "answer": True}],
-        "line 1: field 'answer' must be text, not True",
+        [{"question": "a", "answer": [["x"]]}],
+        "line 1: field 'answer' must be text, not ['x']",
     ),
     "options_type": (
         [{"question": "a", "answer": "b", "options": 7}],
@@ -752,7 +743,7 @@ BAD_FILES = {
         "field 'options': field 'A' is missing",
     ),
     "answer_no_option": (
-        [{"question": "a", "answer": "C", "options": {"A": "x"}}],
+        [{"question": "a", "answer": "C", "options": {"A": "x", "B": "y"}}],
         "field 'answer' is none of the options",
     ),
     "image_type": (
@@ -769,20 +760,20 @@ BAD_FILES = {
     ),
     "medqa_options": ([{"question": "a", "answer_idx": "A"}], "line 1: field 'answer' is missing"),
     "option_keys": (
-        [{"question": "q", "answer": "1", "options": {"1": "x", "2": "y"}}],
-        "line 1: field 'options' must have letters from A to P as keys, not 1, 2",
+        [{"question": "q", "answer": "1", "options": {"1": "x", "3": "y"}}],
+        "line 1: field 'options' must be named by letters from A to P, not 1, 3",
     ),
     "medqa_letter": (
         [MEDQA | {"answer_idx": "E"}],
-        "line 1: field 'answer' is none of the options",
+        "line 1: field 'answer_idx' is none of the options: 'E'",
     ),
     "option_no_key": (
         [MEDQA | {"options": [{"value": "x"}, "y"]}],
-        "field 'options': field 'key' is missing",
+        "field 'options': field 'value' is missing",
     ),
     "many_options": (
         [{"question": "q", "answer": "A", "options": ["x"] * 17}],
-        "must have letters from A to P as keys",
+        "must have letters from A to P, not 17 options",
     ),
     "options_no_list": (
         [MMMU | {"options": "A or B"}],

@@ -7,23 +7,14 @@ from fractions import Fraction
 
 import pytest
 
-from answers import equivalence, formulas, parsing, trees, typography, units
+from answers import equivalence, formulas, parsing, tokens, trees, typography, units, values
 from answers.equivalence import answers_agree, is_equivalent
-from answers.formulas import (
-    MAX_BITS,
-    Approx,
-    Budget,
-    Evaluator,
-    NotMaths,
-    NoValue,
-    Parser,
-    approximate,
-    tokenise,
-    values_agree,
-    variables,
-)
+from answers.formulas import parse_formula
 from answers.parsing import parse_answer
+from answers.tokens import NotMaths
+from answers.trees import variables
 from answers.typography import MAX_CHARS, plain
+from answers.values import MAX_BITS, Approx, Budget, Evaluator, NoValue, approximate, values_agree
 from benchmarks import constant_answers
 from benchmarks import rewards as bench
 
@@ -32,7 +23,7 @@ BLOCKS = bench.answer_blocks()
 
 
 def tree(text: str):
-    return Parser(tokenise(plain(text))).parse()
+    return parse_formula(plain(text))
 
 
 def value(text: str, **point):
@@ -310,6 +301,6 @@ def test_limits():
 
 
 def test_examples_in_the_docstring():
-    for module in (formulas, trees, parsing, equivalence, typography, units):
+    for module in (tokens, formulas, values, trees, parsing, equivalence, typography, units):
         result = doctest.testmod(module)
         assert result.attempted >= 2 and result.failed == 0

@@ -35,6 +35,10 @@ CHOICES = {  # published shapes of options, all of them these four colours, "C" 
     "MMLU": {"choices": TEXTS, "answer": 2, "subject": "optics"},
     "ARC": {"choices": {"text": TEXTS, "label": ["A", "B", "C", "D"]}, "answerKey": "C"},
     "ARC, numbered": {"choices": {"text": TEXTS, "label": ["1", "2", "3", "4"]}, "answerKey": "3"},
+    "an object of its own": {
+        "question": None,
+        "data": {"Question": "Which?", "Options": COLOURS, "Correct Option": "C"},
+    },
     "AQuA": {"options": ["A)red", "B)blue", "C)green", "D)black"], "correct": "C"},
     "AGIEval": {"options": ["(A)red", "(B)blue", "(C)green", "(D)black"], "label": "C"},
     "MathQA": {"options": "a ) red , b ) blue , c ) green , d ) black", "correct": "c"},
@@ -70,6 +74,23 @@ CHOICES = {  # published shapes of options, all of them these four colours, "C" 
     "all of it": {"options": COLOURS, "answer": "(C) Green"},
     "wrong ones as well": {"options": TEXTS, "answer": "green", "distractors": TEXTS[:2]},
     "in a box": {"options": TEXTS, "answer": r"\boxed{C}"},
+    "TAL-SCQ5K": {
+        "answer_option_list": [[{"aoVal": k, "content": f"{v}"}] for k, v in COLOURS.items()],
+        "answer_value": "C",
+    },
+    "TruthfulQA": {"mc1_targets": {"choices": TEXTS, "labels": [0, 0, 1, 0]}},
+    "a mark an option": {"options": TEXTS, "correct": [False, False, True, False]},
+    "DREAM": {"choice": TEXTS, "answer": "green"},
+    "numbered": {"options": dict(zip("1234", TEXTS)), "answer": "3"},
+    "named": {"options": {f"choice_{k}": v for k, v in COLOURS.items()}, "answer": "choice_C"},
+    "an object an option": {"options": [{k: v} for k, v in COLOURS.items()], "answer": "C"},
+    "M3Exam": {"options": ["1. red", "2. blue", "3. green", "4. black"], "answer": "3"},
+    "small columns": {k.lower(): v for k, v in COLOURS.items()} | {"answer": "c"},
+    "one line": {"options": "A. red B. blue C. green D. black", "answer": "C"},
+    "CMExam": {"options": "A red\nB blue\nC green\nD black", "answer": "C"},
+    "Chinese": {"options": ["A、red", "B、blue", "C、green", "D、black"], "answer": "C"},
+    "filled up": {"options": [*TEXTS, None, ""], "answer": "C"},
+    "answers and a letter": {"answers": TEXTS, "answer": "C"},
 }
 
 
@@ -132,6 +153,19 @@ def test_what_can_be_read_in_two_ways_is_refused(tmp_path):
     assert "field 'B' looks like an option, but A is missing" in complaint(written(tmp_path, lost))
     lost = {"question": "Q", "distractors": ["x", "y"], "answer": "B"}
     assert "'distractors' has the wrong options" in complaint(written(tmp_path, lost))
+    for value, options in (
+        (["a.png", "b.png"], "has images"),
+        ("['a' 'b']", "has only one option"),
+    ):
+        message = complaint(written(tmp_path, *with_answers("A", options=value)))
+        assert options in message
+    pictured = [{"label": "A", "text": "x", "image": "a.png"}, {"label": "B", "text": "y"}]
+    assert "has images" in complaint(written(tmp_path, *with_answers("A", options=pictured)))
+    two = {"question": "Q", "options": TEXTS, "labels": [1, 0, 1, 0]}
+    assert "several right options" in complaint(written(tmp_path, two))
+    # MMLU-Redux says which of MMLU's answers are wrong.
+    redux = {"question": "Q", "choices": TEXTS, "answer": 2, "error_type": "wrong_groundtruth"}
+    assert "'error_type' says" in complaint(written(tmp_path, redux))
     # A second field, or numbers that are no index, settle it.
     assert (
         only(tmp_path, with_answers("2", options=["1", "2", "3"])[0] | {"label": "B"}).answer == "B"
@@ -164,6 +198,59 @@ def test_one_image_under_two_names_is_one(tmp_path):
     assert only(tmp_path, record).images == [tmp_path / "left/1.png", tmp_path / "right/1.png"]
 
 
+@pytest.mark.parametrize("field", ["image", "img", "image_bytes", "image_base64", "image_0"])
+def test_base64_that_does_not_say_so(tmp_path, field):
+    for begin in ("iVBORw0KGgo", "/9j/4AAQSkZJRg", "R0lGODlhAQAB", "UklGRiIAAABXRUJQ"):
+        text = begin + "A" * 80
+        for value in (text, [text], {"bytes": text, "path": None}):
+            record = {"question": "Q", "answer": "1", field: value}
+            assert only(tmp_path, record).images == [f"data:image;base64,{text}"]
+
+
+def test_every_image_is_read_or_refused(tmp_path):
+    record = {"question": "Q", "answer": "1"}
+    nine = {f"image_{i}": f"{i}.png" for i in range(1, 10)}
+    assert len(only(tmp_path, record | nine).images) == 9
+    for field in ("second_image", "image_10", "image_after", "raw_picture"):
+        message = complaint(written(tmp_path, record | {"image": "a.png", field: "b.png"}))
+        assert f"field '{field}' looks like an image" in message
+    message = complaint(written(tmp_path, record | {"image": "a.png", "choice_images": ["b.png"]}))
+    assert "'choice_images' looks like options" in message
+    # What shows the image once more, or the solution, is no part of the question.
+    more = {"image_preview": "p.png", "rationale_image": "r.png", "image_link": "x/a.png"}
+    assert len(only(tmp_path, record | {"image": "a.png"} | more).images) == 1
+    assert only(tmp_path, record | {"rationale_image": "r.png"}).images == []
+    beside = {"image": "a.png", "image_url": "https://x.org/a.png"}
+    assert only(tmp_path, record | beside).images == [tmp_path / "a.png"]
+    seed = {"choice_a": "x", "choice_b": "y", "answer": "B", "data_id": "17_4", "question": "Q"}
+    assert only(tmp_path, seed).images == [tmp_path / "17_4"]
+    assert only(tmp_path, seed | {"image": ["b.png"]}).images == [tmp_path / "b.png"]
+
+
+def test_images_of_conversations(tmp_path):
+    for part, expected in (
+        ({"type": "image", "image": "a.png"}, "a.png"),
+        ({"type": "image_url", "image_url": {"url": "b.png"}}, "b.png"),
+    ):
+        asked = {"role": "user", "content": [part, {"type": "text", "text": "Why?"}]}
+        for record in (
+            {"messages": [asked, {"role": "assistant", "content": "So."}]},
+            {"messages": [asked], "answer": "So."},
+            {"prompt": [asked], "answer": "So."},
+            {"conversations": [asked], "answer": "So."},
+            {"prompt": [asked], "reward_model": {"ground_truth": "So."}},
+        ):
+            example = only(tmp_path, record)
+            assert (example.question, example.answer) == ("<image>\nWhy?", "So.")
+            assert example.images == [tmp_path / expected]
+    lost = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Why?"}]}
+    record = {"messages": [lost, {"role": "assistant", "content": "So."}]}
+    assert "the text has <image>, but" in complaint(written(tmp_path, record))
+    assert only(tmp_path, record | {"images": ["c.png"]}).images == [tmp_path / "c.png"]
+    lost["content"][0] = {"type": "video", "video": "a.mp4"}
+    assert "unknown schema" in complaint(written(tmp_path, record))
+
+
 CONTEXTS = {
     "RACE": ({"article": "Long ago."}, "Long ago.\nWhy?"),
     "SVAMP": ({"Body": "He has 3."}, "He has 3.\nWhy?"),
@@ -175,6 +262,10 @@ CONTEXTS = {
     "there already": ({"text": "So: Why?", "prompt": "Answer this. Why?"}, "Why?"),
     "a prompt": ({"prompt": "It rains."}, "It rains.\nWhy?"),
     "a passage that asks itself": ({"passage": "She asks: Why?"}, "She asks: Why?\nWhy?"),
+    "MuSR": ({"narrative": "A man is dead."}, "A man is dead.\nWhy?"),
+    "a note": ({"Patient Note": "He is 40."}, "He is 40.\nWhy?"),
+    "another unit": ({"answer_unit": "kg"}, "Why? (Unit: kg)"),
+    "a chapter": ({"unit": 3}, "Why?"),
     "nothing": ({"context": None, "passage": "", "hint": "nan", "case": 7}, "Why?"),
 }
 
@@ -205,6 +296,18 @@ LOOKS = {  # an unknown field, what it looks like, and an answer that makes it l
     "code": ({"code": "x = 1\nprint(x + 1)"}, "context", "2"),
     "some text": ({"source_text": "A man went home."}, "context", "1"),
     "history": ({"medical_history": "He smokes a lot."}, "context", "1"),
+    "a hypothesis": ({"hypothesis": "All men are mortal."}, "context", "yes"),
+    "one sentence of two": ({"sentence2": "A cat is there."}, "context", "yes"),
+    "a described case": ({"case_description": "A man of 40."}, "context", "1"),
+    "another question": ({"query": "Is it true or false?"}, "a part of the question", "1"),
+    "what is asked about": (
+        {"question_description": "A ball rolls."},
+        "a part of the question",
+        "1",
+    ),
+    "a caption without its image": ({"figure_caption": "Sales by year"}, "an image", "1"),
+    "base64": ({"raw": "iVBORw0KGgo" + "A" * 80}, "an image", "1"),
+    "small letters": ({"b": "x", "possible_reply_a": "x", "possible_reply_b": "y"}, "options", "c"),
     "a description": ({"description": "A shop sells apples."}, "context", "1"),
 }
 
@@ -222,13 +325,16 @@ def test_what_is_unread_but_belongs_to_the_question_is_refused_by_name(tmp_path,
 
 
 def test_what_only_describes_is_not_refused(tmp_path):
-    record = {"question": "Q", "answer": "2", "tags": ["a", "b", "c"], "image_caption": "a b c"}
+    record = {"question": "Q", "answer": "2", "tags": ["a", "b", "c"], "r_step": "a b c"}
     record |= {
         "num_images": 0,
         "choice_type": "single",
         "passage_id": "p 1",
         "source": "x",
         "solution_text": "a b c d",
+        "cot_content": "a b c d",
+        "golden_answers": ["2", "two"],
+        "numbers": "1 2",
     }
     record |= {"r1_solution_1": "x", "r1_solution_2": "y", "finish_reasons": ["stop", "length"]}
     assert only(tmp_path, record).meta.keys() == record.keys() - {"question", "answer"}
@@ -254,6 +360,103 @@ def test_an_index_without_options_is_refused(tmp_path):
     )
 
 
+def test_a_number_of_a_class_is_no_answer(tmp_path):
+    for fields in (
+        {"question": "Is it so?", "label": 1},  # BoolQ in SuperGLUE
+        {"question": "Q", "answer": "A. Smith", "label": 0},  # MultiRC: this answer is wrong
+        {"question": "Q", "answer": "5", "correct": False},
+        {"prompt": "Q", "completion": "R", "label": False},  # KTO
+    ):
+        message = complaint(written(tmp_path, fields))
+        assert f"field '{list(fields)[-1]}' may not be the answer" in message
+    assert only(tmp_path, {"query": "Q", "label": ["14"]}).answer == "14"  # ChartQA
+    assert only(tmp_path, {"question": "Q", "answer": "5", "correct": True}).answer == "5"
+
+
+def test_a_gap_in_the_question(tmp_path):
+    record = {"Question": "He has N_00 apples and N_01 pears.", "Numbers": "9 4", "Answer": 13.0}
+    assert "N_00 in the place of a number" in complaint(written(tmp_path, record))
+    del record["Numbers"]
+    assert only(tmp_path, record).answer == "13"
+
+
+@pytest.mark.parametrize("mark", ["<image_2>", "<|image_1|>", "<ImageHere>", "![x](a.png)"])
+def test_marks_of_images(tmp_path, mark):
+    record = {"question": f"What is in {mark}?", "answer": "1", "options": []}
+    assert f"the text has {mark}" in complaint(written(tmp_path, record))
+    if mark == "<image_2>":
+        message = complaint(written(tmp_path, record | {"image_1": "a.png", "image_2": None}))
+        assert "field 'image_2' is missing" in message
+
+
+def test_columns_0_and_1(tmp_path):
+    """Open-Reasoner-Zero's pairs as a table has them."""
+    rows = [{"0": {"value": t}, "1": {"ground_truth": {"value": t * 2}}} for t in ("a", "b")]
+    assert [e.answer for e in read_examples(written(tmp_path, *rows))] == ["aa", "bb"]
+
+
+def test_big_bench(tmp_path):
+    scores = {"red": 0, "blue": 1}
+    path = tmp_path / "task.json"
+    path.write_text(
+        json.dumps({"name": "x", "examples": [{"input": "Q", "target_scores": scores}]})
+    )
+    [example] = read_examples(path)
+    assert (example.options, example.answer) == ({"A": "red", "B": "blue"}, "B")
+    broken = {"question": "Q", "mc1_targets": ["x"]}
+    assert "'mc1_targets' must be an object" in complaint(written(tmp_path, broken))
+
+
+def test_a_plain_tsv(tmp_path):
+    path = tmp_path / "d.tsv"
+    path.write_text("Question\tA\tB\tC\tAnswer\nWhich?\tred\tblue\tnan\tB\n")
+    [example] = read_examples(path)
+    assert (example.options, example.answer) == ({"A": "red", "B": "blue"}, "B")
+
+
+SFT = {  # the answer is in the response
+    "Dolly": ({"instruction": "Q", "context": "C.", "response": "R."}, "C.\nQ", "R."),
+    "Alpaca": ({"instruction": "I", "input": "X", "output": "R.", "text": "I X R."}, "I\nX", "R."),
+    "prompt and completion": ({"prompt": "Q", "completion": r"So \boxed{4}."}, "Q", "4"),
+    "MetaMathQA": ({"query": "Q", "response": "2+2=4\nThe answer is: 4"}, "Q", "4"),
+    "no robots": (
+        {
+            "prompt": "Q",
+            "messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "R."}],
+        },
+        "Q",
+        "R.",
+    ),
+    "OpenThoughts3": (
+        {
+            "conversations": [
+                {"from": "user", "value": "Q"},
+                {"from": "assistant", "value": r"<think>t</think> \boxed{4}"},
+            ]
+        },
+        "Q",
+        "4",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SFT)
+def test_a_response_has_the_answer_where_nothing_else_has(tmp_path, name):
+    record, question, answer = SFT[name]
+    example = only(tmp_path, record)
+    assert (example.question, example.answer) == (question, answer)
+    assert example.response and example.response in json.dumps(record).replace(
+        "\\\\", "\\"
+    ).replace("\\n", "\n")
+
+
+def test_a_prediction_beside_the_answer_is_no_response(tmp_path):
+    example = only(tmp_path, {"question": "Q", "answer": "5", "output": "I say 6."})
+    assert (example.answer, example.response) == ("5", None)
+    guess = {"question": "Q", "options": TEXTS, "output": "B"}
+    assert "'answer' is missing" in complaint(written(tmp_path, guess))
+
+
 MATHS = {
     "MATH-500": ({"problem": "P", "solution": "S", "answer": "5", "unique_id": "u"}, ["5"]),
     "MATH": ({"problem": "P", "solution": r"so $\boxed{\frac{1}{2}}$."}, [r"\frac{1}{2}"]),
@@ -261,6 +464,20 @@ MATHS = {
     "DeepScaleR": ({"problem": "P", "answer": "$2$", "solution": ""}, ["$2$"]),
     "OlympiadBench": ({"question": "P", "final_answer": ["$2,3$"], "solution": ["S"]}, ["$2,3$"]),
     "R1-V": ({"problem": "P", "solution": "<answer> 3 </answer>"}, ["3"]),
+    "AMC": ({"problem": "P", "answer": 27.0}, ["27"]),
+    "MultiArith": ({"sQuestion": "P", "lSolutions": [5.0], "iIndex": 1}, ["5"]),
+    "MGSM": ({"question": "P", "answer": "So it is 11.", "answer_number": 11}, ["11"]),
+    "BoolQ": ({"question": "P", "answer": True}, ["yes", "true"]),
+    "TheoremQA": ({"Question": "P", "Answer": [2, 3], "Picture": None}, ["[2, 3]"]),
+    "VQA": ({"question": "P", "multiple_choice_answer": "x", "answers": [{"a": 1}]}, ["x"]),
+    "a medical one": (
+        {"Open-ended Verifiable Question": "P", "Ground-True Answer": "Iron"},
+        ["Iron"],
+    ),
+    "ORZ's evaluation": (
+        {"prompt": [{"from": "user", "value": "P"}], "final_answer": 73, "choices": None},
+        ["73"],
+    ),
     "NQ": ({"question": "P", "answer": ["x", "y", "x"]}, ["x", "y"]),
     "SQuAD": ({"question": "P", "answers": {"text": ["x"], "answer_start": [1]}}, ["x"]),
     "TriviaQA": ({"question": "P", "answer": {"value": "x", "aliases": ["X"]}}, ["x", "X"]),
@@ -400,6 +617,7 @@ def test_the_table_has_each_name_once_in_a_meaning():
         assert len(set(names)) == len(names), meaning
     # A name of two meanings is decided by the readers: only these have two.
     shared = {"input", "instruction", "text", "problem", "sentence", "stem", "answers", "prompt"}
+    shared |= {"response"}
     every = [name for names in NAMES.values() for name in names]
     assert {name for name in every if every.count(name) > 1} == shared and len(MEANINGS) > 10
 

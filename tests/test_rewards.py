@@ -243,6 +243,35 @@ def test_what_stands_beside_a_box_is_part_of_the_answer(answer):
 @pytest.mark.parametrize(
     "answer",
     [
+        r"3 \text{ or } \boxed{4}",
+        r"\boxed{4} \lor 3",
+        r"\boxed{4} OR 3",
+        r"3 \times \boxed{4}",
+        r"\neq \boxed{4}",
+        r"x > \boxed{4}",
+        r"\boxed{4} < x",
+        r"\boxed{4}x",
+        r"\boxed{4}\,\text{million}",
+        r"\boxed{4} is wrong",
+        r"not \boxed{4}",
+    ],
+)
+def test_what_changes_a_box_is_part_of_the_answer(answer):
+    assert accuracy_reward(f"<answer>{answer}</answer>", "4") == 0.0
+
+
+@pytest.mark.parametrize(
+    "joint", [r" \quad \text{and} \quad ", r"\) and \(", r"\\ ", " as well as "]
+)
+def test_boxes_that_make_a_list(joint):
+    answer = rf"\(\boxed{{3}}{joint}\boxed{{4}}\)"
+    assert accuracy_reward(f"<answer>{answer}</answer>", "3, 4") == 1.0
+    assert accuracy_reward(f"<answer>{answer}</answer>", "4") == 0.0
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
         r"x = \boxed{4}",
         r"The answer is $\boxed{4}$.",
         r"(\boxed{4})",
@@ -354,6 +383,12 @@ CHOICES = [  # answer, options, the letter it stands for (None: wrong whatever i
     ("Option B is the correct answer.", COLOURS, "B"), ("My answer is B", COLOURS, "B"),
     ("B: it is not infectious", COLOURS, "B"), ("B, all others are wrong", COLOURS, "B"),
     ("C: all of the above", COLOURS, "C"), ("E. False", COLOURS, "E"), ("D: true", COLOURS, "D"),
+    # Another option's text or letter, or a word that takes the letter back.
+    ("B: probably red", COLOURS, None), ("B: the reds", COLOURS, None),
+    ("B: rejected", YES_NO, None),
+    ("B. Actually A", YES_NO, None), ("B. Correction: A", YES_NO, None), ("B: Not", YES_NO, None),
+    ("B: I think it is A", YES_NO, None), ("B..A", YES_NO, None), ("~B", YES_NO, None),
+    ("B: No, it is odd", YES_NO, "B"), ("B: blue, as the sky", COLOURS, "B"),
     ("B. No, since it is odd", YES_NO, "B"), ("A: No, since it is odd", YES_NO, None),
     # Texts that differ in case only.
     ("CC Cc", GENES, "B"), ("Cc cc", GENES, "D"), ("B) CC Cc", GENES, "B"),

@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node 8 grpo.py --recipe paper ...
 
-Every rank reads all of the data, knows the whole batch, and runs its share of the packs. Weights,
+Every rank has all of the data, knows the whole batch, and runs its share of the packs. Weights,
 gradients and moments are cut into as many shards as there are ranks (FSDP2: ZeRO stage 3, arXiv
 1910.02054): a layer is put together just before it runs, and its gradient is summed over the ranks
 and cut up again behind it. On one process, without torchrun, all functions here do next to nothing.
@@ -14,7 +14,7 @@ The two rules that everything else follows:
 2. Gradients are summed, not averaged: each rank's loss is its part of the whole batch's loss.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -126,6 +126,30 @@ def exchange(mine: dict) -> dict:
     parts: list[dict] = [{}] * world_size()
     dist.all_gather_object(parts, mine)
     return {key: value for part in parts for key, value in part.items()}
+
+
+def tensors_of_first(make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Returns what make() returns on the first process, on all of them, which all must call it.
+
+    Where make() raises InputError, all raise it.
+    """
+    if world_size() == 1:
+        return make()
+    tensors, outline = {}, [None]
+    if is_first():
+        try:
+            tensors = make()
+            outline = [{name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}]
+        except InputError as error:
+            outline = [error]
+    dist.broadcast_object_list(outline)
+    if isinstance(outline[0], InputError):
+        raise outline[0]
+    for name, (shape, dtype) in outline[0].items():
+        if not is_first():
+            tensors[name] = torch.empty(shape, dtype=dtype)
+        dist.broadcast(tensors[name], src=0)
+    return tensors
 
 
 def deal(items: Sequence, idle: object) -> list:

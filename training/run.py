@@ -39,7 +39,7 @@ from training.options import TrainOptions
 from training.parallel import any_rank, barrier, is_first, whole_weights, world_size
 
 JOURNALS = ("metrics.jsonl", "samples.jsonl")
-FILES = ("config.json", "diverged.json", *JOURNALS)
+FILES = ("config.json", "diverged.json", "rows.npz", *JOURNALS)
 FOLDERS = ("checkpoint", "model", "best")
 
 # The run folders that this process has locked, and a descriptor of each that is never closed: the
@@ -53,6 +53,7 @@ class Run:
         config.json     options, checksums of the data and of the starting weights, commit, versions
         metrics.jsonl   one record per step
         samples.jsonl   GRPO only: the responses that were sampled
+        rows.npz        SFT only: its data, tokenised (training/rows.py)
         checkpoint/     what --resume goes on from: for this run alone (training/checkpoint.py)
         model/          a model folder like the one that training started from
         best/           with --eval-every: the same, of the step with the best validation
