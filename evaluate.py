@@ -26,6 +26,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
+from hub.options import MICRO_BASE, MICRO_DATA, option, parse_options, run_command
+
 from data import (
     STYLES,
     Example,
@@ -39,7 +41,6 @@ from data import (
 from hub.device import DEVICE_HELP, DTYPE_HELP, DTYPES, memory_phase
 from hub.disk import follow_links
 from hub.errors import InputError
-from hub.options import MICRO_BASE, MICRO_DATA, option, parse_options, run_command
 from hub.weights import weight_files
 from rewards import accuracy_reward, extract_answer, is_equivalent
 from sample import Completion, Sampler, SamplingParams, load_sampler
@@ -287,7 +288,7 @@ def check_options(options: EvaluateOptions) -> None:
     """Raises InputError for options that do not go together."""
     if options.runs > 1 and options.temperature == 0:
         raise InputError("--runs above 1 needs a --temperature above 0: greedy runs are the same")
-    if len({Path(path).resolve() for path in options.data}) < len(options.data):
+    if len({follow_links(path) for path in options.data}) < len(options.data):
         raise InputError("--data names a file twice")
     for path in options.data:  # said before a model is loaded
         if not Path(path).exists():

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from hub.options import ROOT, run_command
+
 import pytest
 from PIL import Image
 
@@ -19,7 +21,6 @@ from data import (
     make_prompt,
     read_examples,
 )
-from hub.options import ROOT, run_command
 from tools import inspect_data as inspection
 
 
@@ -175,7 +176,7 @@ def test_a_text_only_model_takes_no_images(tmp_path, capsys):
             ["d.jsonl", "--prompt-style", "mcq"],
             "d.jsonl: none of the records is good; d.jsonl: line 1: q1: the mcq prompt",
         ),
-        (["d.jsonl", "--model", "nowhere"], "nowhere/tokenizer.json"),
+        (["d.jsonl", "--model", "nowhere"], "nowhere: no such folder"),
         (["d.jsonl", "e.jsonl"], "unrecognized arguments: e.jsonl"),
     ],
 )

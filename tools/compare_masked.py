@@ -21,9 +21,10 @@ from statistics import fmean
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from hub.options import option, parse_options, run_command
+
 from evaluate import accuracy, standard_error
 from hub.errors import InputError
-from hub.options import option, parse_options, run_command
 from training.journal import json_lines, write_whole
 from training.record_file import out_file, short_names
 
@@ -59,7 +60,7 @@ def read_answers(path: str, *, masked: bool) -> Answers:
             records.append(
                 {name: record[name] for name in fields} | {"truth": record.get("answer")}
             )
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         complaint = f"{path}: line {number}: not a record of evaluate.py --out"
         raise InputError(complaint) from None
     # The two models may have read the question files from different folders, but two files of one

@@ -12,11 +12,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from hub.options import MICRO_BASE, option, parse_options, run_command  # noqa: E402
+
 from data import Example, ImageConfig, Tokenizer, load_examples  # noqa: E402
 from data.prompts import STYLES, format_prompt, make_prompt  # noqa: E402
 from hub.config import Config  # noqa: E402
 from hub.errors import InputError  # noqa: E402
-from hub.options import MICRO_BASE, option, parse_options, run_command  # noqa: E402
 
 SHOWN = 3  # examples
 
@@ -70,9 +71,10 @@ def show_lengths(title: str, lengths: list[int]) -> None:
 def main(argv: list[str]) -> None:
     """Reads the file once, counting, and prints what was found."""
     options = parse_options(DataOptions, argv)
-    tokenizer = Tokenizer.from_pretrained(options.model)
     images = None
-    if Config.from_pretrained(options.model).vision is not None:
+    config = Config.from_pretrained(options.model)
+    tokenizer = Tokenizer.from_pretrained(options.model)
+    if config.vision is not None:
         images = ImageConfig.from_pretrained(options.model)
     schemas, domains, parts = Counter(), Counter(), Counter()
 

@@ -16,11 +16,12 @@ import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from hub.options import ROOT
+
 import torch
 
 from hub.disk import put_in_place
 from hub.errors import InputError, read_json
-from hub.options import ROOT
 
 # Options that may differ when a command goes on: they decide where and how often it writes, and in
 # what portions it works, but not what comes out (up to rounding, where sums change their order).
@@ -139,7 +140,7 @@ def read_records(path: Path, fields: Iterable[str]) -> Iterator[tuple[dict, int]
                 return
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 record = None
             if not isinstance(record, dict) or not record.keys() >= set(fields):
                 raise InputError(f"{path}: line {number}: not a record of this command")
