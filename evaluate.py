@@ -26,8 +26,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
-from hub.options import MICRO_BASE, MICRO_DATA, option, parse_options, run_command
-
 from data import (
     STYLES,
     Example,
@@ -41,6 +39,7 @@ from data import (
 from hub.device import DEVICE_HELP, DTYPE_HELP, DTYPES, memory_phase
 from hub.disk import follow_links
 from hub.errors import InputError
+from hub.options import MICRO_BASE, MICRO_DATA, option, parse_options, run_command
 from hub.weights import weight_files
 from rewards import accuracy_reward, extract_answer, is_equivalent
 from sample import Completion, Sampler, SamplingParams, load_sampler

@@ -15,8 +15,6 @@ import time
 from dataclasses import dataclass
 from itertools import chain
 
-from hub.options import MICRO_DATA, option, parse_options, run_command
-
 import torch
 from torch import Tensor
 
@@ -35,6 +33,7 @@ from data.sequences import Pack, num_steps
 from data.tokenizer import Tokenizer, check_vocabulary
 from hub.config import Config
 from hub.device import memory_phase
+from hub.options import MICRO_DATA, option, parse_options, run_command
 from model import Qwen2_5_VL, score
 from rewards import accuracy_reward
 from sample import SamplingParams

@@ -25,8 +25,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 
-from hub.options import MICRO_BASE, option, parse_options, run_command
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -44,6 +42,7 @@ from data.completions import (
 )
 from hub.config import Config
 from hub.device import DEVICE_HELP, DTYPE_HELP, DTYPES, free_memory, in_gib, memory_phase, prepare
+from hub.options import MICRO_BASE, option, parse_options, run_command
 from hub.ranks import rank
 from kernels import fast_linears, sampling_step, widest_float
 from kernels.graphs import Graphs

@@ -11,8 +11,6 @@ batch of worked responses, pack them end to end, and lower -log p of the respons
 
 from dataclasses import dataclass
 
-from hub.options import MICRO_DATA, option, parse_options, run_command
-
 import torch
 from torch import Tensor
 
@@ -20,6 +18,7 @@ from data.datasets import Example, load_examples
 from data.sequences import IDLE_ROW, Pack, Row, example_pieces, make_pack, make_row, plan_packs
 from data.tokenizer import Piece, Tokenizer, check_vocabulary, encode_chats
 from hub.device import memory_phase
+from hub.options import MICRO_DATA, option, parse_options, run_command
 from model import Qwen2_5_VL, score
 from rewards import accuracy_reward
 from training.optimizer import (

@@ -18,11 +18,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from hub.options import option, parse_options, run_command  # noqa: E402
-
 from benchmarks.common import copy_bandwidth, matmul_flops, milliseconds, peak_bytes  # noqa: E402
 from hub.device import DEVICE_HELP, pick_device
 from hub.errors import InputError  # noqa: E402
+from hub.options import option, parse_options, run_command  # noqa: E402
 from kernels import attention  # noqa: E402
 from kernels.attention import visible  # noqa: E402
 from kernels.attention_triton import attention_triton  # noqa: E402

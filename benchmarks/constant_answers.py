@@ -14,12 +14,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from hub.options import option, parse_options, run_command  # noqa: E402
-
 from answers.equivalence import as_text, is_equivalent  # noqa: E402
 from answers.parsing import parse_answer  # noqa: E402
 from benchmarks.rewards import answer_blocks  # noqa: E402
 from data import read_examples  # noqa: E402
+from hub.options import option, parse_options, run_command  # noqa: E402
 
 
 @dataclass

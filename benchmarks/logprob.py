@@ -18,10 +18,9 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from hub.options import option, parse_options, run_command  # noqa: E402
-
 from benchmarks.common import SHAPES, ask_peer, matmul_flops, milliseconds, peak_bytes  # noqa: E402
 from hub.device import DEVICE_HELP, pick_device
+from hub.options import option, parse_options, run_command  # noqa: E402
 from kernels.logprob import token_log_probs_reference, token_log_probs_torch  # noqa: E402
 from kernels.logprob_triton import token_log_probs_triton  # noqa: E402
 from training.journal import git_commit  # noqa: E402

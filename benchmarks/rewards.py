@@ -18,11 +18,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from hub.options import ROOT, option, parse_options, run_command  # noqa: E402
-
 from answers.equivalence import is_equivalent  # noqa: E402
 from answers.parsing import parse_answer, parse_truth  # noqa: E402
 from benchmarks.common import ask_peer  # noqa: E402
+from hub.options import ROOT, option, parse_options, run_command  # noqa: E402
 from training.journal import git_commit  # noqa: E402
 
 Block = dict[str, list[str]]  # the spellings by their mark: = ! ~ > (see the tables)

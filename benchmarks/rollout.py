@@ -23,12 +23,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from hub.options import MICRO_BASE, MICRO_DATA, option, parse_options, run_command
-
 from benchmarks.common import SHAPES, ask_peer, copy_bandwidth, random_model
 from data import ImageConfig, Prompt, Tokenizer, format_prompt, make_prompt, read_examples
 from hub.device import DEVICE_HELP, pick_device
 from hub.errors import InputError
+from hub.options import MICRO_BASE, MICRO_DATA, option, parse_options, run_command
 from hub.weights import copy_side_files
 from model import Qwen2_5_VL
 from sample import Sampler, SamplingParams

@@ -23,14 +23,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from hub.options import MICRO_BASE, option, parse_options, run_command  # noqa: E402
-
 import grpo  # noqa: E402
 import sft  # noqa: E402
 from benchmarks.common import SHAPES, matmul_flops, random_model, synchronize  # noqa: E402
 from data import Example, Prompt, Question, Tokenizer, make_row  # noqa: E402
 from hub.config import Config  # noqa: E402
 from hub.device import DEVICE_HELP  # noqa: E402
+from hub.options import MICRO_BASE, option, parse_options, run_command  # noqa: E402
 from hub.weights import copy_side_files  # noqa: E402
 from model import Qwen2_5_VL  # noqa: E402
 from training import parallel  # noqa: E402

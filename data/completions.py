@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
 
-from hub.options import option
-
 from data.prompts import Prompt
 from data.tokenizer import Tokenizer
+from hub.options import option
 
 END_OF_THOUGHT = "</think>"
 TAG_GRACE = 8  # tokens behind the think budget in which a half-written </think> may be completed

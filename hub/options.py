@@ -8,9 +8,6 @@
     options = parse_options(Options, ["--sheep", "12", "--black"])
 
 gives Options(sheep=12, black=True).
-
-Commands import this before torch, which takes seconds: Ctrl-C meanwhile is no traceback either; and
-torch imports tqdm, which a bad environment variable TQDM_... would stop.
 """
 
 import argparse
@@ -33,19 +30,6 @@ from hub.ranks import rank, world_size
 ROOT = Path(__file__).resolve().parent.parent
 MICRO_BASE = ROOT / "micro" / "base"
 MICRO_DATA = ROOT / "micro" / "data"
-
-
-for name in [name for name in os.environ if name.startswith("TQDM_")]:
-    del os.environ[name]  # progress bars are as we make them
-
-
-def silent_on_interrupt(kind: type, *rest) -> None:
-    """Prints an exception's traceback, as Python would, unless it is Ctrl-C."""
-    if kind is not KeyboardInterrupt:
-        sys.__excepthook__(kind, *rest)
-
-
-sys.excepthook = silent_on_interrupt
 
 
 def option(default, text: str, *, low=None, high=None, choices=None, positional=False):

@@ -24,13 +24,12 @@ from types import ModuleType
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from hub.options import MICRO_BASE
-
 import torch
 from torch import Tensor, nn
 
 import grpo
 import sft
+from hub.options import MICRO_BASE
 from micro.reproduce import Table, measure
 from training.compact import CompactAdamW
 from training.journal import read_records

@@ -25,9 +25,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from hub.options import MICRO_BASE, MICRO_DATA, run_command
-
 from hub.errors import InputError
+from hub.options import MICRO_BASE, MICRO_DATA, run_command
 from micro.reproduce import Table, measure, percent, print_claims, print_table, run, write_table
 from micro.world import GRAPH_DEPTHS, SFT_BUCKETS, draw_question, record, text_prompt
 

@@ -11,9 +11,8 @@ from statistics import fmean, stdev
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from hub.options import ROOT, run_command
-
 from hub.errors import InputError
+from hub.options import ROOT, run_command
 from micro.reproduce import LIMIT, pooled
 from micro.study import RESULTS, load_results
 

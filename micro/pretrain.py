@@ -24,8 +24,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from hub.options import MICRO_BASE
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -35,6 +33,7 @@ from tqdm import tqdm
 
 from data import ImageConfig, Tokenizer, make_prompt, preprocess_image
 from hub.config import Config
+from hub.options import MICRO_BASE
 from micro.conversations import (
     COUNTERFACTUAL_SHARE,
     GRID,

@@ -19,9 +19,8 @@ from statistics import fmean
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from hub.options import MICRO_BASE, MICRO_DATA, ROOT
-
 from evaluate import EvaluateOptions, evaluate, load_questions, summarise
+from hub.options import MICRO_BASE, MICRO_DATA, ROOT
 from sample import load_sampler
 
 COLUMNS = {

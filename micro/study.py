@@ -20,10 +20,9 @@ from statistics import fmean, stdev
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from hub.options import ROOT
-
 import torch
 
+from hub.options import ROOT
 from micro.reproduce import COLUMNS, LIMIT, claims, pooled
 from training.journal import git_commit
 

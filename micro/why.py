@@ -23,11 +23,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from hub.options import MICRO_BASE
-
 import torch
 
 from data import ImageConfig, Prompt, Tokenizer, make_prompt
+from hub.options import MICRO_BASE
 from micro.world import (
     MAX_OPERAND,
     TEST_BUCKETS,

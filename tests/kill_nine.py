@@ -29,7 +29,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from hub.options import MICRO_BASE, option, parse_options, run_command  # noqa: E402
-
 from training.checkpoint import check_whole, find_checkpoints, quietly, read_step  # noqa: E402
 
 # A base model is hardly ever right. So that it has something to learn in a few steps, GRPO rewards

@@ -11,14 +11,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from hub.options import run_command  # noqa: E402
-
 import torch  # noqa: E402
 
 import grpo  # noqa: E402
 import sft  # noqa: E402
 from data.sequences import batches  # noqa: E402
 from data.tokenizer import Tokenizer  # noqa: E402
+from hub.options import run_command  # noqa: E402
 from training import parallel  # noqa: E402
 from training.optimizer import load_for_training, make_optimizer  # noqa: E402
 

@@ -11,9 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from hub.options import run_command  # noqa: E402
-
 import grpo  # noqa: E402
+from hub.options import run_command  # noqa: E402
 from training import parallel  # noqa: E402
 from training.rehearsal import Rehearsal, pretence  # noqa: E402
 

@@ -6,12 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from hub.options import run_command
-
 import pytest
 import torch
 
 import ranks
+from hub.options import run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = "--prompts 2 --samples 2 --new-tokens 6 --natural-tokens 6 --repeats 1 --threads 1".split()

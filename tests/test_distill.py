@@ -11,14 +11,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from hub.options import MICRO_BASE, MICRO_DATA, ROOT
-
 import pytest
 from safetensors.torch import load_file, save_file
 
 import sft
 import tiny
 from data import Example, InputError, read_examples
+from hub.options import MICRO_BASE, MICRO_DATA, ROOT
 from sample import Completion, Sampler
 from tools import distill
 from tools.distill import as_written, chosen, judge

@@ -6,17 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from hub.options import ROOT
-
 import pytest
 
 import tiny
 from hub import ranks
 from hub.errors import InputError
+from hub.options import ROOT
 from kernels.triton_or_none import WrongKernels, wanted_kernels
 from training.record_file import RecordFile, out_file
-
-DATA = ROOT / "micro" / "data" / "test_text.jsonl"
 
 # A command that reads a line and prints it a number of times.
 ECHO = """
@@ -186,53 +183,6 @@ def test_processes_that_torchrun_has_not_started_are_one_line(tmp_path, variable
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert reason in done.stderr and "start them with torchrun, or unset WORLD_SIZE" in done.stderr
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("variable", "command"),
-    [
-        ("TQDM_MININTERVAL=abc", "sample.py --prompt a --max-new-tokens 1"),
-        ("TQDM_BAR_FORMAT={nope}", "sample.py --prompt a --max-new-tokens 1"),
-        ("TQDM_NCOLS=", f"tools/inspect_data.py {DATA}"),
-        ("TQDM_FILE=x", "evaluate.py --help"),
-    ],
-)
-def test_progress_bars_take_no_settings_from_outside(variable, command):
-    """torch imports tqdm, which a bad value would stop."""
-    name, _, value = variable.partition("=")
-    done = subprocess.run(
-        [sys.executable, *command.split()],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=100,
-        env=os.environ | {name: value, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
-
-
-@pytest.mark.parametrize(
-    ("error", "printed"), [("KeyboardInterrupt", ""), ("ValueError(5)", "ValueError: 5")]
-)
-def test_ctrl_c_while_torch_is_imported_is_no_traceback(error, printed):
-    """The commands import hub.options first; until `run_command` is called, it has taken care."""
-    code = f"import hub.options, sys; assert 'torch' not in sys.modules; raise {error}"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=100
-    )
-    assert (
-        done.returncode != 0 and done.stderr.strip().splitlines()[-1:] == [printed][: len(printed)]
-    )
-
-
-def test_help_to_a_full_disk_is_an_error():
-    done = subprocess.run(
-        ["bash", "-c", f"{sys.executable} tools/plot.py --help >/dev/full"],
-        capture_output=True,
-        cwd=ROOT,
-        timeout=100,
-    )
-    assert done.returncode == 2 and done.stderr.count(b"\n") == 1, done.stderr
 
 
 def test_kernels(monkeypatch):

@@ -12,8 +12,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from hub.options import ROOT
-
 import pytest
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer
@@ -22,6 +20,7 @@ import evaluate
 import tiny
 from data import Example, InputError, Prompt
 from evaluate import majority, summarise, vote
+from hub.options import ROOT
 from sample import Sampler
 
 

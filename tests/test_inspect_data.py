@@ -6,8 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from hub.options import ROOT, run_command
-
 import pytest
 from PIL import Image
 
@@ -21,6 +19,7 @@ from data import (
     make_prompt,
     read_examples,
 )
+from hub.options import ROOT, run_command
 from tools import inspect_data as inspection
 
 

@@ -8,8 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-from hub.options import MICRO_BASE
-
 import pytest
 import torch
 
@@ -17,6 +15,7 @@ import evaluate
 import grpo
 import sft
 from data import InputError, Tokenizer
+from hub.options import MICRO_BASE
 from micro import compact, conversations, med, pretrain, reproduce, study, why, world
 from model import Qwen2_5_VL
 from sample import Sampler

@@ -5,8 +5,6 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
-from hub.options import ROOT, option, parse_options
-
 import pytest
 import torch
 
@@ -14,6 +12,7 @@ from hub import device as device_module
 from hub import options
 from hub.config import Config
 from hub.errors import InputError
+from hub.options import ROOT, option, parse_options
 
 
 @dataclass

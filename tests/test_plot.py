@@ -4,11 +4,10 @@ import json
 import sys
 from pathlib import Path
 
-from hub.options import parse_options
-
 import pytest
 
 from hub.errors import InputError
+from hub.options import parse_options
 from tools import plot
 
 SFT = {"epoch": 0, "loss": 1.5, "lr": 1e-4, "grad_norm": 2.0, "tokens_per_second": 900.0}

@@ -5,8 +5,6 @@ import shutil
 import tracemalloc
 from pathlib import Path
 
-from hub.options import parse_options
-
 import numpy as np
 import pytest
 import torch
@@ -15,6 +13,7 @@ from safetensors.torch import load_file
 import sft
 import tiny
 from data import InputError, Row, Tokenizer, make_pack, make_row, plan_packs
+from hub.options import parse_options
 from hub.weights import copy_side_files
 from kill_nine import read_checkpoint
 from model import Qwen2_5_VL

@@ -1,12 +1,11 @@
 """The Triton attention kernels against the reference in float64: in Triton's interpreter, or on a
 GPU where there is one."""
 
-from hub.options import MICRO_BASE, MICRO_DATA
-
 import pytest
 import torch
 
 from data import load_image, make_prompt
+from hub.options import MICRO_BASE, MICRO_DATA
 from kernels import attention
 from kernels.attention import attention_reference
 from kernels.attention_triton import attention_by_tiles, attention_triton, head_constants

@@ -5,12 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from hub.options import MICRO_BASE
-
 import pytest
 import torch
 
 from data import make_pack, make_row
+from hub.options import MICRO_BASE
 from kernels import logprob, logprob_triton
 from kernels.logprob import token_log_probs_reference, token_log_probs_torch
 from kernels.logprob_triton import chunk_width, token_log_probs_triton

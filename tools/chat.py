@@ -9,10 +9,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from hub.options import MICRO_BASE, option, parse_options, run_command
-
 from data import ImageConfig, InputError, Prompt, chat_prompt, load_image
 from hub.device import DEVICE_HELP, DTYPE_HELP, DTYPES, memory_phase
+from hub.options import MICRO_BASE, option, parse_options, run_command
 from sample import Sampler, SamplingParams, load_sampler
 
 

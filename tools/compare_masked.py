@@ -21,10 +21,9 @@ from statistics import fmean
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from hub.options import option, parse_options, run_command
-
 from evaluate import accuracy, standard_error
 from hub.errors import InputError
+from hub.options import option, parse_options, run_command
 from training.journal import json_lines, write_whole
 from training.record_file import out_file, short_names
 

@@ -25,11 +25,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from hub.options import MICRO_BASE, option, parse_options, run_command
-
 from data import STYLES, Example, ImageConfig, Question, format_prompt, load_examples, make_prompt
 from hub.device import DEVICE_HELP, DTYPE_HELP, DTYPES, memory_phase
 from hub.errors import InputError
+from hub.options import MICRO_BASE, option, parse_options, run_command
 from hub.weights import weight_files
 from rewards import accuracy_reward, extract_answer
 from sample import Completion, Sampler, SamplingParams, load_sampler

@@ -12,12 +12,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from hub.options import MICRO_BASE, option, parse_options, run_command  # noqa: E402
-
 from data import Example, ImageConfig, Tokenizer, load_examples  # noqa: E402
 from data.prompts import STYLES, format_prompt, make_prompt  # noqa: E402
 from hub.config import Config  # noqa: E402
 from hub.errors import InputError  # noqa: E402
+from hub.options import MICRO_BASE, option, parse_options, run_command  # noqa: E402
 
 SHOWN = 3  # examples
 

@@ -16,10 +16,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from hub.options import option, parse_options, run_command  # noqa: E402
-
 import grpo  # noqa: E402
 import sft  # noqa: E402
+from hub.options import option, parse_options, run_command  # noqa: E402
 from training.plan import GIB, Plan, plan_of, rehearsed  # noqa: E402
 
 # What the published models have in common, of what Config reads.

@@ -14,9 +14,8 @@ from statistics import fmean
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from hub.options import option, parse_options, run_command  # noqa: E402
-
 from hub.errors import InputError  # noqa: E402
+from hub.options import option, parse_options, run_command  # noqa: E402
 from training.journal import read_records  # noqa: E402
 
 # A field of metrics.jsonl -> its panel's title. A panel is drawn where some run has the field.

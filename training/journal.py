@@ -16,12 +16,11 @@ import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from hub.options import ROOT
-
 import torch
 
 from hub.disk import put_in_place
 from hub.errors import InputError, read_json
+from hub.options import ROOT
 
 # Options that may differ when a command goes on: they decide where and how often it writes, and in
 # what portions it works, but not what comes out (up to rounding, where sums change their order).

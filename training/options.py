@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass
 
-from hub.options import MICRO_BASE, option
-
 from data.prompts import STYLES
 from hub.device import DEVICE_HELP, DTYPES
+from hub.options import MICRO_BASE, option
 
 
 @dataclass
