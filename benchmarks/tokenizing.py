@@ -22,11 +22,10 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from hub.options import MICRO_BASE, MICRO_DATA, option, parse_options, run_command  # noqa: E402
-
 import sft  # noqa: E402
 from data import Tokenizer, encode_example, make_row, read_examples  # noqa: E402
 from hub.errors import InputError  # noqa: E402
+from hub.options import MICRO_BASE, MICRO_DATA, option, parse_options, run_command  # noqa: E402
 from training.journal import git_commit, make_config  # noqa: E402
 from training.rows import RowFile  # noqa: E402
 

@@ -8,8 +8,6 @@ import zlib
 from pathlib import Path
 from urllib.parse import quote
 
-from hub.options import MICRO_BASE
-
 import PIL
 import pytest
 import torch
@@ -21,6 +19,7 @@ from data import Example, ImageConfig, InputError, Tokenizer
 from data.images import IMAGE_MEAN, IMAGE_STD
 from data.prompts import MATH_PROMPT, MCQ_PROMPT, TRAIN_PROMPT
 from data.tokenizer import chat_pieces, encode_chats, stretches
+from hub.options import MICRO_BASE
 
 GOLDEN = Path(__file__).parent / "golden"
 CHAT = json.loads((GOLDEN / "data_chat.json").read_text())

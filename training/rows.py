@@ -15,8 +15,6 @@ import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from hub.options import ROOT
-
 import numpy as np
 import tokenizers
 import torch
@@ -24,6 +22,7 @@ from torch import Tensor
 
 from data.sequences import Row
 from hub.disk import put_in_place
+from hub.options import ROOT
 from training.journal import checksum
 from training.parallel import is_first, tensors_of_first
 from training.run import Run
