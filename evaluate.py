@@ -287,7 +287,7 @@ def check_options(options: EvaluateOptions) -> None:
     """Raises InputError for options that do not go together."""
     if options.runs > 1 and options.temperature == 0:
         raise InputError("--runs above 1 needs a --temperature above 0: greedy runs are the same")
-    if len({Path(path).resolve() for path in options.data}) < len(options.data):
+    if len({follow_links(path) for path in options.data}) < len(options.data):
         raise InputError("--data names a file twice")
     for path in options.data:  # said before a model is loaded
         if not Path(path).exists():

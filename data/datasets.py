@@ -43,7 +43,7 @@ from data.fields import (
 from data.options import Ambiguous, read_letter, read_options
 from data.schemas import to_plain
 from data.unread import refuse_missing, refuse_unread
-from hub.errors import InputError
+from hub.errors import BEGINNINGS, InputError, unreadable
 
 T = TypeVar("T")
 
@@ -211,6 +211,9 @@ def records(path: Path) -> Iterator[tuple[str, object]]:
     """Yields (where it stands, record) of each record. A line of JSON comes as bytes, unparsed."""
     suffix = path.suffix.lower()
     try:
+        with path.open("rb") as file:
+            if file.read(32).startswith(tuple(BEGINNINGS)):
+                raise unreadable(path, "")
         if suffix == ".parquet":
             yield from parquet_records(path)
         elif suffix in (".tsv", ".csv"):
@@ -253,11 +256,11 @@ def object_of_records(file: BinaryIO, where: str) -> list[tuple[str, object]] | 
         if next(lines, None) is not None:
             return None
         is_line = True
-    except ValueError:
+    except (ValueError, RecursionError):
         file.seek(0)
         try:
             content = json.loads(file.read().decode("utf-8-sig"))
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
         is_line = False
     if not isinstance(content, dict) or not content:
@@ -290,7 +293,7 @@ def parse_json(content: bytes, where: str) -> object:
     except json.JSONDecodeError as error:
         place = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}"
         raise InputError(f"{where}: malformed JSON ({error.msg}, {place})") from None
-    except ValueError as error:  # not UTF-8
+    except (ValueError, RecursionError) as error:  # not UTF-8, or too deep
         raise InputError(f"{where}: malformed JSON ({error})") from None
 
 

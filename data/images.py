@@ -16,7 +16,7 @@ from torch import Tensor
 
 from data.uris import follow_uri, is_uri
 from hub.config import MERGE, PATCH, PATCH_DIM, TEMPORAL, Grid, find
-from hub.errors import InputError, read_json
+from hub.errors import InputError, read_json, unreadable
 
 # Not all that PIL knows: for EPS, one, it runs another program on the file.
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
@@ -61,6 +61,8 @@ def load_image(source: ImageSource) -> Image.Image:
         image = source
         if not isinstance(source, Image.Image):
             image = Image.open(source, formats=IMAGE_FORMATS)
+        if image.mode == "F":
+            raise InputError("pixels that are no whole numbers are not supported")
         if image.mode.startswith("I"):  # 16-bit grey, as X-rays have; PIL's conversion would clip
             image = image.convert("I").point(lambda value: value / 257).convert("L")
         smart_resize(image.height, image.width)  # refuses what has no size, or is too narrow
@@ -74,6 +76,8 @@ def load_image(source: ImageSource) -> Image.Image:
         reason = str(error)
     except UnidentifiedImageError:
         reason = "not an image of a known format"
+        if isinstance(source, str | Path):
+            raise unreadable(source, reason) from None
     except Exception as error:  # on damaged files the decoders raise almost anything
         reason = f"image cannot be read ({getattr(error, 'strerror', None) or error})"
     raise InputError(f"{name}: {reason}")
@@ -135,9 +139,11 @@ class ImageConfig:
             bound = raw.get(key) or find(raw, f"size.{edge}")
             if bound is None:
                 raise InputError(f"{path}: field 'min_pixels' or 'max_pixels' is missing")
-            if not isinstance(bound, int) or bound < 1:
+            if type(bound) is not int or bound < 1:
                 raise InputError(f"{path}: {key} must be a whole number above 0, not {bound!r}")
             bounds.append(bound)
+        if bounds[0] > bounds[1]:
+            raise InputError(f"{path}: min_pixels {bounds[0]} is above max_pixels {bounds[1]}")
         return cls(*bounds)
 
 

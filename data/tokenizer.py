@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hub.config import Config
-from hub.errors import InputError
+from hub.errors import InputError, unreadable
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
 # Where a text may be cut before it is tokenised: between a line break and a visible character.
@@ -46,11 +46,11 @@ class Tokenizer:
         """Reads a model folder's tokenizer.json; InputError if it is not there or malformed."""
         path = Path(folder) / "tokenizer.json"
         try:
-            core = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+            core = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8-sig"))
         except OSError as error:
             raise InputError(f"{path}: cannot be read ({error.strerror})") from None
         except Exception as error:  # the Rust library raises the bare class
-            raise InputError(f"{path}: malformed tokenizer ({error})") from None
+            raise unreadable(path, f"malformed tokenizer ({error})") from None
         return cls(core, str(path))
 
     def encode(self, text: str) -> list[int]:

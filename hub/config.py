@@ -1,9 +1,10 @@
 """A model folder's config.json: the fields of decoder and vision tower, read and written."""
 
+import math
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 
-from hub.errors import InputError, read_json
+from hub.errors import InputError, missing_file, read_json
 
 # How every Qwen2.5-VL cuts an image. The tower and the preprocessing (data/images.py) both take
 # these from here, and folders that say otherwise are refused.
@@ -68,7 +69,12 @@ class Config:
     def from_pretrained(cls, folder: str | Path) -> "Config":
         """Reads a model folder's config.json; see `from_dict`."""
         path = Path(folder) / "config.json"
-        return cls.from_dict(read_json(path), str(path))
+        if not path.exists():
+            raise missing_file(path)
+        raw = read_json(path)
+        if "options" in raw:
+            raise InputError(f"{folder}: is a run folder: its model is in {Path(folder) / 'model'}")
+        return cls.from_dict(raw, str(path))
 
     @classmethod
     def from_dict(cls, raw: dict, name: str = "config.json") -> "Config":
@@ -82,11 +88,13 @@ class Config:
         kind = raw.get("model_type")
         if kind not in ("qwen2_5_vl", "qwen2"):
             raise InputError(f"{name}: model_type {kind!r} is not supported (qwen2_5_vl or qwen2)")
+        for part in ("text_config", "vision_config"):
+            if not isinstance(raw.get(part) or {}, dict):
+                raise InputError(f"{name}: {part} is not a JSON object")
         flat = flatten(raw)
-        quantised = flat.get("quantization_config") or flat.get("compression_config")
-        if quantised:
-            method = find(flat, "quantization_config.quant_method") or "quantization_config"
-            raise quantised_weights(name, method)
+        for field in ("quantization_config", "compression_config", "quantization"):
+            if flat.get(field):
+                raise quantised_weights(name, find(flat, f"{field}.quant_method") or field)
         for field, values in SUPPORTED.items():
             value = find(flat, field)
             if value is not None and value not in values:
@@ -107,6 +115,8 @@ class Config:
             raise InputError(f"{name}: mrope_section {section} is not three numbers of sum {half}")
         if config.vision.out_hidden_size != config.hidden_size:
             raise InputError(f"{name}: vision_config: out_hidden_size is not hidden_size")
+        if config.vision.hidden_size % config.vision.num_heads:
+            raise InputError(f"{name}: vision_config: num_heads do not divide hidden_size")
         return config
 
     def to_dict(self) -> dict:
@@ -162,8 +172,9 @@ def flatten(raw: dict) -> dict:
     flat = dict(raw)
     text = raw.get("text_config") or {}
     flat |= {field: value for field, value in text.items() if value is not None}
-    if raw.get("torch_dtype") is not None:
-        flat["torch_dtype"] = raw["torch_dtype"]  # the top's wins over the decoder's
+    for field in ("torch_dtype", "dtype"):
+        if raw.get(field) is not None:
+            flat[field] = raw[field]  # the top's wins over the decoder's
     for field, places in PLACES.items():
         for place in places:
             value = find(flat, place)
@@ -175,7 +186,7 @@ def flatten(raw: dict) -> dict:
     )
     # Some text-only models list several ids that end a text.
     if isinstance(flat.get("eos_token_id"), list):
-        flat["eos_token_id"] = flat["eos_token_id"][0]
+        flat["eos_token_id"] = next(iter(flat["eos_token_id"]), None)
     return flat
 
 
@@ -196,12 +207,26 @@ def find(raw: dict, place: str):
 
 
 def build(cls: type, raw: dict, name: str):
-    """Returns a config dataclass, filled from `raw`. Raises InputError for a missing field."""
+    """Returns a config dataclass, filled from `raw`. Raises InputError for a missing field, and for
+    a value that is not of the field's type."""
     values = {}
     for field in fields(cls):
         value = raw.get(field.name)
         if value is not None:
+            if not is_of(value, field.type):
+                raise InputError(f"{name}: {field.name} {value!r} is malformed")
             values[field.name] = tuple(value) if isinstance(value, list) else value
         elif field.default is MISSING:
             raise InputError(f"{name}: {field.name} is missing")
     return cls(**values)
+
+
+def is_of(value, kind: type) -> bool:
+    """Returns whether a value fits a field's type. Sizes are above 0, ids and numbers of blocks may
+    be 0; what has no numbers is checked elsewhere."""
+    if kind in (int, float):
+        return type(value) in (int, kind) and 0 < value < math.inf
+    if "int" in str(kind):  # int | None, tuple[int, ...]
+        numbers = value if "tuple" in str(kind) else [value]
+        return isinstance(numbers, list) and all(type(n) is int and n >= 0 for n in numbers)
+    return True

@@ -52,6 +52,9 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str):
         raise InputError(message)
 
+    def print_help(self, file=None):
+        print(self.format_help(), end="", file=file)  # argparse would not mind a full disk
+
 
 def parse_options(cls: type, argv: list[str], recipes: dict[str, dict] | None = None):
     """Returns an options dataclass that is filled from the command line.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hub.config import Config, quantised_weights
 from hub.disk import put_in_place
-from hub.errors import InputError, read_json
+from hub.errors import InputError, missing_file, read_json, unreadable
 
 SIDE_FILES = (
     "tokenizer.json",
@@ -142,10 +142,11 @@ def opened(path: Path) -> Iterator[safe_open]:
         with safe_open(path, framework="pt") as file:
             yield file
     except FileNotFoundError:
-        named = "" if path.name == "model.safetensors" else f", though {INDEX} names it"
-        raise InputError(f"{path}: no such file{named}") from None
+        if path.name == "model.safetensors":
+            raise missing_file(path) from None
+        raise InputError(f"{path}: no such file, though {INDEX} names it") from None
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: not a readable safetensors file: {error}") from None
+        raise unreadable(path, f"not a readable safetensors file: {error}") from None
 
 
 def assigned(file: safe_open, path: Path, index: dict[str, str] | None) -> list[str]:

@@ -161,8 +161,9 @@ def attention(
     decoding = ragged and not packed and q.shape[1] == 1 and not differentiable
     whole_rows = not ragged and q.shape[1] == k.shape[1]
 
-    # Other combinations of masks, which none of our models asks for, are left to the definition.
-    if wanted_kernels() == "reference" or not (decoding or whole_rows):
+    # No tokens at all, and combinations of masks that none of our models asks for, are left to the
+    # definition.
+    if wanted_kernels() == "reference" or q.numel() == 0 or not (decoding or whole_rows):
         return attention_reference(
             q, k, v, causal=causal, cu_seqlens=cu_seqlens, key_lengths=key_lengths
         )

@@ -189,7 +189,7 @@ def test_truncation_and_padding_of_the_file_are_off(tokenizer, tmp_path):
     [
         (None, "cannot be read (No such file"),
         (b"{", "malformed tokenizer"),
-        (b"\xff\xfe", "malformed tokenizer"),
+        (b"\xff\xfe", "in UTF-16"),
         (b'{"model": 1}', "malformed tokenizer"),
         ("<|im_end|>", "special token <|im_end|> is missing"),
         ("<|video_pad|>", "special token <|video_pad|> is missing"),

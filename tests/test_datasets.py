@@ -675,6 +675,7 @@ def test_damaged_parquet(tmp_path):
 def test_parquet_without_pyarrow_says_how_to_convert(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    (tmp_path / "t.parquet").write_bytes(b"PAR1")
     message = complaint(lambda: list(read_examples(tmp_path / "t.parquet")))
     assert "needs pyarrow (pip install pyarrow)" in message
     assert (

@@ -175,7 +175,7 @@ def test_a_text_only_model_takes_no_images(tmp_path, capsys):
             ["d.jsonl", "--prompt-style", "mcq"],
             "d.jsonl: none of the records is good; d.jsonl: line 1: q1: the mcq prompt",
         ),
-        (["d.jsonl", "--model", "nowhere"], "nowhere/tokenizer.json"),
+        (["d.jsonl", "--model", "nowhere"], "nowhere: no such folder"),
         (["d.jsonl", "e.jsonl"], "unrecognized arguments: e.jsonl"),
     ],
 )

@@ -217,6 +217,20 @@ def test_token_log_probs_equal_log_softmax(monkeypatch, chunk_rows, options):
             )
 
 
+@pytest.mark.parametrize("kernels", ["auto", "sdpa", "triton", "reference"])
+@pytest.mark.parametrize("borders", [None, [0], [0, 0], [0, 0, 0]])
+def test_attention_of_no_tokens(monkeypatch, kernels, borders):
+    monkeypatch.setenv("KERNELS", kernels)
+    q, k, v = (torch.zeros(1, 0, heads, 16, requires_grad=True) for heads in (4, 2, 2))
+    cu_seqlens = None if borders is None else torch.tensor(borders)
+    out = attention(q, k, v, causal=True, cu_seqlens=cu_seqlens)
+    assert out.shape == q.shape
+    out.sum().backward()
+    assert all(x.grad.shape == x.shape for x in (q, k, v))
+    no_rows = attention(torch.zeros(0, 3, 4, 16), *[torch.zeros(0, 3, 2, 16)] * 2, causal=True)
+    assert no_rows.shape == (0, 3, 4, 16)
+
+
 @pytest.mark.parametrize("kernels", ["auto", "sdpa", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", [{}, dict(temperature=0.5, masked_ids=tensor(13, 14))])

@@ -1,8 +1,12 @@
 """The run folder's rules, exact resume, the loop over the steps, signals, room on the disk."""
 
+import errno
 import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -52,10 +56,18 @@ def trained(options):
 
 
 def begun(o: TrainOptions, **changes) -> Run:
-    run = Run(o)
-    model = load_for_training(o)
-    run.begin(model, make_optimizer(model, o), **changes)
+    return begin(Run(o), **changes)
+
+
+def begin(run: Run, **changes) -> Run:
+    model = load_for_training(run.options)
+    run.begin(model, make_optimizer(model, run.options), **changes)
     return run
+
+
+def snapshot(folder: Path) -> dict:
+    """What every file of a folder holds."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def update(run: Run) -> None:
@@ -238,6 +250,63 @@ def test_a_bad_environment_replaces_nothing(options, trained, tmp_path, monkeypa
     with pytest.raises(OSError, match="KERNELS must be"):
         begun(options(overwrite=True))
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+
+
+# --- Two runs in one folder ---
+
+
+HOLDER = """
+import fcntl, os, sys
+fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX)
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("kind", ["new", "overwrite", "resume"])
+def test_a_folder_that_another_process_trains_in_is_left_as_it_is(options, trained, kind):
+    """Until that process ends, be it by kill -9."""
+    out = Path(options().out)
+    if kind == "new":
+        out.mkdir()
+    else:
+        trained(2).save()
+        os.close(run_module.LOCKS.pop(out))  # as if that process had ended
+    before = snapshot(out)
+    command = [sys.executable, "-c", HOLDER, str(out)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b"locked\n"
+        o = options() if kind == "new" else options(**{kind: True})
+        with pytest.raises(InputError, match="run: another process is training in it"):
+            begun(o)
+        assert snapshot(out) == before
+        holder.kill()
+    begun(o)
+    assert (out / "config.json").exists()
+
+
+def test_what_another_process_has_done_meanwhile_is_not_replaced(options, trained):
+    """Both have found the folder free or at one step; the other one was quicker, and has ended."""
+    late = Run(options())
+    quick = trained(1)
+    quick.save()
+    with pytest.raises(InputError, match="holds a run"):
+        begin(late)
+    late = Run(options(resume=True))
+    update(quick)
+    quick.save()
+    before = snapshot(quick.folder)
+    with pytest.raises(InputError, match="another process has gone on from step 1"):
+        begin(late)
+    assert snapshot(quick.folder) == before
+
+
+def test_a_file_system_without_locks_is_no_obstacle(options, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(run_module.fcntl, "flock", no_locks)
+    assert begun(options()).folder.exists()
 
 
 @pytest.mark.parametrize("name", ["data", "model"])

@@ -59,7 +59,7 @@ def read_answers(path: str, *, masked: bool) -> Answers:
             records.append(
                 {name: record[name] for name in fields} | {"truth": record.get("answer")}
             )
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         complaint = f"{path}: line {number}: not a record of evaluate.py --out"
         raise InputError(complaint) from None
     # The two models may have read the question files from different folders, but two files of one

@@ -70,9 +70,10 @@ def show_lengths(title: str, lengths: list[int]) -> None:
 def main(argv: list[str]) -> None:
     """Reads the file once, counting, and prints what was found."""
     options = parse_options(DataOptions, argv)
-    tokenizer = Tokenizer.from_pretrained(options.model)
     images = None
-    if Config.from_pretrained(options.model).vision is not None:
+    config = Config.from_pretrained(options.model)
+    tokenizer = Tokenizer.from_pretrained(options.model)
+    if config.vision is not None:
         images = ImageConfig.from_pretrained(options.model)
     schemas, domains, parts = Counter(), Counter(), Counter()
 

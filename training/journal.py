@@ -139,7 +139,7 @@ def read_records(path: Path, fields: Iterable[str]) -> Iterator[tuple[dict, int]
                 return
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 record = None
             if not isinstance(record, dict) or not record.keys() >= set(fields):
                 raise InputError(f"{path}: line {number}: not a record of this command")

@@ -18,10 +18,13 @@ from training.journal import (
 
 
 def out_file(name: str | Path) -> Path:
-    """Returns the file that an --out means, behind symbolic links. InputError for a folder."""
+    """Returns the file that an --out means, behind symbolic links. InputError for a folder,
+    and for a file in none."""
     path = follow_links(name)
     if path.is_dir():
         raise InputError(f"--out {name} is a folder, not a file")
+    if not path.parent.is_dir():
+        raise InputError(f"--out {name}: there is no folder {path.parent}")
     return path
 
 

@@ -5,6 +5,7 @@ no random state outlives a step, and a checkpoint needs no more than the weights
 state, and the number of steps done. Every process has a `Run`; the first one writes.
 """
 
+import fcntl
 import os
 import shutil
 import signal
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 from data.sequences import batches, num_steps
 from hub.disk import follow_links, sync
-from hub.errors import InputError, read_json
+from hub.errors import InputError, missing_file, read_json
 from hub.weights import copy_side_files, weight_files, write_model
 from kernels.triton_or_none import wanted_kernels
 from model import Qwen2_5_VL
@@ -40,6 +41,10 @@ from training.parallel import any_rank, barrier, is_first, whole_weights, world_
 JOURNALS = ("metrics.jsonl", "samples.jsonl")
 FILES = ("config.json", "diverged.json", "rows.npz", *JOURNALS)
 FOLDERS = ("checkpoint", "model", "best")
+
+# The run folders that this process has locked, and a descriptor of each that is never closed: the
+# system gives a lock back when its process ends, by kill -9 too.
+LOCKS: dict[Path, int] = {}
 
 
 class Run:
@@ -71,8 +76,7 @@ class Run:
         self.records: list[dict] = []
         start = follow_links(options.model)
         if not start.is_dir():
-            hint = "grpo.py starts from what sft.py has trained"
-            raise InputError(f"--model {options.model}: no such folder ({hint})")
+            raise missing_file(Path(options.model) / "config.json")
         if not options.out:
             raise InputError("--out is empty")
         if follow_links(self.folder) in (start, *start.parents):
@@ -137,6 +141,7 @@ class Run:
         state = checkpoint.training_state(model, optimizer)
         if is_first():
             self.check_disk(model, state)
+            self.lock()
         # 2. Load before anything is changed: a checkpoint may be damaged.
         if self.options.resume:
             try:
@@ -153,6 +158,26 @@ class Run:
         metrics = self.folder / "metrics.jsonl"
         if metrics.exists():
             self.records = [record for record, _ in read_records(metrics, ("step",))]
+
+    def lock(self) -> None:
+        """Makes the folder if need be, and keeps other processes from training in it.
+
+        Raises InputError if one does, or has done so since this one looked.
+        """
+        folder = follow_links(self.folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if folder not in LOCKS:
+            LOCKS[folder] = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(LOCKS[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{self.folder}: another process is training in it") from None
+        except OSError:
+            pass  # not every file system has locks
+        if not self.options.resume:
+            self.check_unused()
+        elif checkpoint.read_step(self.find_checkpoint()) != self.step:
+            raise InputError(f"{self.folder}: another process has gone on from step {self.step}")
 
     def make_folder(self, warmup_steps: int) -> None:
         """Writes config.json, and clears away what a new run replaces, or what an interrupted one
@@ -171,7 +196,6 @@ class Run:
                 shutil.rmtree(self.folder / name, ignore_errors=True)
             for name in FILES:
                 (self.folder / name).unlink(missing_ok=True)
-            follow_links(self.folder).mkdir(parents=True, exist_ok=True)
             processes = {"processes": world_size(), "warmup_steps": warmup_steps}
             write_json(config_path, self.config | processes)
         # The tokenizer and its like, now: when the weights are saved, hours later, the folder that
