@@ -627,12 +627,6 @@ def test_gsm8k_for_sft(tmp_path):
     assert only(tmp_path, {"question": "Q", "answer": "#### 3"}).response is None
 
 
-def test_utf16_is_no_json(tmp_path):
-    path = tmp_path / "d.jsonl"
-    path.write_bytes('{"question": "a", "answer": "b"}\n'.encode("utf-16"))
-    assert "line 1: malformed JSON ('utf-8'" in complaint(path)
-
-
 def test_the_table_has_each_name_once_in_a_meaning():
     for meaning, names in NAMES.items():
         assert len(set(names)) == len(names), meaning
