@@ -1,8 +1,9 @@
 """Everything between a file on disk and the tensors of the model.
 
-tokenizer (and chat template), images, prompts, sequences (packs), completions (what is sampled);
-and, aside from the reading path, datasets (readers), schemas (published forms of records) and uris
-(of images).
+On the reading path: tokenizer (and chat template), images (uris: how they are named), prompts,
+sequences (rows and packs), completions (what is sampled), responses (packs of them).
+Aside from it: datasets, which says how a record of a file becomes an example, and what it calls:
+schemas, turns (records that are conversations), fields, options, unread.
 """
 
 # ruff: noqa: F401

@@ -6,14 +6,20 @@ There are four kinds of file. `*.parquet` has rows, and needs pyarrow. `*.tsv` i
 table, `*.csv` any other. Every other file is JSON: one array if it begins with "[", one object of
 records by their ids if it is a single object, else one record a line.
 
-A record's schema is known by its fields (schemas.py), which have many names (fields.py). Text stays
-as it is published, markers such as "<image 1>" too: our prompts put a question's images before its
-text, in the order of their numbers, so "<image 2>" is the second of them.
+A record becomes an example in four steps:
+
+    records     finds it in the file
+    to_plain    does what a schema needs beside other names of fields (schemas.py, turns.py)
+    to_example  reads each meaning by its names: question, images, answer (fields.py), options and
+                which of them is right (options.py); and puts the example together
+    refuse_*    refuses it if something is left or missing that the question may need (unread.py)
+
+Text stays as it is published, markers such as "<image 1>" too: our prompts put a question's images
+before its text, in the order of their numbers, so "<image 2>" is the second of them.
 """
 
 import csv
 import json
-import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -36,7 +42,7 @@ from data.fields import (
 )
 from data.options import Ambiguous, read_letter, read_options
 from data.schemas import to_plain
-from data.unread import refuse_unread
+from data.unread import refuse_missing, refuse_unread
 from hub.errors import BEGINNINGS, InputError, unreadable
 
 T = TypeVar("T")
@@ -45,12 +51,6 @@ BLOCK = 200  # examples that `load_examples` finishes at a time
 # These fields are no part of Example.meta, even if they are empty.
 OURS = {*"id question answer response domain accepted precision unit".split()}
 OURS |= {*NAMES["image"], *NAMES["options"]}
-# <image>, <image 1>, <image_1>, <|image_1|>, <ImageHere>, <img src="a.png">, ![](a.png)
-IMAGE_MARK = re.compile(
-    r"<\|?image[ \w|]*>|<img [^>]*src=[^>]*>|!\[[^]]*\]\([^)]*\)", re.IGNORECASE
-)
-# MAWPS has the numbers in another field.
-GAP_MARK = re.compile(r"\b(?:N_\d\d|number\d)\b")
 
 
 @dataclass
@@ -68,7 +68,7 @@ class Example:
     accepted: list[str] = field(default_factory=list)  # other answers that are right as well
     precision: int | None = None  # decimals that count in a numeric answer
     schema: str = field(default="plain", compare=False)  # what the record was recognised as
-    read: dict = field(default_factory=dict, compare=False)  # meaning -> fields that it is from
+    sources: dict = field(default_factory=dict, compare=False)  # meaning -> fields it is from
     where: str = field(default="", compare=False)  # file and line, for complaints
 
     @property
@@ -86,7 +86,8 @@ def read_examples(path: str | Path, bad: list[str] | None = None) -> Iterator[Ex
     """
     path = Path(path)
     number = 0
-    base = None
+    base = None  # what the file's indices count from, 0 or 1; None as long as it is not known
+    has_been_asked = False
     for number, (where, record) in enumerate(records(path), 1):
         try:
             # A line of JSON is parsed here, where a malformed one is a bad record like others.
@@ -95,12 +96,13 @@ def read_examples(path: str | Path, bad: list[str] | None = None) -> Iterator[Ex
             try:
                 example = to_example(record, where, path, number)
             except Ambiguous as error:
-                # An index: the file is asked, once, whether its indices count from 0 or from 1.
-                if base is None:
-                    base = index_base(path) or (error.default,)
-                if base == (None,):
+                if not has_been_asked:
+                    base = index_base(path)
+                    has_been_asked = True
+                counts_from = error.default if base is None else base
+                if counts_from is None:
                     raise
-                example = to_example(record, where, path, number, base[0])
+                example = to_example(record, where, path, number, counts_from)
         except InputError as error:
             if bad is None:
                 raise
@@ -111,8 +113,8 @@ def read_examples(path: str | Path, bad: list[str] | None = None) -> Iterator[Ex
         raise InputError(f"{path}: no examples in the file")
 
 
-def index_base(path: Path) -> tuple[int] | None:
-    """Returns what the indices of a file count from, (0,) or (1,); None if it does not tell.
+def index_base(path: Path) -> int | None:
+    """Returns what the indices of a file count from, 0 or 1; None if it does not tell.
 
     The first record decides that has an index of 0, or one as high as there are options.
     """
@@ -126,7 +128,7 @@ def index_base(path: Path) -> tuple[int] | None:
             except InputError:
                 pass
         if len(found) == 1:
-            return (found[0],)
+            return found[0]
     return None
 
 
@@ -232,9 +234,7 @@ def json_records(path: Path) -> Iterator[tuple[str, object]]:
             for number, item in enumerate(parse_json(file.read(), str(path)), 1):
                 yield f"{path}: item {number}", item
             return
-        first = next((line for line in file if line.strip()), b"")
-        file.seek(0)
-        items = object_of_records(first, file, str(path))
+        items = object_of_records(file, str(path))
         if items is not None:
             yield from items
             return
@@ -244,19 +244,17 @@ def json_records(path: Path) -> Iterator[tuple[str, object]]:
                 yield f"{path}: line {number}", line.rstrip()
 
 
-def object_of_records(first: bytes, file: BinaryIO, where: str) -> list[tuple[str, object]] | None:
+def object_of_records(file: BinaryIO, where: str) -> list[tuple[str, object]] | None:
     """Returns the records of a file that is one JSON object; None if it has a record a line.
 
     The object has the records by their ids (MathVista), or has one array of them, as in
     {"questions": [...]}. Or it is a record itself, over several lines.
     """
+    lines = (line for line in file if line.strip())
     try:
-        content = json.loads(first.decode("utf-8-sig"))
-        lines = 0
-        for line in file:
-            lines += bool(line.strip())
-            if lines > 1:
-                return None
+        content = json.loads(next(lines, b"").decode("utf-8-sig"))
+        if next(lines, None) is not None:
+            return None
         is_line = True
     except (ValueError, RecursionError):
         file.seek(0)
@@ -284,9 +282,8 @@ def is_array_of_records(value: object) -> bool:
     """Says whether a value may be the records of a file."""
     if not isinstance(value, list) or not value or not all(isinstance(one, dict) for one in value):
         return False
-    return bool(named(value[0], "question")) or not {"conversations", "messages"}.isdisjoint(
-        value[0]
-    )
+    first = value[0]
+    return bool(named(first, "question")) or "conversations" in first or "messages" in first
 
 
 def parse_json(content: bytes, where: str) -> object:
@@ -355,48 +352,38 @@ def to_example(
     """
     schema, record = to_plain(record, where, is_tsv=path.suffix.lower() == ".tsv")
     # 1. Each reader returns what it found, and the fields that it is from.
-    read = {}
+    sources = {}
     options = read_options(record, where)
     if options:
-        read["options"] = options.fields
-        answer, read["answer"] = read_letter(record, options, where, base)
+        sources["options"] = options.fields
+        answer, sources["answer"] = read_letter(record, options, where, base)
         answers = [answer]
     else:
-        answers, read["answer"] = read_open_answer(record, where)
-    question, read["question"] = read_question(record, where)
-    images, read["image"] = read_images(record, where, path.parent)
+        answers, sources["answer"] = read_open_answer(record, where)
+    question, sources["question"] = read_question(record, where)
+    images, sources["image"] = read_images(record, where, path.parent)
     for meaning in ("id", "domain", "accepted", "response", "precision"):
-        read[meaning] = named(record, meaning)[:1]
+        sources[meaning] = named(record, meaning)[:1]
 
-    def first(meaning: str, kind: type) -> object:
-        """Returns the record's field of a meaning, None if it has none."""
-        fields = read[meaning]
-        return optional(record, fields[0], kind, where) if fields else None
-
-    domain = named(record, "domain")
-    if domain and isinstance(record[domain[0]], list):
-        record = record | {domain[0]: ", ".join(map(str, record[domain[0]]))}
-
-    # 2. Nothing that belongs to the question may be left.
-    used = {name for names in read.values() for name in names}
-    bare = str(record[read["question"][0]])
+    # 2. Nothing that belongs to the question may be left, or missing.
+    used = {name for names in sources.values() for name in names}
+    bare = str(record[sources["question"][0]])
     refuse_unread(record, used, where, bare, bool(options), images, answers[0])
     text = "\n".join([question, *(options.texts.values() if options else ())])
-    mark = IMAGE_MARK.search(text)
-    if mark and not images:
-        raise InputError(f"{where}: the text has {mark[0]}, but the record has no image")
-    # A file that was converted without its images would be answered blindly.
-    for number in re.findall(r"<image[ _]?([1-9])>", text) if "image_1" in record else ():
-        if f"image_{number}" not in named(record, "image"):
-            reason = f"is missing, but the text has <image {number}>"
-            raise InputError(f"{where}: field 'image_{number}' {reason}")
-    gap = GAP_MARK.search(question)
-    if gap and "numbers" in map(plain_name, record):
-        raise InputError(f"{where}: the question has {gap[0]} in the place of a number")
+    refuse_missing(record, where, text, images)
+
+    # 3. The rest needs no reader of its own.
+    def first(meaning: str, kind: type) -> object:
+        """Returns the record's field of a meaning, None if it has none."""
+        fields = sources[meaning]
+        return optional(record, fields[0], kind, where) if fields else None
+
+    domains = record[sources["domain"][0]] if sources["domain"] else []
+    domains = domains if isinstance(domains, list) else [domains]
     accepted = [*answers[1:], *map(str, first("accepted", list) or [])]
-    # What says the answer stays in meta as it was published.
-    told = {name for part in ("question", "options", "image") for name in read.get(part, ())}
-    rest = {name: value for name, value in record.items() if name not in told}
+    # Fields that say which answer is right stay in meta, as they were published.
+    shown = {name for part in ("question", "options", "image") for name in sources.get(part, ())}
+    rest = {name: value for name, value in record.items() if name not in shown}
     return Example(
         id=first("id", str) or f"{path.stem}-{number}",
         question=question,
@@ -404,12 +391,12 @@ def to_example(
         options=options.texts if options else None,
         images=images,
         response=first("response", str),
-        domain=first("domain", str),
+        domain=", ".join(map(str, domains)) or None,
         meta={k: v for k, v in rest.items() if plain_name(k) not in OURS and is_json(v)},
         accepted=accepted,
         precision=read_precision(record, where),
         schema=schema,
-        read={meaning: fields for meaning, fields in read.items() if fields},
+        sources={meaning: fields for meaning, fields in sources.items() if fields},
         where=where,
     )
 

@@ -1,8 +1,8 @@
 """What the fields of a record mean: one table of names, and the readers that follow from it.
 
-The rule: a field that `MEANINGS` names is read under any of its names; a field that it does not
-name, but that looks like options, an image or context, makes the record bad. So no record becomes
-another question silently: what could change what it asks is read or refused by name.
+The rule: what could change what a record asks is read, or the record is refused by that field's
+name. A field that `MEANINGS` names is read under any of its names; one that it does not name, but
+that looks like options, an image or context, makes the record bad.
 
 Names are compared without case, spaces, `_` and `-`: "Correct Answer" is "correctanswer".
 Options and the answer that is one of them are in options.py, what is not read in unread.py.
@@ -55,7 +55,7 @@ MEANINGS = {
     # These are an image if they end like one.
     "file": "file_name file path image_id img_id data_id",
     "unit": "unit units answer_unit",
-    "domain": "domain subject category",
+    "domain": "domain medical_task ability subject category task",
     "accepted": "accepted accepted_answers aliases answer_aliases",
     "response": "response",
     # Where nothing else says the answer: it is what this ends with, or all of it.
@@ -66,6 +66,8 @@ OPEN_KEYS = {"label", "labels", "correct"}  # may be anything, where there are n
 # Base64 that does not say so: what PNG, JPEG, GIF and WebP begin with.
 BASE64 = re.compile(r"(iVBORw|/9j/|R0lGOD|UklGR)[A-Za-z0-9+/=\s]{60}")
 IMAGE_FILE = re.compile(r"\S.*\.(png|jpe?g|webp|gif|bmp|tiff?|svg|dcm|nii|mp4)", re.IGNORECASE)
+# These are another image, where the first is no path: all others may be the path of that one.
+PICTURES = {"figure", "figures", "diagram", "picture", "photo", "questionimage"}
 KINDS = {str: "text", dict: "an object", list: "an array"}
 
 
@@ -82,11 +84,13 @@ NAMES = {meaning: [plain_name(name) for name in MEANINGS[meaning].split()] for m
 
 
 def is_empty(value: object) -> bool:
-    """Says whether a field holds nothing: null, an empty text, array or object, or NaN.
+    """Says whether a field holds nothing: null, a blank text, an empty array or object, or NaN.
 
     NaN is what pandas makes of null.
     """
-    return value in (None, "", [], {}) or value != value
+    if isinstance(value, str):
+        return not value.strip()
+    return value in (None, [], {}) or value != value
 
 
 def optional(record: object, field: str, kind: type, where: str) -> object:
@@ -195,24 +199,32 @@ def read_open_answer(record: dict, where: str) -> tuple[list[str], list[str]]:
     An array means that each of its texts is right; an array of numbers is one answer. Raises
     InputError where a field names an option, or says by a number or by `false` what is meant.
     """
-    marks = [key for key in named(record, "key") if plain_name(key) in OPEN_KEYS]
-    marks = [key for key in marks if isinstance(record[key], int) and record[key] is not True]
-    if marks:  # the number of a class, or whether the answer is right (MultiRC)
-        raise InputError(f"{where}: field '{marks[0]}' may not be the answer; if it is, call it so")
-    keys = [key for key in named(record, "key") if plain_name(key) not in OPEN_KEYS]
-    keys = [key for key in keys if re.fullmatch(r"[A-Pa-p]|\d{1,2}", str(record[key]))]
+    # 1. The number of a class, or `false` for an answer that is wrong (MultiRC), is no answer.
+    keys = named(record, "key")
+    for key in keys:
+        if (
+            plain_name(key) in OPEN_KEYS
+            and isinstance(record[key], int)
+            and record[key] is not True
+        ):
+            raise InputError(f"{where}: field '{key}' may not be the answer; if it is, call it so")
+    # 2. Where no field is named so, a worked solution may end with the answer.
     fields = named(record, "answer")
     if not fields:
         solution = named(record, "solution")
         answer = solution and final_answer(optional(record, solution[0], str, where) or "")
         if answer:
             return [answer], solution
+    # 3. A letter or an index without options says that we do not know the options.
+    keys = [key for key in keys if plain_name(key) not in OPEN_KEYS]
+    keys = [key for key in keys if re.fullmatch(r"[A-Pa-p]|\d{1,2}", str(record[key]))]
     if keys:
         reason = "is missing or empty" if not fields else "may be an option's text"
         raise InputError(
             f"{where}: field 'answer' {reason}; field '{keys[0]}' names an option, but there are "
             "no fields that are known to be options"
         )
+    # 4. What the field says: text, yes or no, or several answers.
     [field, *_] = fields or named(record, "key") or ["answer"]
     value = record.get(field)
     if isinstance(value, bool):
@@ -225,7 +237,8 @@ def read_open_answer(record: dict, where: str) -> tuple[list[str], list[str]]:
     if not isinstance(value, list):
         answer = required({field: value}, field, str, where)
         is_box = answer.startswith(r"\boxed{") and answer.endswith("}")
-        return [final_answer(answer) or answer if is_box else answer], [field]
+        is_wrapped = is_box and answer.count("boxed") == 1 or answer.endswith("</answer>")
+        return [final_answer(answer) or answer if is_wrapped else answer], [field]
     texts = [optional({field: one}, field, str, where) for one in value]
     if None in texts or not texts:
         raise InputError(f"{where}: field '{field}' has an empty answer")
@@ -237,16 +250,17 @@ def read_open_answer(record: dict, where: str) -> tuple[list[str], list[str]]:
 def final_answer(solution: str) -> str | None:
     r"""Returns what a worked solution answers: in <answer> tags, else in its last \boxed{...}.
 
-    A solution of a few words is an answer itself. Returns None where nothing of that is there.
+    Without both, it is what stands behind "####" or "the answer is" at the end; and a solution of a
+    few words is an answer itself. Returns None where nothing of that is there.
     """
     tags = re.findall(r"<answer>(.*?)</answer>", solution, re.DOTALL)
     if tags:
         return tags[-1].strip() or None
     _, box, rest = solution.rpartition(r"\boxed{")
-    said = re.search(r"(?:####|[Tt]he (?:final )?answer is:?) *([^\n]+?)\.?\s*$", solution)
-    if said and not box:
-        return said[1]
     if not box:
+        said = re.search(r"(?:####|[Tt]he (?:final )?answer is:?) *([^\n]+?)\.?\s*$", solution)
+        if said:
+            return said[1]
         is_sentence = len(solution.split()) > 5 or solution.rstrip().endswith(".")
         return None if is_sentence else solution.strip() or None
     depth = 1
@@ -283,7 +297,9 @@ def read_images(record: dict, where: str, folder: Path) -> tuple[list[str | Path
         again = bool(images) and not re.fullmatch(r"image\d", plain_name(field))
         # MathVista and MathVision have the path beside the image itself, others its address.
         is_address = re.match(r"https?:", str(record[field]), re.IGNORECASE)
-        if again and (is_address or not all(isinstance(image, Path) for image in images)):
+        is_path = plain_name(field) not in PICTURES
+        are_paths = all(isinstance(image, Path) for image in images)
+        if again and (is_address or is_path and not are_paths):
             continue
         found = images_of(record[field], f"{where}: field '{field}'", folder)
         if again:

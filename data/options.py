@@ -169,7 +169,7 @@ def by_letter(pairs: list[tuple[str | None, object]], where: str) -> Options:
     begun = [BEGINNING.fullmatch(text.strip()) for text in texts]
     if None not in begun:
         marks = [(match[1] or match[2]).lower() for match in begun]
-        if marks in in_order(len(marks)):
+        if marks in in_order(len(marks)) or sorted(marks) == in_order(len(marks))[0]:
             texts = [match[3] for match in begun]
             names = marks if None in names else names
     if None in names:
@@ -193,20 +193,24 @@ def in_order(n: int) -> list[list[str]]:
 def column_options(record: dict, where: str) -> Options | None:
     """Returns options that are columns of their own: at least two, from a, A, 0 or 1 on.
 
-    Mere letters must be capitals, or the answer one of them: `a` and `b` may be anything.
+    Mere small letters and numbers may be anything, as in a + b. They are options where the answer
+    is a letter, or the name or the text of one of them.
     """
     groups = {}
-    mere = "[A-Pa-p]" if names_letter(record) else "[A-P]"
+    mere = {field: text for field, text in record.items() if re.fullmatch(r"[a-p]|\d\d?", field)}
+    answers = [str(record[field]) for field in (*named(record, "answer"), *named(record, "key"))]
+    are_chosen = any(answer in (*mere, *mere.values()) for answer in answers)
+    are_chosen = are_chosen or names_letter(record)
     for field, value in record.items():
         match = COLUMN.fullmatch(plain_name(field))
         is_text = isinstance(value, str | int | float) and not isinstance(value, bool)
         if match and is_text and not is_empty(value) and value != "nan":
-            if match[1] or re.fullmatch(mere, field):
-                groups.setdefault(match[1], {})[match[2]] = field
+            if match[1] or field not in mere or are_chosen:
+                groups.setdefault((match[1], match[2].isdigit()), {})[match[2]] = field
     for columns in groups.values():
         ends = sorted(columns, key=lambda end: (len(end), end))
         fields = [columns[end] for end in ends]
-        is_lettered = ends[0] == "a" and not any(end.isdigit() for end in ends)
+        is_lettered = ends[0] == "a"
         if len(ends) > 1 and not ends[0].isdigit() and not is_lettered:
             raise InputError(f"{where}: field '{fields[0]}' looks like an option, but A is missing")
         if len(ends) > 1 and (is_lettered or ends in in_order(len(ends))):
@@ -258,8 +262,8 @@ def read_letter(
         if meant and isinstance(record[field], list | dict | bool):
             continue
         letters = letters_meant(record[field], field, options, where, base)
-        names_letter = re.fullmatch("[A-P]", str(record[field])) and field in keys
-        if meant and names_letter and not letters and plain_name(field) not in OPEN_KEYS:
+        is_letter = re.fullmatch("[A-P]", str(record[field])) and field in keys
+        if meant and is_letter and not letters and plain_name(field) not in OPEN_KEYS:
             found = short(record[field])
             raise InputError(f"{where}: field '{field}' is none of the options: {found}")
         for other, before in meant.items():

@@ -7,10 +7,12 @@ Our plain schema is
 
 where options are {"A": text, ...}, an image is a path, a data URI or an array of them, accepted
 are other right answers, and precision is the number of decimals that count. All of these have other
-names as well: fields.py has the table. Here is only what a table of names cannot say. `SCHEMAS`, at
-the end, lists the published schemas: by which fields each is known, and a function for what else
-there is to do. To add a dataset whose names are not known, add them in fields.py; to add one that
-needs more, add a line here.
+names as well: fields.py has the table.
+
+The rule: a record is read by the names of its fields, whatever dataset it is of. Here is only what
+a table of names cannot say. `SCHEMAS` lists by which fields such a dataset is known, and a function
+for what else there is to do. To add a dataset whose names are not known, add them in fields.py; to
+add one that needs more, add a line here.
 """
 
 import re
@@ -21,14 +23,12 @@ from typing import NamedTuple
 from data.fields import final_answer, named, optional, python_list, required, without
 from data.options import read_options
 from data.turns import (
-    asked,
     is_sharegpt,
     openthoughts,
     openthoughts_metadata,
-    pictured,
     sharegpt,
-    turns_of,
     verl,
+    with_question,
 )
 from hub.errors import InputError
 
@@ -40,17 +40,14 @@ def option_texts(record: dict, where: str) -> dict[str, str] | None:
 
 
 def listed_answers(record: dict, where: str) -> dict:
-    """Returns the answer of a question without options, and other answers that are right as well.
+    """Returns the record, its answer as an array if it is the text of one: "['6', 'six']" (MMMU).
 
-    The text of a Python list of texts means that each of them is right (MMMU).
+    Where there are options, the answer stays as it is.
     """
-    answer = required(record, "answer", str, where)
-    answers = python_list(answer)
-    # "['6', 'six']" are two answers, but "[1, 2]" is one, which is a list of numbers.
-    are_texts = all(isinstance(text, str) and text for text in answers)
-    if isinstance(answers, list) and answers and are_texts:
-        return {"answer": answers[0], "accepted": answers[1:]}
-    return {"answer": answer}
+    answer = record.get("answer")
+    if not isinstance(answer, str) or read_options(record, where):
+        return record
+    return record | {"answer": python_list(answer) or answer}
 
 
 # --- Published schemas: each function takes a record, and returns it with our fields --------------
@@ -96,7 +93,7 @@ def medqa_hf(record: dict, where: str) -> dict:
 
 
 def mmlu_pro(record: dict, where: str) -> dict:
-    """There are up to ten options; those that are "N/A" only fill up."""
+    """Options "N/A" stand for nothing: they fill up the ten of each question."""
     options = option_texts(record, where) or {}
     kept = {letter: text for letter, text in options.items() if text != "N/A"}
     return record | {"options": kept}
@@ -104,17 +101,17 @@ def mmlu_pro(record: dict, where: str) -> dict:
 
 def mmmu(record: dict, where: str) -> dict:
     """Texts point to images: <image 1>. The subject is a field, or in the id: validation_Art_1."""
-    options = option_texts(record, where)
     domain = record.get("subject")
     if not domain:
         name = re.fullmatch(r"[a-z]+_(.+)_\d+", str(record.get("id")))
         domain = name[1] if name else record.get("subfield")
-    record = record | {"options": options, "domain": domain}
-    return record if options else record | listed_answers(record, where)
+    return listed_answers(record, where) | {"domain": domain}
 
 
 def mmmu_vision(record: dict, where: str) -> dict:
     """The question is in the image; so are the options, which our prompts repeat."""
+    if named(record, "question"):
+        return record
     return record | {"question": "Answer the question in the image."}
 
 
@@ -124,15 +121,13 @@ def mathvista(record: dict, where: str) -> dict:
     metadata = optional(record, "metadata", dict, where) or {}
     letters = [letter for letter, text in options.items() if text == record.get("answer")]
     letters.append(record.get("answer"))
-    rest = without(record, "choices") | {"options": options, "domain": metadata.get("task")}
-    return rest | {"answer": letters[0]}
+    rest = without(record, "choices") | {"domain": metadata.get("task")}
+    return rest | {"options": options, "answer": letters[0]}
 
 
 def opencompass(row: dict, where: str) -> dict:
     """A row of an OpenCompass TSV."""
-    domain = row.get("category", row.get("task"))
-    record = row | {"id": row["index"], "domain": domain}
-    return record if read_options(row, where) else record | listed_answers(row, where)
+    return listed_answers(row, where) | {"id": row["index"]}
 
 
 def scored(record: dict, where: str) -> dict:
@@ -150,10 +145,7 @@ def medxpertqa(record: dict, where: str) -> dict:
     bare, mark, listed = question.rpartition("\nAnswer Choices:")
     options = option_texts(record, where) or {}
     repeated = bool(mark) and all(text in listed for text in options.values())
-    return record | {
-        "question": bare.strip() if repeated else question,
-        "domain": record.get("medical_task"),
-    }
+    return record | {"question": bare.strip() if repeated else question}
 
 
 # --- The table ------------------------------------------------------------------------------------
@@ -164,7 +156,7 @@ class Schema(NamedTuple):
 
     name: str
     known_by: set[str]  # fields that a record must have
-    convert: Callable[[dict, str], dict] | None = None  # what else there is to do
+    convert: Callable[[dict, str], dict]  # what else there is to do
     lacks: frozenset[str] = frozenset()  # fields that a record must not have
 
 
@@ -176,8 +168,7 @@ SCHEMAS = (
         {"problem", "deepseek_reasoning", "deepseek_solution"},
         convert=openthoughts_metadata,
     ),
-    # jind11/MedQA; GBaker/MedQA-USMLE-4-options; GBaker/MedQA-USMLE-4-options-hf
-    Schema("medqa", {"question", "options", "answer_idx"}),
+    # GBaker/MedQA-USMLE-4-options-hf
     Schema("medqa-hf", {"sent1", "ending0", "label"}, convert=medqa_hf),
     # TIGER-Lab/MMLU-Pro
     Schema("mmlu-pro", {"question_id", "options", "category"}, convert=mmlu_pro),
@@ -187,7 +178,7 @@ SCHEMAS = (
         "mmmu-pro-vision",
         {"image", "options", "subject"},
         convert=mmmu_vision,
-        lacks=frozenset({"question", "level"}),
+        lacks=frozenset({"level"}),
     ),
     Schema("mmmu", {"image_1", "options"}, convert=mmmu),
     # AI4Math/MathVista
@@ -206,8 +197,6 @@ SCHEMAS = (
     # truthfulqa/truthful_qa, "multiple_choice"; google/BIG-bench
     Schema("truthfulqa", {"question", "mc1_targets"}, convert=scored),
     Schema("big-bench", {"input", "target_scores"}, convert=scored),
-    # MathLLMs/MathVision. Options may be mere letters: then the image has their texts.
-    Schema("mathvision", {"question", "options", "level", "subject"}),
 )
 
 
@@ -216,50 +205,39 @@ def to_plain(record: object, where: str, *, is_tsv: bool) -> tuple[str, dict]:
 
     Fields that mean nothing to us are left as they are. Raises InputError for an unknown schema.
     """
-    # Open-Reasoner-Zero, data/orz_math_57k_collected.json; its tables have columns 0 and 1
+    # 1. Every record is an object, but those of Open-Reasoner-Zero's orz_math_57k_collected.json;
+    # its tables have columns 0 and 1.
     if isinstance(record, dict) and record.keys() == {"0", "1"}:
         record = [record["0"], record["1"]]
     if isinstance(record, list) and len(record) == 2:
         return "orz", orz(record, where)
-    if isinstance(record, dict) and None in record:  # where csv puts them
-        raise InputError(f"{where}: more cells than the first row")
     if not isinstance(record, dict):
         raise InputError(
             f"{where}: a record must be an object or [{{from, value}}, {{ground_truth}}]"
         )
+    if None in record:  # where csv puts them
+        raise InputError(f"{where}: more cells than the first row")
     if optional(record, "error_type", str, where) not in ("ok", None):  # MMLU-Redux
         raise InputError(f"{where}: field 'error_type' says that the question is bad")
+    # 2. These two are known by more than the names of fields.
     if is_tsv and "index" in record:
         return "opencompass", opencompass(record, where)
-    told = named(record, "answer") or named(record, "key") or named(record, "solution")
     if is_sharegpt(record):
         return "sharegpt", sharegpt(record, where)
-    # allenai/RLVR, verl, orz-eval: the turns before an answer
-    asks = named(record, "question")
-    for field in (*asks[:1], "messages", "conversations"):
-        spoken = turns_of(record.get(field))
-        if spoken and (field in asks or not asks and told and spoken[-1][0] == "user"):
-            question = asked(record[field], f"{where}: field '{field}'")
-            record = pictured(record, record[field]) | {"question": question}
-            record = without(record, *{field} - {"question"})
-            break
-    # databricks/dolly, tatsu-lab/alpaca: the response is the answer
-    worked = named(record, "worked")
-    if worked and not told and not named(record, "options"):
-        response = required(record, worked[0], str, where)
-        answer = final_answer(response) or response
-        # Alpaca has it all once more as `text`.
-        repeated = ["text"] if response in str(record.get("text")) else []
-        record = without(record, *worked, *repeated) | {"answer": answer, "response": response}
+    # 3. A question may be a conversation, and an answer may be in the response, in any schema.
+    told = bool(named(record, "answer") or named(record, "key") or named(record, "solution"))
+    record = with_question(record, told, where)
+    if not told:
+        record = with_answer(record, where)
     for schema in SCHEMAS:
         if schema.known_by <= record.keys() and not schema.lacks & record.keys():
-            if schema.convert is not None:
-                record = schema.convert(record, where)
-            return schema.name, record
+            return schema.name, schema.convert(record, where)
     # openai/grade-school-math; openai/gsm8k
     if "####" in str(record.get("answer")) and not record.get("options"):
         return "gsm8k", gsm8k(record, where)
-    # allenai/arc: {"question": {"stem", "choices"}, "answerKey"}; MedQA of openlifescienceai
+    # 4. Any other is read by the names of its fields, which may be a level lower: allenai/arc has
+    # {"question": {"stem", "choices"}, "answerKey"}, so has MedQA of openlifescienceai.
+    asks = named(record, "question")
     for field, value in record.items():
         if isinstance(value, dict) and named(value, "question") and asks in ([], [field]):
             record = without(record, field) | value
@@ -268,3 +246,18 @@ def to_plain(record: object, where: str, *, is_tsv: bool) -> tuple[str, dict]:
     if not asks and not named(record, "answer"):
         raise InputError(f"{where}: unknown schema (fields: {', '.join(record)[:80]})")
     return ("plain" if "question" in asks and "answer" in record else "by names"), record
+
+
+def with_answer(record: dict, where: str) -> dict:
+    """Returns a record that has no answer with that of its response (databricks/dolly, alpaca).
+
+    Records with options need an answer of their own.
+    """
+    fields = named(record, "worked")
+    if not fields or named(record, "options"):
+        return record
+    response = required(record, fields[0], str, where)
+    # Alpaca has it all once more as `text`.
+    repeated = ["text"] if response in str(record.get("text")) else []
+    answer = final_answer(response) or response
+    return without(record, *fields, *repeated) | {"answer": answer, "response": response}

@@ -1,4 +1,7 @@
-"""Records that are conversations: OpenThoughts, ShareGPT and the chat APIs, verl."""
+"""Records that are conversations: OpenThoughts, ShareGPT and the chat APIs, verl.
+
+A function of a schema's name takes a record of it, and returns it with our fields (schemas.py).
+"""
 
 import re
 
@@ -116,13 +119,25 @@ def pictured(record: dict, turns: list) -> dict:
     return record if named(record, "image") or not held else record | {"images": held}
 
 
-def asked(turns: object, where: str) -> str:
-    """Returns what a prompt of turns asks: the user's turn. A system prompt is not kept."""
-    spoken = turns_of(turns) or []
-    texts = [text for speaker, text in spoken if speaker == "user"]
-    if len(texts) != 1 or spoken[-1][0] != "user" or not texts[0]:
-        raise InputError(f"{where} must be a conversation that ends with its only user's turn")
-    return texts[0]
+def with_question(record: dict, told: bool, where: str) -> dict:
+    """Returns the record with its question as text, if that is a conversation (RLVR, verl).
+
+    The question is the only user's turn; a system prompt is not kept. told: whether the record has
+    the answer in a field of its own, so that its conversation is a mere question.
+    """
+    asks = named(record, "question")[:1]
+    for field in asks or ("messages", "conversations"):
+        spoken = turns_of(record.get(field))
+        ends_asking = bool(spoken) and spoken[-1][0] == "user"
+        is_question = ends_asking and told or field in asks
+        if not spoken or not is_question:
+            continue
+        texts = [text for speaker, text in spoken if speaker == "user"]
+        if len(texts) != 1 or not ends_asking or not texts[0]:
+            reason = "must be a conversation that ends with its only user's turn"
+            raise InputError(f"{where}: field '{field}' {reason}")
+        return without(pictured(record, record[field]), field) | {"question": texts[0]}
+    return record
 
 
 def sharegpt(record: dict, where: str) -> dict:
@@ -182,5 +197,4 @@ def verl(record: dict, where: str) -> dict:
     return without(record, field, "reward_model") | {
         "question": wrapped[1] if wrapped else question,
         "answer": answers,
-        "domain": record.get("ability"),
     }

@@ -1,10 +1,11 @@
-"""What is left of a record: does it look like something that changes the question?"""
+"""What is left of a record, and what is missing: may the question need it?"""
 
 import re
 from collections import Counter
 from pathlib import Path
 
-from data.fields import NAMES, holds_image, is_empty, plain_name
+from data.fields import NAMES, holds_image, is_empty, named, plain_name
+from data.options import parse_text
 from hub.errors import InputError
 
 OPTION_WORDS = set(
@@ -40,6 +41,12 @@ ABOUT_WORDS = set(
     "rationales response responses outputs predictions info title name names date author equation "
     "equations numbers operations decomposition entities".split()
 )
+# <image>, <image 1>, <image_1>, <|image_1|>, <ImageHere>, <img src="a.png">, ![](a.png)
+IMAGE_MARK = re.compile(
+    r"<\|?image[ \w|]*>|<img [^>]*src=[^>]*>|!\[[^]]*\]\([^)]*\)", re.IGNORECASE
+)
+# MAWPS has the numbers in another field.
+GAP_MARK = re.compile(r"\b(?:N_\d\d|number\d)\b")
 TOLD_NAMES = {*NAMES["answer"], *NAMES["accepted"]} - {*NAMES["options"]}
 
 
@@ -61,7 +68,7 @@ def refuse_unread(
     image_names = {Path(image).name for image in images if not isinstance(image, bytes)}
     for field, value in record.items():
         words = words_of(field)
-        if field in read or is_empty(value) or not words:
+        if field in read or is_empty(value) or value in ("[]", "{}") or not words:
             continue
         looks = None
         tells_answer = bool(SOLUTION_WORDS & set(words))
@@ -93,6 +100,23 @@ def refuse_unread(
             )
 
 
+def refuse_missing(record: dict, where: str, text: str, images: list) -> None:
+    """Raises InputError where the text, of question and options, points to what is not there.
+
+    A file that was converted without its images would be answered blindly.
+    """
+    mark = IMAGE_MARK.search(text)
+    if mark and not images:
+        raise InputError(f"{where}: the text has {mark[0]}, but the record has no image")
+    for number in re.findall(r"<image[ _]?([1-9])>", text) if "image_1" in record else ():
+        if f"image_{number}" not in named(record, "image"):
+            reason = f"is missing, but the text has <image {number}>"
+            raise InputError(f"{where}: field 'image_{number}' {reason}")
+    gap = GAP_MARK.search(text)
+    if gap and "numbers" in map(plain_name, record):
+        raise InputError(f"{where}: the question has {gap[0]} in the place of a number")
+
+
 def is_part_of_question(field: str, words: list[str], value: object, question: str) -> bool:
     """Says whether a field is named like the question, and neither repeats it nor is in it."""
     is_part = words[0] in ("question", "problem", "query") and words[-1] in PART_WORDS
@@ -106,14 +130,18 @@ def looks_like_options(words: list[str], value: object, answer: str) -> bool:
     """Says whether a field may hold options: by its name, or by what it holds.
 
     By what it holds: letters and their texts, or several short texts, of which the answer is one,
-    or names one by its letter or its number.
+    or names one by its letter or its number. They may stand in one text, as "A. red; B. blue".
     """
     if isinstance(value, bool | int | float) or plain_name("".join(words)) in TOLD_NAMES:
         return False
     if OPTION_WORDS & set(words):
         return True
+    if isinstance(value, str):
+        value = parse_text(value)
     if isinstance(value, dict):
         names = {plain_name(name) for name in value}
+        if {"1", "2"} <= names and (answer in names or answer in value.values()):
+            return True
         is_named = bool(names & {"options", "choices"}) and bool(re.fullmatch("[A-P]", answer))
         return {"a", "b"} <= names or is_named
     if not isinstance(value, list) or len(value) < 2:

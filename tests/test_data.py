@@ -207,10 +207,6 @@ def test_bad_tokenizer_files(tmp_path, change, expected):
     assert message.startswith(str(path)) and expected in message
 
 
-def test_encode_refuses_lone_surrogates(tokenizer):
-    assert "not valid Unicode" in complaint(tokenizer.encode, "a\udcff")
-
-
 # Images
 
 

@@ -47,9 +47,9 @@ def show(example: Example, texts: list[str], number: int) -> None:
 def show_reading(example: Example) -> None:
     """Prints which fields of a record were read as what, and which were not read."""
     print(f"recognised as: {example.schema}")
-    for meaning, fields in example.read.items():
+    for meaning, fields in example.sources.items():
         print(f"    {meaning:<10} from {', '.join(fields)}")
-    read = {field for fields in example.read.values() for field in fields}
+    read = {field for fields in example.sources.values() for field in fields}
     unread = [field for field in example.meta if field not in read]
     print(f"    not read: {', '.join(unread) or 'nothing'}")
 

@@ -46,8 +46,10 @@ class RowFile:
         self.found = False
 
     def rows(self, make: Callable[[], list[Row]]) -> list[Row]:
-        """Returns the rows of the file if it has this key, else make(). All processes must call it:
-        the first one reads or makes, the others get."""
+        """Returns the rows of the file if it has this key, else make().
+
+        All processes must call it: the first one reads or makes, the others get.
+        """
         self.joined = tensors_of_first(lambda: self.read() or join(make()))
         return split(self.joined)
 
@@ -67,7 +69,10 @@ class RowFile:
         return joined
 
     def keep(self) -> None:
-        """Writes the file, unless it is there. To be called when the run has begun, not before."""
+        """Writes the rows that `rows` returned, unless they were found in the file.
+
+        To be called when the run has begun, not before: a run that is refused leaves no folder.
+        """
         if not is_first() or (self.found and self.path.exists()):
             return
         new = Path(f"{self.path}.tmp")
