@@ -4,7 +4,7 @@ import re
 
 from answers.parsing import is_value
 from answers.typography import MAX_CHARS
-from answers.units import changes
+from answers.units import changes, unit_of
 
 
 def box_content(text: str) -> str | None:
@@ -67,8 +67,13 @@ def boxed_answer(text: str, strict: bool) -> str | None:
         elif between[1] or not content or "box" not in content:  # a box in a box is one answer
             return None
         first = before
-    if None in contents or strict and _says_more(_plainer(text[:first]), _plainer(behind)):
+    behind = _plainer(behind)
+    if not all(contents) or strict and _says_more(_plainer(text[:first]), behind):
         return None
+    # \boxed{3} m is 3 m, not 3.
+    unit = behind.strip(" .\n") if is_value(contents[-1]) else ""
+    if unit and unit_of(unit, glued=False):
+        contents[-1] += " " + unit
     return ", ".join(contents)
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from answers.formulas import Node, parse_formula
-from answers.tokens import GREEK, THOUSANDS, NotMaths
+from answers.tokens import ENGLISH, GREEK, THOUSANDS, NotMaths
 from answers.trees import MIRRORED, has_kind, is_rounding, trees_agree, variables
 from answers.typography import plain
 from answers.units import changes, unit_of
@@ -66,6 +66,8 @@ _NO_NUMBER = re.compile(
 )
 _SIZE = re.compile(r"[0-9]{1,4}(?: ?(?:\\times|\\cdot|\*) ?[0-9]{1,4})+")
 # What a formula holds for: 2x (x > 0).
+# A unit within a chain: x = 3 cm = 8 m.
+_OTHER_UNIT = re.compile(r"= ?[0-9.,]+ ?[a-zA-Z]+(?:\^\{?[23]\}?)? ?(?:=|\\approx)")
 _DOMAIN = re.compile(r"(?<=[a-z0-9)}])[ ,]+\(([a-z] ?(?:\\in|\\n?eq?|\\[lg]eq?|[<>!]=?)[^()]*)\)$")
 _CLOCK = re.compile(r"([0-9]{1,2})(?:\s?:\s?([0-9]{2}))?(?:\s?:\s?([0-9]{2}))? ?([ap]m)?")
 _RELATION = re.compile("[a-zA-Z] ?= ?[a-zA-Z]|[xyz] ?[xyz]+ ?=.*")  # no names: a = b, xy = 1
@@ -90,7 +92,8 @@ def _canonical(text: str) -> str:
         text = _IDLE.sub(lambda match: match[1] or match[2] or "", text)
     text = text.replace("\\\\", ";").replace("\\", "")  # a matrix row's end counts
     is_formula = _SIGN.search(text) and not _LONG_WORD.search(_KNOWN.sub(" ", text))
-    return text if is_formula else text.casefold()
+    is_symbol = len(text) == 2 and text.isupper() and text.lower() not in ENGLISH  # CO is not Co
+    return text if is_formula or is_symbol else text.casefold()
 
 
 def _split(text: str) -> list[str]:
@@ -212,10 +215,14 @@ def _single(text: str) -> Answer:
     unit = unit_of(match[3], glued=not match[2]) if match else None
     if unit is not None and not (unit == "degree" and _TRIG_CALL.search(body)):
         again = rf"{re.escape(match[2] + match[3])}(?= ?(?:=|\\approx))"  # 4/3 m \approx 1.33 m
-        answer = _formula(re.sub(again, "", match[1]), canonical, unit)
+        body = re.sub(again, "", match[1])
+        answer = None if _OTHER_UNIT.search(body) else _formula(body, canonical, unit)
         if answer and not variables(answer.value):
             return answer
+        body = text
     # 4. A formula, perhaps with its domain in brackets, or else a text.
+    if _OTHER_UNIT.search(body):
+        return Answer(None, canonical)
     match = _DOMAIN.search(body) if body.endswith(")") else None
     domain = match[1].replace(" ", "") if match else ""
     body = body[: match.start()] if match else body
@@ -304,9 +311,12 @@ def _interpret(tree: Node, canonical: str, unit: str, name: str) -> Answer:
     2 \pm 1            the list of both values
     """
     has_signs = has_kind(tree, "pm", "mp")
+    if tree[0] in ("pm", "mp") and tree[2] == ("num", 0):  # \pm 0 is one number
+        raise NotMaths
     if tree[0] == "chain":
         _, terms, signs = tree
-        region = None if name else _region(terms, signs)
+        says_nothing = len(terms) == 2 and {_INFINITY, _MINUS_INFINITY} & {*terms}  # x < \infty
+        region = None if name or says_nothing else _region(terms, signs)
         if region:
             return Answer(region[1], canonical, unit, region[0])
         tree = _last_value(terms, signs, name) or tree

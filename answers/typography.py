@@ -124,13 +124,13 @@ _ZEROS = {"thousand": 3, "million": 6, "billion": 9}
 _LARGE = re.compile(rf"(?<=[0-9]) ?({'|'.join(_ZEROS)})\b", re.IGNORECASE)
 _TIMES = re.compile(r"(?<=[0-9]) ?(?:x| by ) ?(?=[0-9])")
 _THOUSANDS = re.compile("[1-9][0-9]{0,2}(?: [0-9]{3})+(?:[.,][0-9]+)?")
-# That k is any whole number goes without saying: 2k, k \in \mathbb{Z}; 2k, where k is an integer.
+# That k is any whole number may go without saying: 2k, k \in \mathbb{Z}; 2k, where k is an integer.
 _IN_INTEGERS = re.compile(
-    r"(?<=[^\s,]),? ?\(?[a-z] ?\\in ?(?:\\mathbb ?\{?[ZN]\}?|[ZN])(?:[_^]?\{?[*+]\}?)?\)?[ .]*$"
+    r"(?<=[^\s,]),? ?\(?[a-z] ?\\in ?(?:\\mathbb ?\{?)?([ZN])\}?((?:[_^]?\{?[*+]\}?)?)\)?[ .]*$"
 )
 _WHOLE = re.compile(
     r",? \(?(?:where|for|with) (?:any |all |every )?\\?[a-z] ?(?:is |are )?(?:an? |any )?"
-    r"(?:positive |non-?negative |natural )?(?:integer|whole number|number)s?\)?$"
+    r"((?:positive |non-?negative |natural )?)(?:integer|whole number|number)s?\)?$"
 )
 _NOON = re.compile(r"(?<=[0-9]) ?([ap])\.? ?m$", re.IGNORECASE)
 _NOUN = re.compile(
@@ -154,6 +154,11 @@ def _repeating(match: re.Match) -> str:
     top = int(whole + fixed + period) - int(whole + fixed)
     bottom = (10 ** len(period) - 1) * 10 ** len(fixed)
     return f"({top}/{bottom})"
+
+
+def _domain(match: re.Match) -> str:
+    """Returns one way to write that k is whole, or else that it is positive as well."""
+    return r" (k \in Z)" if "".join(match.groups()) in ("Z", "") else r" (k \in N)"
 
 
 def _unwrapped(text: str) -> str:
@@ -195,7 +200,7 @@ def plain(text: str) -> str:
         text = _unwrapped(text)
         for pattern, replacement in _LATEX:
             text = pattern.sub(replacement, text)
-        text = _IN_INTEGERS.sub("", text) if "\\in" in text else text
+        text = _IN_INTEGERS.sub(_domain, text) if "\\in" in text else text
         text = _COMMAND.sub(lambda match: _COMMANDS.get(match[1], match[0]), text)
         text = text.replace("{,}", ".").replace("{:}", ":")
         text = _SYSTEM.sub(lambda match: match[1].strip("\\ ").replace("\\\\", ", "), text)
@@ -214,7 +219,7 @@ def plain(text: str) -> str:
     if not text.endswith("..."):
         text = text.rstrip(".,; ")
     if " " in text:
-        text = _IN.sub(r"\1 \\in ", _WHOLE.sub("", _VERDICT.sub("", text)))
+        text = _IN.sub(r"\1 \\in ", _WHOLE.sub(_domain, _VERDICT.sub("", text)))
     # 7. One way to write 7:30 pm, 9 (apples), x in [0, 1], (5), {x | x > 3}.
     if text[-1:] in "mM":
         text = _NOON.sub(lambda match: f" {match[1].lower()}m", text)

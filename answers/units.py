@@ -20,6 +20,11 @@ _UNITS = aliases("""
     kcal kilocalorie; W watt; kW kilowatt; mW milliwatt; MW megawatt; V volt; A ampere amp; ohm
     kohm; Hz hertz; kHz kilohertz; MHz megahertz; mHz; MPa megapascal; mPa
     Pa pascal; kPa kilopascal; atm atmosphere; K kelvin; mol mole; eV; mmHg; bpm; rpm""")
+# Behind a number stands a plural, or one of these, whatever adjectives come between: 7 red balls,
+# but not 7 inverse.
+_PLURALS = (
+    "people men women children feet teeth mice geese fish sheep deer money data matrix".split()
+)
 # Words that change what a number says, and beginnings of such words: 3 million, not 3, 3 or more.
 _WORDS_THAT_CHANGE = set(
     """no nor not neither never zero one two three four five six seven eight nine
@@ -33,14 +38,14 @@ _STEMS_THAT_CHANGE = tuple(
     thousand million billion trillion half halves third quarter tenth ninth twelfth dozen lakh crore
     quadr double twice triple squared cubed factorial infinit infty negative divided multipl added
     raised power remainder choose approx possibl probabl incorrect false none undefined unknown
-    impossible eighth nine couple trio tens inclus exclu onward percentil round
+    impossible eighth nine couple trio tens inclus exclu onward increment plusmin percentil round
     invert revers negat reject untrue wrong fail rooted halv unequal""".split()
 )
 # Behind a noun or a unit these begin a remark: 8 years | old, 3 cups | of water, 6 | is the answer.
-_IDLE_WORDS = """of old on at to from by with is are was were has have had will would can
-    wide long tall deep high away left total altogether each that which who so as the""".split()
 _REMARK = re.compile(
-    rf" (?:{'|'.join(_IDLE_WORDS)})\b.*|(?<=[^\s/*]) in (?!\^).*| in (?:all|total|the|a)\b.*",
+    r" (?:o[fn]|at|to|from|by|with|is|are|was|were|ha[sd]|have|will|would|can|that|which|who|as|so"
+    r"|the)\b.+| (?:old|wide|long|tall|deep|high|away|left|total|altogether|each)\b.*"
+    r"|(?<=[^\s/*]) in (?!\^).*| in (?:all|total|the|a)\b.*",
     re.IGNORECASE,
 )
 
@@ -67,6 +72,7 @@ def unit_of(text: str, glued: bool) -> str | None:
     last = ""
     sign = 1
     power = 1
+    counted = True
     for word in re.findall(r"[^\W\d_]+|\^?-?[1-3]|[^\s.*]", re.sub("[{}]", "", text)):
         # A known unit, in the singular; F is only a unit behind "degree".
         lower = word.lower()
@@ -85,13 +91,17 @@ def unit_of(text: str, glued: bool) -> str | None:
             powers[last] = sign * power
             power = 1
             glued = False
+            counted = True
         elif _is_noun(word) and not glued:
             # "18 eggs": any noun will do, since 18 is all that was asked for.
             last = (lower if word[1:].islower() else word).removesuffix("s")  # mHz is not MHz
             powers[last] = sign
+            counted = sign < 0 or re.search(r"(?<!\bpair)s$", lower) or lower in _PLURALS
         else:
             return None
     if sign < 0 and all(exponent > 0 for exponent in powers.values()):  # m / nothing
+        return None
+    if not counted or "th" in powers and len(powers) > 1:
         return None
     spelling = " ".join(f"{name}^{power}".removesuffix("^1") for name, power in powers.items())
     return {"mile h^-1": "mph"}.get(spelling, spelling)

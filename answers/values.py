@@ -168,6 +168,11 @@ def _root(base: Value, degree: Value, real: bool) -> Value:
         top, bottom = (_integer_root(abs(part), degree) for part in base.as_integer_ratio())
         if base >= 0 and top is not None and bottom is not None:
             return Fraction(top, bottom) if bottom > 1 else top
+        # A float cannot tell \sqrt{10^{16} + 1} from 10^8, nor sqrt(p / q) = sqrt(p q) / q.
+        whole = abs(base.numerator) * base.denominator ** (degree - 1) if degree < 5 else 0
+        near = math.isqrt(whole) if degree == 2 else round(whole ** (1 / degree))
+        if any(abs(whole - root**degree) * 2**46 < whole for root in (near, near + 1)):
+            raise NoValue
     # 2. As a float.
     number = approximate(base)
     if not isinstance(number.value, complex) and number.value < 0:
@@ -325,17 +330,20 @@ def random_point(names: frozenset[str], turn: int) -> dict[str, Value]:
     """Returns numbers for the variables, the same in every process, for a turn below ROUNDS.
 
     Turns 0 to 5 have small whole numbers, for exponents and factorials (in the order of the
-    alphabet, as in k of n, or against it: n of m); 6 to 10 have rational ones, of both signs from 8
-    on; the others have some between 0 and 1 (for arcsin).
+    alphabet, as in k of n, or against it: n of m); 6 to 10 have rational ones; the others have some
+    below 1 (for arcsin). Signs differ, of any two of the first four variables at some turn.
     """
     point = {}
     for rank, name in enumerate(sorted(names, reverse=turn % 2 == 1)):
         random = zlib.crc32(f"{turn} {name}".encode())
+        against = rank + len(names)  # with the order turned round
+        sign = (-1) ** {7: rank // 2, 8: rank, 9: against, 10: 1, 14: rank, 15: against}.get(
+            turn, 0
+        )
         if turn < 6:
             point[name] = 2 + 3 * rank + random % (3 + turn // 2)
         elif turn < 11:
-            sign = (1, 1, (-1) ** rank, (-1) ** (rank + len(names)), -1)[turn - 6]
             point[name] = sign * Fraction(1 + random % 30_000, 101)
         else:
-            point[name] = Fraction(1 + random % 996, 997)
+            point[name] = sign * Fraction(1 + random % 996, 997)
     return point
