@@ -15,7 +15,15 @@ from functools import lru_cache
 
 from answers.formulas import Node, parse_formula
 from answers.tokens import ENGLISH, GREEK, THOUSANDS, NotMaths
-from answers.trees import MIRRORED, has_kind, is_rounding, trees_agree, variables
+from answers.trees import (
+    MIRRORED,
+    has_kind,
+    is_rounding,
+    plain_number,
+    solve_linear,
+    trees_agree,
+    variables,
+)
 from answers.typography import plain
 from answers.units import changes, unit_of
 from answers.values import MAX_WORK, Budget
@@ -37,10 +45,10 @@ class Answer:
 _TAIL = re.compile(
     r"(.*?(?:[0-9)}\]!]|pi))( ?)"
     r"([^\W\d_][^0-9(){}\\=<>+]{0,80}(?:\^?\{?(?<! )-?[1-3]\}?[^0-9(){}\\=<>+]{0,20}){0,3}"
-    r"|[%¤¢€£°](?: ?(?:[CF]|celsius|fahrenheit))?)",
+    r"|[%¤¢€£¥₹°](?: ?(?:[CF]|celsius|fahrenheit))?)",
     re.IGNORECASE,
 )
-_MONEY = re.compile(r"(^|= ?)([-+]?) ?([¤€£]) ?(.+)")
+_MONEY = re.compile(r"(^|= ?)([-+]?) ?([¤€£¥₹]) ?(.+)")
 _TRIG_CALL = re.compile("sin|cos|tan|cot|sec|csc")
 _BASE = re.compile(r"([0-9]+|[0-9A-F]+)_(?:\{([0-9]+)\}|([0-9]))")
 # What a value may be called: x, x_1, \theta, f', f(x), f^{-1}(x), \angle A, (x, y), |PQ|, P(X = 2),
@@ -72,6 +80,7 @@ _DOMAIN = re.compile(r"(?<=[a-z0-9)}])[ ,]+\(([a-z] ?(?:\\in|\\n?eq?|\\[lg]eq?|[
 _CLOCK = re.compile(r"([0-9]{1,2})(?:\s?:\s?([0-9]{2}))?(?:\s?:\s?([0-9]{2}))? ?([ap]m)?")
 _RELATION = re.compile("[a-zA-Z] ?= ?[a-zA-Z]|[xyz] ?[xyz]+ ?=.*")  # no names: a = b, xy = 1
 _POINT = re.compile(r"([A-Z]) ?(\([^()]*,[^()]*\))")
+_EQUALS = re.compile(r"((?:[a-z] ?= ?){2,}) ?([^=,;]+)")
 _INTEGER = re.compile(r"[-+]?(?:[0-9]+|[1-9][0-9]{0,2}(?:,[0-9]{3})+)")
 _PARTED = re.compile(",|;|and|or")
 _PIECES = re.compile(rf"{THOUSANDS}|[(\[{{)\]}},;]|\b(?:and|or)\b")
@@ -118,6 +127,9 @@ def _parse(text: str) -> Answer | None:
     text = plain(text)
     if not text:
         return None
+    match = _EQUALS.fullmatch(text)
+    if match:  # x = y = 2
+        text = ", ".join(f"{name} = {match[2]}" for name in re.findall("[a-z]", match[1]))
     parts = _split(text) if _PARTED.search(text) else [text]
     if len(parts) == 1:
         return _single(text)
@@ -152,7 +164,7 @@ parse_truth = lru_cache(maxsize=4096)(_parse)
 # What states the value behind it: words, that is no digits and no relations, and one of these.
 _STATES = re.compile(
     r"(?:(?-i:^an?)|(?:^|(?<= ))(?:is|are|was|were|be|equal to|equals|gets?|gives?|obtain|has|have"
-    r"|had|at|left|sold|made|earned|spent|needs?|costs?|paid|saved|bought|used|ate|in all"
+    r"|had|at|left|find that|[a-z]{3,}(?=: \[?\\begin)|(?:de|in)creases by|sold|made|earned|spent|needs?|costs?|paid|saved|bought|used|ate|in all"
     r"|altogether|then|therefore|thus|hence|so|(?:total|value|answer|sum|number) of))[,:]? ",
     re.IGNORECASE,
 )
@@ -371,15 +383,24 @@ def _region(terms: tuple[Node, ...], signs: tuple[str, ...]) -> tuple[str, Node]
 
     x < 3        (-\infty, 3)          1 < x <= 5   (1, 5], where both links hold
     |x| < 2      (-2, 2)               |x| > 2      (-\infty, -2) \cup (2, \infty)
+    6 - 2x > 0   (-\infty, 3)          1 < |x| < 2  (-2, -1) \cup (1, 2)
     x != 2       (-\infty, 2) \cup (2, \infty)
     """
     if len(terms) == 3:
+        if terms[1][:2] == ("call", "abs"):
+            return _either_sign(_region((terms[0], terms[1][2], terms[2]), signs))
         return _both_hold(_region(terms[:2], signs[:1]), _region(terms[1:], signs[1:]))
     left, right, sign = *terms[:2], signs[0]
     if left[0] != "var" and left[:2] != ("call", "abs"):  # 3 > x is x < 3
         left, right, sign = right, left, MIRRORED.get(sign, sign)
-    if len(terms) > 2 or sign not in MIRRORED and sign != "!=" or variables(right):
+    if len(terms) > 2 or sign not in MIRRORED and sign != "!=":
         return None
+    if variables(right) or left[0] != "var" and left[:2] != ("call", "abs"):
+        solved = solve_linear(("-", left, right))  # 6 - 2x > 0 is x < 3
+        if not solved:
+            return None
+        name, root, rises = solved
+        left, right, sign = ("var", name), root, sign if rises else MIRRORED.get(sign, sign)
     # 1. Two halves: x != 2, and |x| < 2 is x < 2 and x > -2.
     if sign == "!=":
         halves = [_region((left, right), (half,)) for half in "<>"]
@@ -389,8 +410,6 @@ def _region(terms: tuple[Node, ...], signs: tuple[str, ...]) -> tuple[str, Node]
         halves = _region(*mirrored), _region((left[2], right), (sign,))
         return _both_hold(*halves) if sign in ("<", "<=") else _either_holds(*halves)
     # 2. One half.
-    if left[0] != "var":
-        return None
     if sign in ("<", "<="):
         return left[1], ("seq", "(]" if sign == "<=" else "()", (_MINUS_INFINITY, right))
     return left[1], ("seq", "[)" if sign == ">=" else "()", (right, _INFINITY))
@@ -402,6 +421,15 @@ Region = tuple[str, Node] | None
 def _either_holds(below: Region, above: Region) -> Region:
     """Returns the union of what two relations say about one variable."""
     return (below[0], ("union", (below[1], above[1]))) if below and above else None
+
+
+def _either_sign(region: Region) -> Region:
+    """Returns the union of what |x| lies in, which is above zero, and of its mirror image."""
+    if not region or (plain_number(region[1][2][0]) or -1) < 0:
+        return None
+    _, brackets, (low, high) = region[1]
+    mirrored = brackets[::-1].translate(str.maketrans("()[]", ")(]["))
+    return region[0], ("union", (("seq", mirrored, (("neg", high), ("neg", low))), region[1]))
 
 
 def _both_hold(one: Region, other: Region) -> Region:

@@ -134,6 +134,21 @@ def is_rounding(node: Node, rounded: Node, decimals: int, budget: Budget) -> boo
     return places >= decimals and -0.501 < left_out < 1
 
 
+def solve_linear(node: Node) -> tuple[str, Node, bool] | None:
+    """Returns the variable, the root, and whether the tree rises; None unless it is linear."""
+    names = sorted(variables(node))
+    points = (0, 1, Fraction(-5, 7), Fraction(37, 3), -1009)
+    if len(names) != 1:
+        return None
+    values = [value_or_none(Evaluator({names[0]: x}, Budget(2**14)), node) for x in points]
+    if any(value is None or isinstance(value, Approx) for value in values):
+        return None
+    slope = values[1] - values[0]
+    if not slope or any(value != values[0] + slope * x for x, value in zip(points, values)):
+        return None
+    return names[0], ("num", Fraction(-values[0]) / slope), slope > 0
+
+
 # --- Equations and inequalities -------------------------------------------------------------------
 
 

@@ -21,7 +21,7 @@ _UNICODE = {
     −- ‐- ‑- ‒- –- —- ―- ×\times ·* ⋅* ∙* •* ÷/ ⁄/ ∕/ ∶: ≤<= ≥>= ⩽<= ⩾>= ≦<= ≧>= ≠!= ′' ‘' ’' “" ”"
     …... º° 、, 。. √\sqrt ∛\sqrt[3] ∜\sqrt[4]
     ∞\infty ±\pm ∓\mp ∪\cup ∈\in ∅\emptyset ≈\approx ∣| ∠\angle △\triangle
-    ℝ\mathbb{R} ℤ\mathbb{Z} ℕ\mathbb{N} Ω\Omega ½\frac12 ⅓\frac13 ⅔\frac23 ¼\frac14 ¾\frac34
+    ℝ\mathbb{R} ℤ\mathbb{Z} ℕ\mathbb{N} Ω\Omega ½\frac12 ⅓\frac13 ⅔\frac23 ¼\frac14 ¾\frac34 ≡\equiv 「" 」" 【" 】" ˚° ➖- ˗-
     α\alpha β\beta γ\gamma δ\delta ε\epsilon ϵ\epsilon ζ\zeta η\eta θ\theta ϑ\theta ι\iota κ\kappa
     λ\lambda μ\mu ν\nu ξ\xi π\pi ρ\rho σ\sigma τ\tau υ\upsilon φ\phi ϕ\phi χ\chi ψ\psi ω\omega
     Γ\Gamma Δ\Delta Θ\Theta Λ\Lambda Ξ\Xi Π\Pi Σ\Sigma Φ\Phi Ψ\Psi Ω\Omega""".split()
@@ -71,9 +71,14 @@ _LATEX = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         # 1{,}234 -> 1234, and 1\,234 -> 1234
-        (r"(?<=[0-9])(?:\{,\}|,\\! ?|\\[,! ;:]|~)(?=[0-9]{3}(?![0-9]))", ""),
+        (r"(?<=[0-9])(?: ?\{ ?, ?\}(?:\\!)? ?|,\\! ?|\\[,! ;:]|~)(?=[0-9]{3}(?![0-9]))", ""),
         # \\frac -> \frac: a backslash that was escaped twice; ~5 is about 5
-        (r"(?<!\\)\\\\(?=(?:left|right|d?frac|sqrt|leq?|geq?|infty|cup)(?![a-zA-Z]))", r"\\"),
+        (r"\\{4}", r"\\\\"),
+        (
+            r"(?<!\\)\\\\(?=(?:left|right|d?frac|sqrt|leq?|geq?|infty|cup|pi|pm|text|theta|circ|in"
+            r"|cdot|times|begin|end)(?![a-zA-Z]))",
+            r"\\",
+        ),
         (r"^~", r"\\sim "),
         # \right. -> nothing, \\[4pt] -> \\, x \not= 2 -> x != 2
         (r"\\(?:left|right)\.", ""),
@@ -89,29 +94,37 @@ _LATEX = [
         (r"\^ ?\{? ?\\(?:text|mathrm) ?\{ ?(st|nd|rd|th) ?\} ?\}?", r"\1"),
         # 5 \mu \text{m} -> 5 microm
         (r"(?<=[0-9]) ?\\mu ?\\(?:text|mathrm) ?\{ ?(?=[a-zA-Z])", r" \\text{micro"),
-        # \text{ cm} -> cm, kg \cdot m -> kg*m
+        # 5 \Omega -> 5 ohm, x &= 1 -> x = 1
+        (r"(?<=[0-9 kM])(?:\\(?:text|mathrm) ?\{)?\\Omega\}?$", "ohm"),
+        (r"& ?=", "="),
+        # \text{ cm} -> cm, x = 1 \quad y = 2 -> x = 1, y = 2, kg \cdot m -> kg*m
         (_MACRO + r"\{([^{}]*)\}", r" \1 "),
+        (r"(?<=[0-9})]) ?\\q?quad ?(?=[a-z](?:_\{?[0-9a-z]\}?)? ?=)|\\quad(?=[a-z]_)", ", "),
         (r"(?<=[a-zA-Z]) ?\\cdot ?(?=[a-zA-Z])", "*"),
     )
 ]
 # A system of equations is a list: \begin{cases} x = 1 \\ y = 2 \end{cases} -> x = 1, y = 2
 _SYSTEM = re.compile(
-    r"(?:\\begin\{cases\}|\\\{ ?\\begin\{(?:array|aligned)\}(?:\{l\})?)([^&]*?)"
+    r"(?:\\begin\{(?:cases|aligned)\}|\\\{ ?\\begin\{(?:array|aligned)\}(?:\{l\})?)([^&]*?)"
     r"\\end\{(?:cases|array|aligned)\}"
 )
 _RELATIONS = {":=": "=", "=/=": "!=", "<>": "!=", "=<": "<=", "==": "="}
 _RELATION = re.compile("|".join(_RELATIONS))
+_LINE = re.compile(r"\s*(?:[a-z] ?= ?)?[^\s=&,]+\s*")  # x = 3
 _BOLD = re.compile(r"(?<![\w)])\*\*([^*]+)\*\*(?!\w)")
 _PREAMBLE = re.compile(  # So the final answer is: 5 -> 5, I choose B -> B, and = 5 -> 5
     r"^(?:(?:so|thus|hence|therefore|then|finally|and)\b,? ?)*"
-    r"(?:(?:(?:the|my|our) )?(?:(?:final|correct|best|right) )*(?:answer|option|choice|solution) ?"
-    r"(?:is|must be|should be|would be|:|=) ?:? ?"
-    r"|I(?:'d| would| will)? (?:choose|pick|select|go with) )?"
+    r"(?:(?:(?:the|my|our) )?(?:(?:final|correct|best|right|only|most likely) )*"
+    r"(?:answer|option|choice|solution|diagnosis|value) ?"
+    r"(?:is|must be|should be|would be|:|=|(?<=answer)(?= [-0-9(\\])) ?:? ?|it(?:'s| is) "
+    r"|I(?:'d| would| will)? (?:choose|pick|select|go with) ){0,2}"
     r"(?:(?:\\approx|approximately|about|=) ?)?",
     re.IGNORECASE,
 )
 _VERDICT = re.compile(
-    r" is (?:the )?(?:(?:correct|right|best)(?: (?:answer|option|choice))?|answer)$", re.IGNORECASE
+    r" is (?:the )?(?:(?:correct|right|best|only|most likely)"
+    r"(?: (?:answer|option|choice|solution|diagnosis))?|answer)$",
+    re.IGNORECASE,
 )
 _SMALL = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen
     fifteen sixteen seventeen eighteen nineteen""".split()
@@ -132,6 +145,10 @@ _WHOLE = re.compile(
     r",? \(?(?:where|for|with) (?:any |all |every )?\\?[a-z] ?(?:is |are )?(?:an? |any )?"
     r"((?:positive |non-?negative |natural )?)(?:integer|whole number|number)s?\)?$"
 )
+# 2/3 (about 0.67)
+_ABOUT = re.compile(r" \(?(?:or )?(?:\\approx|approx(?:imately|\.)?|about) ?([0-9]*\.[0-9]+)\)?$")
+_MODULO = re.compile(r" ?\(? ?\\?[pb]?mod ?\{? ?([0-9]+) ?\}?\)?$")  # (mod 7), \pmod{7}
+_QUOTED = re.compile(r"""^(["'])([^"']+)\1$""")
 _NOON = re.compile(r"(?<=[0-9]) ?([ap])\.? ?m$", re.IGNORECASE)
 _NOUN = re.compile(
     r"(?<=[0-9}]) ?\(([a-zA-Z][a-z]{2,}(?: [a-z]+)*|[ck]?m(?:\^[23])?|kg)\)$"
@@ -185,6 +202,9 @@ def plain(text: str) -> str:
         text = _ascii(text)
         if len(text) > MAX_CHARS:  # some signs stand for many letters
             return ""
+    lines = [line for line in text.split("\n") if line.strip()]
+    if len(lines) > 1 and all(map(_LINE.fullmatch, lines)):
+        text = ", ".join(lines)
     text = _RELATION.sub(lambda match: _RELATIONS[match[0]], " ".join(text.split()))
     if "\\" in text:
         text = text.replace("\\$", "¤").replace("\\%", "%").replace("\\&", "&")
@@ -196,7 +216,7 @@ def plain(text: str) -> str:
     if "**" in text:
         text = re.sub(r"(?<=[\w)]) ?\*\* ?(?=[\w(-])", "^", _BOLD.sub(r"\1", text))
     # 4. LaTeX loses what is for the eye only.
-    if "\\" in text or "~" in text or "{,}" in text or "{:}" in text:
+    if "\\" in text or "~" in text or "{," in text or "{:}" in text:
         text = _unwrapped(text)
         for pattern, replacement in _LATEX:
             text = pattern.sub(replacement, text)
@@ -225,7 +245,10 @@ def plain(text: str) -> str:
         text = _NOON.sub(lambda match: f" {match[1].lower()}m", text)
     if text.endswith(")"):
         text = _NOUN.sub(r" \1", text)
+    text = _QUOTED.sub(r"\2", text) if text[:1] in ("'", '"') else text
+    text = _MODULO.sub(r" mod \1", text) if "mod" in text else _ABOUT.sub(r" \\approx \1", text)
     if _REALS.fullmatch(text):
         return r"\mathbb{R}"
+    text = "does not exist" if text == "DNE" else text
     single = _SINGLE.fullmatch(text) or _BUILDER.fullmatch(text)
     return single[single.lastindex].strip() if single else text

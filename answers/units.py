@@ -11,15 +11,16 @@ import re
 from answers.tokens import aliases, is_product
 
 _UNITS = aliases("""
-    % percent pct; $ ¤ dollar usd; ¢ cent; € euro; £; degree deg °; radian rad; cup; day; week wk
-    month; year yr; mph; unit; nm nanometer nanometre; mm millimeter millimetre; microm micrometer
+    % percent pct; $ ¤ dollar usd buck; ¥ yuan; ₹ rupee; ¢ cent; € euro; £; degree deg °; radian rad; cup; day; week wk
+    month; year yr; mph; kph kmph; mps; cc; kWh; T tesla; mA milliamp milliampere; unit; nm nanometer nanometre; mm millimeter millimetre; microm micrometer
     cm centimeter centimetre; m meter metre; km kilometer kilometre; in inch inche; yard yd
-    ft foot feet; mile mi; g gram gm; kg kilogram; mg milligram; microg microgram; lb pound
+    ft foot feet; mile mi; g gram gm; kg kilogram kilo; mg milligram; microg microgram mcg; lb pound
     oz ounce; l L liter litre; ml mL milliliter millilitre; th st nd rd; ms millisecond
     s second sec; min minute; h hour hr; N newton; J joule; kJ kilojoule; cal calorie
-    kcal kilocalorie; W watt; kW kilowatt; mW milliwatt; MW megawatt; V volt; A ampere amp; ohm
+    kcal kilocalorie; W watt; kW kilowatt; mW milliwatt; MW megawatt; V volt; mV millivolt; A ampere amp; ohm
     kohm; Hz hertz; kHz kilohertz; MHz megahertz; mHz; MPa megapascal; mPa
     Pa pascal; kPa kilopascal; atm atmosphere; K kelvin; mol mole; eV; mmHg; bpm; rpm""")
+_SHORT = {"mile h^-1": "mph", "km h^-1": "kph", "m s^-1": "mps", "cc": "cm^3"}
 # Behind a number stands a plural, or one of these, whatever adjectives come between: 7 red balls,
 # but not 7 inverse.
 _PLURALS = (
@@ -52,6 +53,7 @@ _REMARK = re.compile(
 
 def changes(text: str) -> bool:
     """Returns whether a text has a word that changes what a number beside it says."""
+    text = re.sub(r"\bthe (?:two|three|four|five) ", "", text)  # 9 that meet the two conditions
     if re.search(r"\b(?:square|cube|roots?) of\b|n't\b", text, re.IGNORECASE):
         return True
     words = re.findall("[a-z]+", text.lower())
@@ -104,7 +106,7 @@ def unit_of(text: str, glued: bool) -> str | None:
     if not counted or "th" in powers and len(powers) > 1:
         return None
     spelling = " ".join(f"{name}^{power}".removesuffix("^1") for name, power in powers.items())
-    return {"mile h^-1": "mph"}.get(spelling, spelling)
+    return _SHORT.get(spelling, spelling)
 
 
 def _is_noun(word: str) -> bool:

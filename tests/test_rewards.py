@@ -393,6 +393,12 @@ CHOICES = [  # answer, options, the letter it stands for (None: wrong whatever i
     # Another option's text or letter, or a word that takes the letter back.
     ("B: probably red", COLOURS, None), ("B: the reds", COLOURS, None),
     ("B: rejected", YES_NO, None), ("B: I", YES_NO, None), ("B: no red", COLOURS, None),
+    ("3 (B)", AMOUNTS, "B"), ("3, option B", AMOUNTS, "B"), ("3, which is B", AMOUNTS, "B"),
+    ("4 (B)", AMOUNTS, None), ("3 (A)", AMOUNTS, None), ("It's B", AMOUNTS, "B"),
+    ("B → 3", AMOUNTS, "B"), ("B -- 3", AMOUNTS, "B"), ("B → 2", AMOUNTS, None),
+    ("B, not A", YES_NO, "B"), ("B (not A)", YES_NO, "B"), ("B rather than A", YES_NO, "B"),
+    ("B, not B", YES_NO, None), ("A or B, not A", YES_NO, None), ("not B, not A", YES_NO, None),
+    ("B: No, not Yes", YES_NO, "B"), ("B, not sure", YES_NO, None), ('"No"', YES_NO, "B"),
     ("B. Actually A", YES_NO, None), ("B. Correction: A", YES_NO, None), ("B: Not", YES_NO, None),
     ("B: I think it is A", YES_NO, None), ("B..A", YES_NO, None), ("~B", YES_NO, None),
     ("B: No, it is odd", YES_NO, "B"), ("B: blue, as the sky", COLOURS, "B"),
