@@ -87,11 +87,12 @@ def _plainer(text: str) -> str:
 
 def _says_more(before: str, behind: str) -> bool:
     """Returns whether what stands beside a box is an operator, an "or", a doubt or a value."""
-    if _MORE_BEFORE.search(before) or _MORE_BEHIND.match(behind):
-        return True
-    if changes(" ".join(behind.split()[:2])) or re.match("[a-zA-Z](?![a-zA-Z])", behind):
-        return True  # 3 million, 3x
-    if is_value(before.rstrip(_FILLER).removesuffix("and").rstrip(_FILLER)):
-        return True
     further = _FURTHER_VALUE.match(behind)
-    return further is not None and is_value(behind[further.end() :])
+    return bool(
+        _MORE_BEFORE.search(before)
+        or _MORE_BEHIND.match(behind)
+        or changes(" ".join(behind.split()[:2]))  # 3 million
+        or re.match("[a-zA-Z](?![a-zA-Z])", behind)  # 3x
+        or is_value(before.rstrip(_FILLER).removesuffix("and").rstrip(_FILLER))
+        or (further and is_value(behind[further.end() :]))
+    )

@@ -36,6 +36,7 @@ Where reasonable people differ, this is what we chose:
 """
 
 import re
+from functools import partial
 
 from answers.formulas import Node
 from answers.parsing import Answer, parse_answer, parse_sentence, parse_truth
@@ -108,10 +109,7 @@ def _list_agrees(items: tuple[Answer, ...], value: Node, budget: Budget) -> bool
         return False
     if kind == "seq" and any(names) and names != sorted(set(names)):
         return False
-
-    def agree(one: Answer, other: Answer) -> bool:
-        return answers_agree(one, other, budget)
-
+    agree = partial(answers_agree, budget=budget)
     if several and all(names + other_names):
         items, others = (sorted(side, key=lambda item: item.name) for side in (items, others))
     elif kind != "seq" and not (several and any(names) != any(other_names)):

@@ -84,8 +84,6 @@ _EQUALS = re.compile(r"((?:[a-z] ?= ?){2,}) ?([^=,;]+)")
 _INTEGER = re.compile(r"[-+]?(?:[0-9]+|[1-9][0-9]{0,2}(?:,[0-9]{3})+)")
 _PARTED = re.compile(",|;|and|or")
 _PIECES = re.compile(rf"{THOUSANDS}|[(\[{{)\]}},;]|\b(?:and|or)\b")
-
-
 _IDLE = re.compile(r"(?<=[0-9]) ?(\*) ?(?=[0-9])|(?<=[0-9])( )(?=[0-9])| |\*")
 _KNOWN = re.compile("sqrt|pi|infty|sin|cos|tan|log|binom|frac|overline|sum")
 _LONG_WORD = re.compile(r"[^\W\d_]{3}")
@@ -108,18 +106,13 @@ def _canonical(text: str) -> str:
 def _split(text: str) -> list[str]:
     """Returns the parts between commas, semicolons, "and" and "or" outside of brackets."""
     parts = []
-    depth = 0
-    start = 0
+    depth = start = 0
     for match in _PIECES.finditer(text):
-        if match[0] in "([{":
-            depth += 1
-        elif match[0] in ")]}":
-            depth -= 1
-        elif match[0] in (",", ";", "and", "or") and depth == 0:
+        depth += (match[0] in "([{") - (match[0] in ")]}")
+        if match[0] in (",", ";", "and", "or") and depth == 0:
             parts.append(text[start : match.start()].strip())
             start = match.end()
-    parts.append(text[start:].strip())
-    return [part for part in parts if part]
+    return [part for part in (*parts, text[start:].strip()) if part]
 
 
 def _parse(text: str) -> Answer | None:
@@ -133,15 +126,11 @@ def _parse(text: str) -> Answer | None:
     parts = _split(text) if _PARTED.search(text) else [text]
     if len(parts) == 1:
         return _single(text)
-    # A list. All its parts must be maths.
+    # A list. All its parts must be maths: "Yes, 3" is a text, and so is "A, B".
     canonical = _canonical(text)
-    answers = []
-    for part in parts:
-        answer = _single(part)
-        if answer.value is None:  # "Yes, 3" is a text
-            return Answer(None, canonical)
-        answers.append(answer)
-    if all(answer.value[0] == "var" for answer in answers):  # and so is "A, B"
+    answers = [_single(part) for part in parts]
+    values = [answer.value for answer in answers]
+    if None in values or all(value[0] == "var" for value in values):
         return Answer(None, canonical)
     # x > 2 and x < 3 is one interval.
     if len(answers) == 2 and " and " in text:
@@ -149,10 +138,8 @@ def _parse(text: str) -> Answer | None:
         if both and both[0]:
             return Answer(both[1], canonical, name=both[0])
     # 0, \pm 1 is a list of three: lists in a list are dissolved.
-    items = []
-    for answer in answers:
-        items += answer.value[1] if answer.value[0] == "list" else [answer]
-    return Answer(("list", tuple(items)), canonical)
+    items = (one.value[1] if one.value[0] == "list" else (one,) for one in answers)
+    return Answer(("list", sum(items, ())), canonical)
 
 
 # Truths come again, and stay parsed. What a response says seldom comes again, but it is compared
@@ -271,11 +258,8 @@ def _formula(text: str, canonical: str, unit: str, name: str = "") -> Answer | N
     called, value = _name_and_value(text)
     if called is not None:
         answer = _formula(value, canonical, unit, "=".join(filter(None, (name, called))))
-        if (
-            not answer
-            or not re.search("[+:/]", called)
-            or answer.value not in (("num", 0), ("num", 1))
-        ):
+        is_relation = answer and answer.value in (("num", 0), ("num", 1))
+        if not is_relation or not re.search("[+:/]", called):
             return answer
     # 2. So does the O of O(0, 0).
     point = None if name else _POINT.fullmatch(text)
@@ -298,14 +282,10 @@ def _name_and_value(text: str) -> tuple[str | None, str]:
     if not sign or not sign.start():
         return None, text
     quantity = _GROUP.sub("", text[: sign.start()]).strip()
-    if (
-        not _QUANTITY.fullmatch(quantity)
-        or _OF.search(quantity)
-        or changes(_NO_WORDS.sub("", quantity))
-    ):
-        return None, text
     called = text[: sign.start()].strip()
-    if _ANGLE.search(called):
+    if not _QUANTITY.fullmatch(quantity) or _OF.search(quantity) or _ANGLE.search(called):
+        return None, text
+    if changes(_NO_WORDS.sub("", quantity)):
         return None, text
     if " " in re.sub(r"\\[a-z]+ |[+:/,] | [+:/,]", "", quantity):
         word = quantity.split(" ")[-1]
@@ -336,9 +316,11 @@ def _interpret(tree: Node, canonical: str, unit: str, name: str) -> Answer:
         items = [_with_sign(item, plus) for item in tree[1] for plus in (True, False)]
         tree = ("set", tuple(dict.fromkeys(items)))
     elif has_signs:
-        plus = Answer(_with_sign(tree, True), canonical + "+", unit, name)
-        minus = Answer(_with_sign(tree, False), canonical + "-", unit, name)
-        return Answer(("list", (plus, minus)), canonical)
+        both = (
+            Answer(_with_sign(tree, plus), f"{canonical}{plus}", unit, name)
+            for plus in (True, False)
+        )
+        return Answer(("list", tuple(both)), canonical)
     return Answer(tree, canonical, unit, name)
 
 

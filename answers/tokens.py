@@ -110,13 +110,10 @@ def tokenise(text: str) -> list[Token]:
         if kind == "sign":
             depth += (value in "([") - (value in ")]")
             tokens.append((kind, value))
-        elif kind == "num" and depth > 0:  # (1,234) is a pair
-            first, *others = value.split(",")
-            tokens.append((kind, first))
-            for part in others:
-                tokens += [("sign", ","), (kind, part)]
-        elif kind == "num":
-            tokens.append((kind, value.replace(",", "")))
+        elif kind == "num":  # (1,234) is a pair
+            for part in value.split(",") if depth > 0 else [value.replace(",", "")]:
+                tokens += [(kind, part), ("sign", ",")]
+            del tokens[-1]
         elif kind == "word":
             tokens += _word(value)
         elif kind == "command":

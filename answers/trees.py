@@ -114,10 +114,9 @@ def _scalars_agree(one: Node, other: Node, budget: Budget) -> bool:
 
 def plain_number(node: Node | None) -> int | Fraction | None:
     """Returns the number that a tree is, perhaps with a minus sign; None if it is none."""
-    if node is not None and node[0] == "neg":
-        number = plain_number(node[1])
-        return None if number is None else -number
-    return node[1] if node is not None and node[0] == "num" else None
+    if node and node[0] == "neg" and node[1][0] == "num":
+        return -node[1][1]
+    return node[1] if node and node[0] == "num" else None
 
 
 def is_rounding(node: Node, rounded: Node, decimals: int, budget: Budget) -> bool:

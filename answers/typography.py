@@ -19,9 +19,9 @@ _UNICODE = {
     ord(word[0]): word[1:] + (" " if word[1] == "\\" and word[-1].isalnum() else "")
     for word in r"""
     −- ‐- ‑- ‒- –- —- ―- ×\times ·* ⋅* ∙* •* ÷/ ⁄/ ∕/ ∶: ≤<= ≥>= ⩽<= ⩾>= ≦<= ≧>= ≠!= ′' ‘' ’' “" ”"
-    …... º° 、, 。. √\sqrt ∛\sqrt[3] ∜\sqrt[4]
+    ≡\equiv 「" 」" 【" 】" ˚° ➖- ˗- …... º° 、, 。. √\sqrt ∛\sqrt[3] ∜\sqrt[4]
     ∞\infty ±\pm ∓\mp ∪\cup ∈\in ∅\emptyset ≈\approx ∣| ∠\angle △\triangle
-    ℝ\mathbb{R} ℤ\mathbb{Z} ℕ\mathbb{N} Ω\Omega ½\frac12 ⅓\frac13 ⅔\frac23 ¼\frac14 ¾\frac34 ≡\equiv 「" 」" 【" 】" ˚° ➖- ˗-
+    ℝ\mathbb{R} ℤ\mathbb{Z} ℕ\mathbb{N} Ω\Omega ½\frac12 ⅓\frac13 ⅔\frac23 ¼\frac14 ¾\frac34
     α\alpha β\beta γ\gamma δ\delta ε\epsilon ϵ\epsilon ζ\zeta η\eta θ\theta ϑ\theta ι\iota κ\kappa
     λ\lambda μ\mu ν\nu ξ\xi π\pi ρ\rho σ\sigma τ\tau υ\upsilon φ\phi ϕ\phi χ\chi ψ\psi ω\omega
     Γ\Gamma Δ\Delta Θ\Theta Λ\Lambda Ξ\Xi Π\Pi Σ\Sigma Φ\Phi Ψ\Psi Ω\Omega""".split()

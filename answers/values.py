@@ -219,8 +219,6 @@ def _smooth(library) -> dict[str, Callable]:
         "sec": lambda x: 1 / library.cos(x),
         "csc": lambda x: 1 / library.sin(x),
         "arccot": lambda x: math.pi / 2 - library.atan(x),
-        "arcsec": lambda x: library.acos(1 / x),
-        "arccsc": lambda x: library.asin(1 / x),
     }
 
 
@@ -240,9 +238,8 @@ class Budget:
 
     def spend(self, value: Value) -> None:
         """Pays for a node and its value. Raises NoValue if the value or the work is too much."""
-        bits = 0
-        if _exact(value):
-            bits = value.numerator.bit_length() + value.denominator.bit_length()
+        parts = (value.numerator, value.denominator) if _exact(value) else ()
+        bits = sum(part.bit_length() for part in parts)
         self.left -= 64 + bits
         if bits > 2 * MAX_BITS or self.left < 0:
             raise NoValue
