@@ -56,12 +56,8 @@ def trees_agree(one: Node, other: Node, budget: Budget) -> bool:
         return relations_agree(one, other, budget)
     if kinds == {"ratio"} and len(one[1]) == len(other[1]):
         # a : b : c equals d : e : f if b/a = e/d and c/a = f/d. 0:0 equals nothing.
-        first, *rest = one[1]
-        other_first, *other_rest = other[1]
-        return all(
-            _scalars_agree(("/", x, first), ("/", y, other_first), budget)
-            for x, y in zip(rest, other_rest)
-        )
+        shares = ([("/", term, side[1][0]) for term in side[1][1:]] for side in (one, other))
+        return _all_agree(*shares, budget)
     if kinds == {"size"}:  # 3 x 4 is not 2 x 6; three factors are in any order
         return sorted(one[1]) == sorted(other[1]) if len(one[1]) > 2 else False
     if kinds & {"set", "union", "seq", "chain"}:
@@ -217,14 +213,13 @@ def agree_in_any_order(ones: Iterable, others: Iterable, agree: Callable) -> boo
 def _matrices_agree(one: Node, other: Node, budget: Budget) -> bool:
     """Returns whether the entries agree. A single row or column also equals a tuple."""
     if one[0] == other[0]:
-        return len(one[1]) == len(other[1]) and all(
-            _all_agree(row, other_row, budget) for row, other_row in zip(one[1], other[1])
-        )
+        is_shape = len(one[1]) == len(other[1])
+        return is_shape and _all_agree(sum(one[1], ()), sum(other[1], ()), budget)
     matrix, other = (one, other) if one[0] == "matrix" else (other, one)
     rows = matrix[1]
     if other[0] != "seq" or (len(rows) > 1 and len(rows[0]) > 1):
         return False
-    return _all_agree([entry for row in rows for entry in row], other[2], budget)
+    return _all_agree(sum(rows, ()), other[2], budget)
 
 
 # --- Any tree -------------------------------------------------------------------------------------

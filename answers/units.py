@@ -20,6 +20,7 @@ _UNITS = aliases("""
     kcal kilocalorie; W watt; kW kilowatt; mW milliwatt; MW megawatt; V volt; mV millivolt; A ampere amp; ohm
     kohm; Hz hertz; kHz kilohertz; MHz megahertz; mHz; MPa megapascal; mPa
     Pa pascal; kPa kilopascal; atm atmosphere; K kelvin; mol mole; eV; mmHg; bpm; rpm""")
+_NOUN = re.compile(r"[^\W\d_]{3,}(?<!ly)")  # and no adverb
 _SHORT = {"mile h^-1": "mph", "km h^-1": "kph", "m s^-1": "mps", "cc": "cm^3"}
 # Behind a number stands a plural, or one of these, whatever adjectives come between: 7 red balls,
 # but not 7 inverse.
@@ -71,10 +72,7 @@ def unit_of(text: str, glued: bool) -> str | None:
         return None
     text = _REMARK.sub("", text if glued else " " + text)
     powers = {}  # of each unit
-    last = ""
-    sign = 1
-    power = 1
-    counted = True
+    last, sign, power, counted = "", 1, 1, True
     for word in re.findall(r"[^\W\d_]+|\^?-?[1-3]|[^\s.*]", re.sub("[{}]", "", text)):
         # A known unit, in the singular; F is only a unit behind "degree".
         lower = word.lower()
@@ -89,12 +87,9 @@ def unit_of(text: str, glued: bool) -> str | None:
             powers[last] = int(number) * (1 if powers[last] > 0 else -1)
         elif name and not (glued and len(word) == 1 and word.isalpha()):
             # 3 m is a length; 3m may be 3 times m.
-            last = name
-            powers[last] = sign * power
-            power = 1
-            glued = False
-            counted = True
-        elif _is_noun(word) and not glued:
+            powers[name] = sign * power
+            last, power, glued, counted = name, 1, False, True
+        elif _NOUN.fullmatch(word) and not glued and not (len(word) == 3 and is_product(word)):
             # "18 eggs": any noun will do, since 18 is all that was asked for.
             last = (lower if word[1:].islower() else word).removesuffix("s")  # mHz is not MHz
             powers[last] = sign
@@ -107,10 +102,3 @@ def unit_of(text: str, glued: bool) -> str | None:
         return None
     spelling = " ".join(f"{name}^{power}".removesuffix("^1") for name, power in powers.items())
     return _SHORT.get(spelling, spelling)
-
-
-def _is_noun(word: str) -> bool:
-    """Returns whether a word is surely no product of letters or a function."""
-    if word.endswith("ly"):  # 9 presumably
-        return False
-    return word.isalpha() and (len(word) > 3 or len(word) == 3 and not is_product(word))

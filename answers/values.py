@@ -245,6 +245,7 @@ class Budget:
             raise NoValue
 
 
+@dataclass
 class Evaluator:
     """Values of trees at one point: {variable: number}.
 
@@ -254,11 +255,9 @@ class Evaluator:
     log_base: what log means without a base: 10, or None for e.
     """
 
-    def __init__(self, point: dict[str, Value], budget: Budget, log_base: int | None = None):
-        self.point = point
-        self.budget = budget
-        self.log_base = log_base
-        self.real = bool(point)
+    point: dict[str, Value]
+    budget: Budget
+    log_base: int | None = None
 
     def __call__(self, node: Node) -> Value:
         """Returns the tree's value. Raises one of NO_VALUE if it has none."""
@@ -274,7 +273,7 @@ class Evaluator:
         elif kind == "/":
             value = _quotient(self(node[1]), self(node[2]))
         elif kind == "^":
-            value = _power(self(node[1]), self(node[2]), self.real)
+            value = _power(self(node[1]), self(node[2]), real=bool(self.point))
         elif kind == "call":
             value = self.call(node[1], *map(self, node[2:]))
         elif kind == "size":
@@ -289,7 +288,7 @@ class Evaluator:
     def call(self, name: str, x: Value, *others: Value) -> Value:
         """Returns a function's value. Roots, logarithms and binomials may have two arguments."""
         if name in ("sqrt", "root"):
-            return _root(x, *(others or (2,)), self.real)
+            return _root(x, *(others or (2,)), real=bool(self.point))
         if name == "log":
             (base,) = others or (self.log_base,)
             if base is None:
@@ -307,7 +306,7 @@ class Evaluator:
             raise NoValue
         number = approximate(x).value
         # Without variables ln(-1) is i pi.
-        if isinstance(number, complex) or name == "ln" and number < 0 and not self.real:
+        if isinstance(number, complex) or name == "ln" and number < 0 and not self.point:
             return _bounded(_COMPLEX_FUNCTIONS[name], x)
         return _bounded(_REAL_FUNCTIONS[name], x)
 
