@@ -79,11 +79,8 @@ def answers_agree(one: Answer, other: Answer, budget: Budget) -> bool:
 
 def _as_ratio(answer: Answer) -> Node:
     """Returns a percentage as a fraction, degrees in radians, any other value as it is."""
-    if answer.unit == "%":
-        return "/", answer.value, ("num", 100)
-    if answer.unit == "degree":
-        return "call", "degrees", answer.value
-    return answer.value
+    ratios = {"%": ("/", answer.value, ("num", 100)), "degree": ("call", "degrees", answer.value)}
+    return ratios.get(answer.unit, answer.value)
 
 
 def _list_agrees(items: tuple[Answer, ...], value: Node, budget: Budget) -> bool:

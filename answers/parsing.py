@@ -151,8 +151,8 @@ parse_truth = lru_cache(maxsize=4096)(_parse)
 # What states the value behind it: words, that is no digits and no relations, and one of these.
 _STATES = re.compile(
     r"(?:(?-i:^an?)|(?:^|(?<= ))(?:is|are|was|were|be|equal to|equals|gets?|gives?|obtain|has|have"
-    r"|had|at|left|find that|[a-z]{3,}(?=: \[?\\begin)|(?:de|in)creases by|sold|made|earned|spent|needs?|costs?|paid|saved|bought|used|ate|in all"
-    r"|altogether|then|therefore|thus|hence|so|(?:total|value|answer|sum|number) of))[,:]? ",
+    r"|had|at|left|find that|[a-z]{3,}(?=: \[?\\begin)|(?:de|in)creases by|sold|made|earned|spent"
+    r"|needs?|costs?|paid|saved|bought|used|ate|in all|altogether|then|therefore|thus|hence|so|(?:total|value|answer|sum|number) of))[,:]? ",
     re.IGNORECASE,
 )
 _WORDS = re.compile(rf"(?:[a-zA-Z'(){{}},:$+_ -]|{_NAMING})*")
@@ -214,14 +214,10 @@ def _single(text: str) -> Answer:
     unit = unit_of(match[3], glued=not match[2]) if match else None
     if unit is not None and not (unit == "degree" and _TRIG_CALL.search(body)):
         again = rf"{re.escape(match[2] + match[3])}(?= ?(?:=|\\approx))"  # 4/3 m \approx 1.33 m
-        body = re.sub(again, "", match[1])
-        answer = None if _OTHER_UNIT.search(body) else _formula(body, canonical, unit)
+        answer = _formula(re.sub(again, "", match[1]), canonical, unit)
         if answer and not variables(answer.value):
             return answer
-        body = text
     # 4. A formula, perhaps with its domain in brackets, or else a text.
-    if _OTHER_UNIT.search(body):
-        return Answer(None, canonical)
     match = _DOMAIN.search(body) if body.endswith(")") else None
     domain = match[1].replace(" ", "") if match else ""
     body = body[: match.start()] if match else body
@@ -248,7 +244,7 @@ def _formula(text: str, canonical: str, unit: str, name: str = "") -> Answer | N
 
     Returns None if it is not maths. `name`: what stood before it.
     """
-    if _NO_NUMBER.fullmatch(text):
+    if _NO_NUMBER.fullmatch(text) or _OTHER_UNIT.search(text):
         return None
     if _SIZE.fullmatch(text):
         sides = ("size", tuple(map(int, re.findall("[0-9]+", text))))
@@ -276,9 +272,8 @@ def _name_and_value(text: str) -> tuple[str | None, str]:
 
     Of "the solution x" the name is x, and "the area" is none, so it is "".
     """
-    sign = None if _RELATION.fullmatch(text) else _IS.search(text)
-    if sign:
-        sign = _IS.search(_GROUP.sub(lambda match: "#" * len(match[0]), text))
+    is_named = not _RELATION.fullmatch(text) and _IS.search(text)
+    sign = is_named and _IS.search(_GROUP.sub(lambda match: "#" * len(match[0]), text))
     if not sign or not sign.start():
         return None, text
     quantity = _GROUP.sub("", text[: sign.start()]).strip()
@@ -316,11 +311,8 @@ def _interpret(tree: Node, canonical: str, unit: str, name: str) -> Answer:
         items = [_with_sign(item, plus) for item in tree[1] for plus in (True, False)]
         tree = ("set", tuple(dict.fromkeys(items)))
     elif has_signs:
-        both = (
-            Answer(_with_sign(tree, plus), f"{canonical}{plus}", unit, name)
-            for plus in (True, False)
-        )
-        return Answer(("list", tuple(both)), canonical)
+        both = (_with_sign(tree, True), canonical + "+"), (_with_sign(tree, False), canonical + "-")
+        return Answer(("list", tuple(Answer(*one, unit, name) for one in both)), canonical)
     return Answer(tree, canonical, unit, name)
 
 
@@ -370,7 +362,12 @@ def _region(terms: tuple[Node, ...], signs: tuple[str, ...]) -> tuple[str, Node]
     """
     if len(terms) == 3:
         if terms[1][:2] == ("call", "abs"):
-            return _either_sign(_region((terms[0], terms[1][2], terms[2]), signs))
+            low, (_, _, x), high = terms
+            halves = (
+                _region((("neg", high), x, ("neg", low)), signs[::-1]),
+                _region((low, x, high), signs),
+            )
+            return _either_holds(*halves) if (plain_number(low) or -1) > 0 else None
         return _both_hold(_region(terms[:2], signs[:1]), _region(terms[1:], signs[1:]))
     left, right, sign = *terms[:2], signs[0]
     if left[0] != "var" and left[:2] != ("call", "abs"):  # 3 > x is x < 3
@@ -403,15 +400,6 @@ Region = tuple[str, Node] | None
 def _either_holds(below: Region, above: Region) -> Region:
     """Returns the union of what two relations say about one variable."""
     return (below[0], ("union", (below[1], above[1]))) if below and above else None
-
-
-def _either_sign(region: Region) -> Region:
-    """Returns the union of what |x| lies in, which is above zero, and of its mirror image."""
-    if not region or (plain_number(region[1][2][0]) or -1) < 0:
-        return None
-    _, brackets, (low, high) = region[1]
-    mirrored = brackets[::-1].translate(str.maketrans("()[]", ")(]["))
-    return region[0], ("union", (("seq", mirrored, (("neg", high), ("neg", low))), region[1]))
 
 
 def _both_hold(one: Region, other: Region) -> Region:

@@ -222,9 +222,6 @@ def _matrices_agree(one: Node, other: Node, budget: Budget) -> bool:
     return _all_agree(sum(rows, ()), other[2], budget)
 
 
-# --- Any tree -------------------------------------------------------------------------------------
-
-
 def children(node: Node) -> list[Node]:
     """Returns the trees right below; items of a list, or rows of a matrix, are a tuple of trees."""
     return [child for child in node if isinstance(child, tuple) and child]

@@ -11,6 +11,7 @@ Standard library only. Behind this door an answer is ASCII or LaTeX on one line,
 
 import re
 import unicodedata
+from itertools import accumulate
 
 MAX_CHARS = 512  # longer answers are refused
 
@@ -74,11 +75,7 @@ _LATEX = [
         (r"(?<=[0-9])(?: ?\{ ?, ?\}(?:\\!)? ?|,\\! ?|\\[,! ;:]|~)(?=[0-9]{3}(?![0-9]))", ""),
         # \\frac -> \frac: a backslash that was escaped twice; ~5 is about 5
         (r"\\{4}", r"\\\\"),
-        (
-            r"(?<!\\)\\\\(?=(?:left|right|d?frac|sqrt|leq?|geq?|infty|cup|pi|pm|text|theta|circ|in"
-            r"|cdot|times|begin|end)(?![a-zA-Z]))",
-            r"\\",
-        ),
+        (r"(?<!\\)\\\\(?=[a-z]{4}|(?:leq?|geq?|cup|pi|pm|in|end)(?![a-zA-Z]))", r"\\"),
         (r"^~", r"\\sim "),
         # \right. -> nothing, \\[4pt] -> \\, x \not= 2 -> x != 2
         (r"\\(?:left|right)\.", ""),
@@ -121,11 +118,6 @@ _PREAMBLE = re.compile(  # So the final answer is: 5 -> 5, I choose B -> B, and 
     r"(?:(?:\\approx|approximately|about|=) ?)?",
     re.IGNORECASE,
 )
-_VERDICT = re.compile(
-    r" is (?:the )?(?:(?:correct|right|best|only|most likely)"
-    r"(?: (?:answer|option|choice|solution|diagnosis))?|answer)$",
-    re.IGNORECASE,
-)
 _SMALL = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen
     fifteen sixteen seventeen eighteen nineteen""".split()
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
@@ -141,22 +133,6 @@ _THOUSANDS = re.compile("[1-9][0-9]{0,2}(?: [0-9]{3})+(?:[.,][0-9]+)?")
 _IN_INTEGERS = re.compile(
     r"(?<=[^\s,]),? ?\(?[a-z] ?\\in ?(?:\\mathbb ?\{?)?([ZN])\}?((?:[_^]?\{?[*+]\}?)?)\)?[ .]*$"
 )
-_WHOLE = re.compile(
-    r",? \(?(?:where|for|with) (?:any |all |every )?\\?[a-z] ?(?:is |are )?(?:an? |any )?"
-    r"((?:positive |non-?negative |natural )?)(?:integer|whole number|number)s?\)?$"
-)
-# 2/3 (about 0.67)
-_ABOUT = re.compile(r" \(?(?:or )?(?:\\approx|approx(?:imately|\.)?|about) ?([0-9]*\.[0-9]+)\)?$")
-_MODULO = re.compile(r" ?\(? ?\\?[pb]?mod ?\{? ?([0-9]+) ?\}?\)?$")  # (mod 7), \pmod{7}
-_QUOTED = re.compile(r"""^(["'])([^"']+)\1$""")
-_NOON = re.compile(r"(?<=[0-9]) ?([ap])\.? ?m$", re.IGNORECASE)
-_NOUN = re.compile(
-    r"(?<=[0-9}]) ?\(([a-zA-Z][a-z]{2,}(?: [a-z]+)*|[ck]?m(?:\^[23])?|kg)\)$"
-)  # 9 (apples)
-_REALS = re.compile(
-    r"(?:[a-z] (?:is|\\in) )?(?:(?:all|any) )?(?:real numbers?|reals)", re.IGNORECASE
-)
-_IN = re.compile(r"^([a-zA-Z]) in (?=[(\[{\\])")
 _SINGLE = re.compile(r"\(([^(),]*)\)")  # (B) and (-3), but not the pair (1,234)
 _BUILDER = re.compile(  # {x | x > 3}, {x \in \mathbb{R} : x > 3}
     r"\\?\{ ?([a-zA-Z])(?: ?\\in ?\\mathbb ?\{?R\}?)? ?(?:\\mid|\\vert|\||:) ?"
@@ -178,14 +154,43 @@ def _domain(match: re.Match) -> str:
     return r" (k \in Z)" if "".join(match.groups()) in ("Z", "") else r" (k \in N)"
 
 
+_LAST = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        # B is correct -> B, 2k, where k is an integer -> 2k (k \in Z), x in [0, 1] -> x \in [0, 1]
+        (
+            r"(?i) is (?:the )?(?:(?:correct|right|best|only|most likely)"
+            r"(?: (?:answer|option|choice|solution|diagnosis))?|answer)$",
+            "",
+        ),
+        (
+            r",? \(?(?:where|for|with) (?:any |all |every )?\\?[a-z] ?(?:is |are )?(?:an? |any )?"
+            r"((?:positive |non-?negative |natural )?)(?:integer|whole number|number)s?\)?$",
+            _domain,
+        ),
+        (r"^([a-zA-Z]) in (?=[(\[{\\])", r"\1 \\in "),
+        # 7PM -> 7 pm, 9 (apples) -> 9 apples, "5" -> 5
+        (r"(?i)(?<=[0-9]) ?([ap])\.? ?m$", lambda match: f" {match[1].lower()}m"),
+        (r"(?<=[0-9}]) ?\(([a-zA-Z][a-z]{2,}(?: [a-z]+)*|[ck]?m(?:\^[23])?|kg)\)$", r" \1"),
+        (r"""^(["'])([^"']+)\1$""", r"\2"),
+        (r"^DNE$", "does not exist"),
+        # \pmod{7} -> mod 7, 2/3 (about 0.67) -> 2/3 \approx 0.67
+        (r" ?\(? ?\\?[pb]?mod ?\{? ?([0-9]+) ?\}?\)?$", r" mod \1"),
+        (
+            r" \(?(?:or )?(?:\\approx|approx(?:imately|\.)?|about) ?([0-9]*\.[0-9]+)\)?$",
+            r" \\approx \1",
+        ),
+        (r"(?i)^(?:[a-z] (?:is|\\in) )?(?:(?:all|any) )?(?:real numbers?|reals)$", r"\\mathbb{R}"),
+    )
+]
+
+
 def _unwrapped(text: str) -> str:
     r"""Returns what the macros around the whole text hold: \boxed{\frac{1}{2}} -> \frac{1}{2}."""
     while match := _WRAPPED.fullmatch(text.strip()):
-        depth = 0
-        for character in match[1]:
-            depth += (character == "{") - (character == "}")
-            if depth < 0:  # \text{a} + \text{b}: the first group ends before the text does
-                return text
+        depths = accumulate((character == "{") - (character == "}") for character in match[1])
+        if min(depths, default=0) < 0:  # \text{a} + \text{b}: its group ends before the text does
+            return text
         text = match[1]
     return text
 
@@ -206,12 +211,10 @@ def plain(text: str) -> str:
     if len(lines) > 1 and all(map(_LINE.fullmatch, lines)):
         text = ", ".join(lines)
     text = _RELATION.sub(lambda match: _RELATIONS[match[0]], " ".join(text.split()))
-    if "\\" in text:
-        text = text.replace("\\$", "¤").replace("\\%", "%").replace("\\&", "&")
+    text = text.replace("\\$", "¤").replace("\\%", "%").replace("\\&", "&")
     # 2. A pair of dollars encloses a formula; a single one is money.
     if "$" in text:
-        money = text.count("$") == 1
-        text = " ".join(text.replace("$", "¤" if money else " ").split())
+        text = " ".join(text.replace("$", "¤" if text.count("$") == 1 else " ").split())
     # 3. **bold** loses its stars, then 2**3 is a power.
     if "**" in text:
         text = re.sub(r"(?<=[\w)]) ?\*\* ?(?=[\w(-])", "^", _BOLD.sub(r"\1", text))
@@ -238,17 +241,8 @@ def plain(text: str) -> str:
     text = _PREAMBLE.sub("", text.strip("*_` ").rstrip("\\ ")).strip("*_` ")
     if not text.endswith("..."):
         text = text.rstrip(".,; ")
-    if " " in text:
-        text = _IN.sub(r"\1 \\in ", _WHOLE.sub(_domain, _VERDICT.sub("", text)))
     # 7. One way to write 7:30 pm, 9 (apples), x in [0, 1], (5), {x | x > 3}.
-    if text[-1:] in "mM":
-        text = _NOON.sub(lambda match: f" {match[1].lower()}m", text)
-    if text.endswith(")"):
-        text = _NOUN.sub(r" \1", text)
-    text = _QUOTED.sub(r"\2", text) if text[:1] in ("'", '"') else text
-    text = _MODULO.sub(r" mod \1", text) if "mod" in text else _ABOUT.sub(r" \\approx \1", text)
-    if _REALS.fullmatch(text):
-        return r"\mathbb{R}"
-    text = "does not exist" if text == "DNE" else text
+    for pattern, replacement in () if text.isdigit() else _LAST:
+        text = pattern.sub(replacement, text)
     single = _SINGLE.fullmatch(text) or _BUILDER.fullmatch(text)
     return single[single.lastindex].strip() if single else text

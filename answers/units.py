@@ -11,15 +11,17 @@ import re
 from answers.tokens import aliases, is_product
 
 _UNITS = aliases("""
-    % percent pct; $ ¤ dollar usd buck; ¥ yuan; ₹ rupee; ¢ cent; € euro; £; degree deg °; radian rad; cup; day; week wk
-    month; year yr; mph; kph kmph; mps; cc; kWh; T tesla; mA milliamp milliampere; unit; nm nanometer nanometre; mm millimeter millimetre; microm micrometer
-    cm centimeter centimetre; m meter metre; km kilometer kilometre; in inch inche; yard yd
-    ft foot feet; mile mi; g gram gm; kg kilogram kilo; mg milligram; microg microgram mcg; lb pound
-    oz ounce; l L liter litre; ml mL milliliter millilitre; th st nd rd; ms millisecond
-    s second sec; min minute; h hour hr; N newton; J joule; kJ kilojoule; cal calorie
-    kcal kilocalorie; W watt; kW kilowatt; mW milliwatt; MW megawatt; V volt; mV millivolt; A ampere amp; ohm
-    kohm; Hz hertz; kHz kilohertz; MHz megahertz; mHz; MPa megapascal; mPa
-    Pa pascal; kPa kilopascal; atm atmosphere; K kelvin; mol mole; eV; mmHg; bpm; rpm""")
+    % percent pct; $ ¤ dollar usd buck; ¥ yuan; ₹ rupee; ¢ cent; € euro; £; degree deg °
+    radian rad; cup; day; week wk; month; year yr; mph; kph kmph; mps; cc; kWh; T tesla
+    mA milliamp milliampere; unit; nm nanometer nanometre; mm millimeter millimetre
+    microm micrometer; cm centimeter centimetre; m meter metre; km kilometer kilometre
+    in inch inche; yard yd; ft foot feet; mile mi; g gram gm; kg kilogram kilo; mg milligram
+    microg microgram mcg; lb pound; oz ounce; l L liter litre; ml mL milliliter millilitre
+    th st nd rd; ms millisecond; s second sec; min minute; h hour hr; N newton; J joule
+    kJ kilojoule; cal calorie; kcal kilocalorie; W watt; kW kilowatt; mW milliwatt
+    MW megawatt; V volt; mV millivolt; A ampere amp; ohm; kohm; Hz hertz; kHz kilohertz
+    MHz megahertz; mHz; MPa megapascal; mPa; Pa pascal; kPa kilopascal; atm atmosphere
+    K kelvin; mol mole; eV; mmHg; bpm; rpm""")
 _NOUN = re.compile(r"[^\W\d_]{3,}(?<!ly)")  # and no adverb
 _SHORT = {"mile h^-1": "mph", "km h^-1": "kph", "m s^-1": "mps", "cc": "cm^3"}
 # Behind a number stands a plural, or one of these, whatever adjectives come between: 7 red balls,
@@ -29,19 +31,19 @@ _PLURALS = (
 )
 # Words that change what a number says, and beginnings of such words: 3 million, not 3, 3 or more.
 _WORDS_THAT_CHANGE = set(
-    """no nor not neither never zero one two three four five six seven eight nine
-    ten plus minus times over mod sqrt log sine cos sin tan more less fewer greater larger smaller
-    than least most below above between about almost nearly around maybe perhaps either else other
-    except without unless any if when only or but too score gross cannot nan inf yes
-    mil doubt assume suppose let guess hypothetical""".split()
+    """no nor not neither never zero one two three four five six seven eight nine ten plus minus
+    times over mod sqrt log sine cos sin tan more less fewer greater larger smaller than least most
+    below above between about almost nearly around maybe perhaps either else other except without
+    unless any if when only or but too score gross cannot nan inf yes mil doubt assume suppose let
+    guess hypothetical""".split()
 )
 _STEMS_THAT_CHANGE = tuple(
-    """eleven twelve thirt fourte fort fift sixt sevent eighte eighty ninet hundred
-    thousand million billion trillion half halves third quarter tenth ninth twelfth dozen lakh crore
-    quadr double twice triple squared cubed factorial infinit infty negative divided multipl added
-    raised power remainder choose approx possibl probabl incorrect false none undefined unknown
-    impossible eighth nine couple trio tens inclus exclu onward increment plusmin percentil round
-    invert revers negat reject untrue wrong fail rooted halv unequal""".split()
+    """eleven twelve thirt fourte fort fift sixt sevent eighte eighty ninet hundred thousand
+    million billion trillion half halves third quarter tenth ninth twelfth dozen lakh crore quadr
+    double twice triple squared cubed factorial infinit infty negative divided multipl added raised
+    power remainder choose approx possibl probabl incorrect false none undefined unknown impossible
+    eighth nine couple trio tens inclus exclu onward increment plusmin percentil round invert
+    revers negat reject untrue wrong fail rooted halv unequal""".split()
 )
 # Behind a noun or a unit these begin a remark: 8 years | old, 3 cups | of water, 6 | is the answer.
 _REMARK = re.compile(
