@@ -1,6 +1,7 @@
 r"""What a \boxed{} holds, and whether an answer says more than that."""
 
 import re
+from functools import partial
 
 from answers.parsing import is_value
 from answers.typography import MAX_CHARS
@@ -29,6 +30,7 @@ def box_content(text: str) -> str | None:
 _MAX_BOXES = 16
 # \text{ or } and \lor are or, \quad and \) are spaces.
 _SPACING = re.compile(r"\\(?:text|mathrm) ?\{([^{}]*)\}|\\q?quad|\\[()\[\],;: \\]|[$*]")
+_plainer = partial(_SPACING.sub, r" \1 ")
 _JOINT = re.compile(
     r"[\s.,;&]*(?:and also|as well as|and|or)?[\s,]*(?:[a-z](?:_\{?[0-9a-z]\}?)? ?= ?\s*)?"
 )
@@ -79,10 +81,6 @@ def boxed_answer(text: str, strict: bool) -> str | None:
 
 def _last_box(text: str, end: int | None = None) -> int:
     return max(text.rfind("\\boxed", 0, end), text.rfind("\\fbox", 0, end))
-
-
-def _plainer(text: str) -> str:
-    return _SPACING.sub(r" \1 ", text)
 
 
 def _says_more(before: str, behind: str) -> bool:

@@ -23,8 +23,7 @@ _JOINTS = re.compile(r"[,;/=]|\b(?:or|and|but|not)\b")
 # Words that take the letter back: B: wrong, B is not it, B or none. "B: No" echoes the prompts.
 _TAKEN_BACK = re.compile(
     r"^(?:no\b|[A-Z]$|(?:is )?not\b(?! enough)|(?:(?:it|this|that) is )?(?:wrong|false|untrue)"
-    r"|never|neither\b(?! nor)|none|impossible|not?$"
-    r"|(?:it is )?(?:rejected|discarded|unlikely))|\bincorrect"
+    r"|never|neither\b(?! nor)|none|impossible|(?:it is )?(?:rejected|discarded|unlikely))|\bincorrect"
     r"|\b(?:not|n't|never) (?:the |a |an )?(?:correct|right|true|answer|best|it\b|this\b|chosen)"
     r"|(?<!others )(?<!rest )\b(?:is|are|was|be|looks|seems) (?:wrong|false|excluded|eliminated)"
     r"|\b(?:all|both|none|any|either|neither) (?:of|are|is)\b|\b(?:maybe|perhaps|probably)\b"
@@ -55,9 +54,9 @@ def choose(answer: str, options: dict[str, str]) -> str | None:
     if len(exact) == 1:
         return exact[0]  # row 2
     budget = Budget()
-    match = _NOT_ANOTHER.fullmatch(text)
+    match = _NOT_ANOTHER.fullmatch(text)  # B, not A
     others = (_same_texts(match[2], options) or [match[2]]) if match else []
-    if others and others[0] in options:  # B, not A
+    if match and others[0] in options:
         chosen = choose(match[1], options)
         return None if chosen in others else chosen
     match = _LETTER_LAST.fullmatch(text)

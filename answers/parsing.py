@@ -39,8 +39,6 @@ class Answer:
     name: str = ""  # the x of x = 5
 
 
-# --- From a text to an answer ---------------------------------------------------------------------
-
 # A number or formula, a space perhaps, and what may be its unit.
 _TAIL = re.compile(
     r"(.*?(?:[0-9)}\]!]|pi))( ?)"
@@ -152,7 +150,8 @@ parse_truth = lru_cache(maxsize=4096)(_parse)
 _STATES = re.compile(
     r"(?:(?-i:^an?)|(?:^|(?<= ))(?:is|are|was|were|be|equal to|equals|gets?|gives?|obtain|has|have"
     r"|had|at|left|find that|[a-z]{3,}(?=: \[?\\begin)|(?:de|in)creases by|sold|made|earned|spent"
-    r"|needs?|costs?|paid|saved|bought|used|ate|in all|altogether|then|therefore|thus|hence|so|(?:total|value|answer|sum|number) of))[,:]? ",
+    r"|needs?|costs?|paid|saved|bought|used|ate|in all|altogether|then|therefore|thus|hence|so"
+    r"|(?:total|value|answer|sum|number) of))[,:]? ",
     re.IGNORECASE,
 )
 _WORDS = re.compile(rf"(?:[a-zA-Z'(){{}},:$+_ -]|{_NAMING})*")
@@ -350,9 +349,10 @@ def _with_sign(node: Node, plus: bool) -> Node:
 
 _INFINITY = ("const", "infty")
 _MINUS_INFINITY = ("neg", _INFINITY)
+Region = tuple[str, Node] | None  # a variable, and where it may be
 
 
-def _region(terms: tuple[Node, ...], signs: tuple[str, ...]) -> tuple[str, Node] | None:
+def _region(terms: tuple[Node, ...], signs: tuple[str, ...]) -> Region:
     r"""Returns the variable of a relation and where it may be, None for other relations.
 
     x < 3        (-\infty, 3)          1 < x <= 5   (1, 5], where both links hold
@@ -363,11 +363,9 @@ def _region(terms: tuple[Node, ...], signs: tuple[str, ...]) -> tuple[str, Node]
     if len(terms) == 3:
         if terms[1][:2] == ("call", "abs"):
             low, (_, _, x), high = terms
-            halves = (
-                _region((("neg", high), x, ("neg", low)), signs[::-1]),
-                _region((low, x, high), signs),
-            )
-            return _either_holds(*halves) if (plain_number(low) or -1) > 0 else None
+            below = _region((("neg", high), x, ("neg", low)), signs[::-1])
+            is_apart = (plain_number(low) or -1) > 0
+            return _either_holds(below, _region((low, x, high), signs)) if is_apart else None
         return _both_hold(_region(terms[:2], signs[:1]), _region(terms[1:], signs[1:]))
     left, right, sign = *terms[:2], signs[0]
     if left[0] != "var" and left[:2] != ("call", "abs"):  # 3 > x is x < 3
@@ -392,9 +390,6 @@ def _region(terms: tuple[Node, ...], signs: tuple[str, ...]) -> tuple[str, Node]
     if sign in ("<", "<="):
         return left[1], ("seq", "(]" if sign == "<=" else "()", (_MINUS_INFINITY, right))
     return left[1], ("seq", "[)" if sign == ">=" else "()", (right, _INFINITY))
-
-
-Region = tuple[str, Node] | None
 
 
 def _either_holds(below: Region, above: Region) -> Region:

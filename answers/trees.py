@@ -73,9 +73,6 @@ def _all_agree(ours: Iterable[Node], others: Iterable[Node], budget: Budget) -> 
     )
 
 
-# --- Numbers and expressions ----------------------------------------------------------------------
-
-
 def _values_at_points(
     trees: list[Node], names: frozenset[str], budget: Budget, log_base: int | None = None
 ) -> Iterator[list[Value]]:
@@ -144,9 +141,6 @@ def solve_linear(node: Node) -> tuple[str, Node, bool] | None:
     return names[0], ("num", Fraction(-values[0]) / slope), slope > 0
 
 
-# --- Equations and inequalities -------------------------------------------------------------------
-
-
 def relations_agree(one: Node, other: Node, budget: Budget) -> bool:
     """Returns whether two chains of relations agree link by link, forwards or backwards.
 
@@ -192,9 +186,6 @@ def _links_agree(one: tuple[Node, str], other: tuple[Node, str], budget: Budget)
     if sign in ("<", "<=") and first <= 0:
         return False
     return all(values_agree(ratio, ratios[0]) for ratio in ratios)
-
-
-# --- Sets and matrices ----------------------------------------------------------------------------
 
 
 def agree_in_any_order(ones: Iterable, others: Iterable, agree: Callable) -> bool:

@@ -31,7 +31,6 @@ _RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+|[₀₁₂₃₄₅₆�
 _DIGITS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻₀₁₂₃₄₅₆₇₈₉", "0123456789-0123456789")
 _THIN_SPACE = re.compile("(?<=[0-9])[\u00a0\u2007\u2009\u202f](?=[0-9]{3}(?![0-9]))")
 _MICRO = re.compile("[µμ](?=(?:m|g|s|[Ll]|mol|A|V|C|F)(?![a-zA-Z]))")
-_OHM = re.compile("(?<=[0-9 kM])[ΩΩ]$")
 
 
 def _raised(match: re.Match) -> str:
@@ -46,7 +45,7 @@ def _ascii(text: str) -> str:
 
     Full-width characters become ordinary ones (NFKC), and what is invisible (Cf) goes.
     """
-    text = _MICRO.sub("micro", _RAISED.sub(_raised, _THIN_SPACE.sub("", _OHM.sub("ohm", text))))
+    text = _MICRO.sub("micro", _RAISED.sub(_raised, _THIN_SPACE.sub("", text)))
     text = unicodedata.normalize("NFKC", text.translate(_UNICODE)).translate(_UNICODE)
     if text.isascii():
         return text
@@ -63,9 +62,9 @@ _DOTS = "ldots cdots dots dotsb dotsc dotsi dotsm dotso".split()
 _COMMANDS = dict.fromkeys(_FOR_THE_EYE, "") | dict.fromkeys(_DOTS, "...")
 _COMMANDS |= {"lor": " or ", "vee": " or ", "land": " and ", "wedge": " and ", "langle": "("}
 _COMMANDS |= {"rangle": ")", "lbrace": r"\{", "rbrace": r"\}", "R": r"\mathbb{R}", "cr": r"\\"}
-_COMMANDS |= dict.fromkeys(("dfrac", "tfrac", "cfrac"), r"\frac") | {"prime": "'"}
+_COMMANDS |= dict.fromkeys(("dfrac", "tfrac", "cfrac"), r"\frac")
 _COMMANDS |= {"var" + name: "\\" + name for name in ("epsilon", "theta", "phi", "rho", "sigma")}
-_COMMANDS |= {"quad": " ", "qquad": " ", "tabularnewline": r"\\"}
+_COMMANDS |= {"quad": " ", "qquad": " ", "tabularnewline": r"\\", "prime": "'"}
 _COMMAND = re.compile(r"\\([a-zA-Z]+)")
 _WRAPPED = re.compile(_MACRO + r"\{(.*)\}")
 _LATEX = [

@@ -113,14 +113,10 @@ def _bounded(function: Callable, *arguments: Value) -> Approx:
     return Approx(value, error)
 
 
-# --- Operations -----------------------------------------------------------------------------------
-
-
 def _quotient(a: Value, b: Value) -> Value:
     """Returns a / b. Raises NoValue, or ZeroDivisionError, where b may be zero."""
     if _exact(a, b):
-        value = Fraction(a) / b
-        return value.numerator if value.denominator == 1 else value
+        return Fraction(a) / b
     divisor = approximate(b)
     if abs(divisor.value) <= _STEP * divisor.error:
         raise NoValue
@@ -225,9 +221,6 @@ def _smooth(library) -> dict[str, Callable]:
 _REAL_FUNCTIONS, _COMPLEX_FUNCTIONS = _smooth(math), _smooth(cmath)
 _CONSTANTS = {"pi": Approx(math.pi, 2e-16), "e": Approx(math.e, 2e-16), "i": Approx(1j, 0.0)}
 _ARITHMETIC = {"+": operator.add, "-": operator.sub, "*": operator.mul, "neg": operator.neg}
-
-
-# --- Trees ----------------------------------------------------------------------------------------
 
 
 @dataclass
