@@ -23,8 +23,8 @@ _JOINTS = re.compile(r"[,;/=]|\b(?:or|and|but|not)\b")
 # Words that take the letter back: B: wrong, B is not it, B or none. "B: No" echoes the prompts.
 _TAKEN_BACK = re.compile(
     r"^(?:no\b|[A-Z]$|(?:is )?not\b(?! enough)|(?:(?:it|this|that) is )?(?:wrong|false|untrue)"
-    r"|never|neither\b(?! nor)|none|impossible|(?:it is )?(?:rejected|discarded|unlikely))|\bincorrect"
-    r"|\b(?:not|n't|never) (?:the |a |an )?(?:correct|right|true|answer|best|it\b|this\b|chosen)"
+    r"|never|neither\b(?! nor)|none|impossible|(?:it is )?(?:rejected|discarded|unlikely))"
+    r"|\bincorrect|\b(?:not|n't|never) (?:the |a |an )?(?:correct|right|true|answer|best|it\b|this\b|chosen)"
     r"|(?<!others )(?<!rest )\b(?:is|are|was|be|looks|seems) (?:wrong|false|excluded|eliminated)"
     r"|\b(?:all|both|none|any|either|neither) (?:of|are|is)\b|\b(?:maybe|perhaps|probably)\b"
     r"|\b(?:or|and|but) (?:none|not|neither|both|all|any)",

@@ -18,14 +18,12 @@ from fractions import Fraction
 
 from answers.formulas import Node
 from answers.values import (
-    ROUNDS,
     Approx,
     Budget,
     Evaluator,
     Value,
     approximate,
-    random_point,
-    value_or_none,
+    random_points,
     values_agree,
 )
 
@@ -80,9 +78,8 @@ def _values_at_points(
 
     The points have a coordinate for each name; without names there is one point only.
     """
-    for turn in range(ROUNDS if names else 1):
-        evaluator = Evaluator(random_point(names, turn), budget, log_base)
-        values = [value_or_none(evaluator, tree) for tree in trees]
+    for point in random_points(names):
+        values = [Evaluator(point, budget, log_base).value_or_none(tree) for tree in trees]
         if None not in values:
             yield values
 
@@ -117,7 +114,7 @@ def is_rounding(node: Node, rounded: Node, decimals: int, budget: Budget) -> boo
 
     decimals: how many the decimal must have at least.
     """
-    digits, number = plain_number(rounded), value_or_none(Evaluator({}, budget), node)
+    digits, number = plain_number(rounded), Evaluator({}, budget).value_or_none(node)
     if digits is None or number is None or isinstance(approximate(number).value, complex):
         return False
     places = next((n for n in range(12) if digits * 10**n % 1 == 0), 12)
@@ -132,7 +129,7 @@ def solve_linear(node: Node) -> tuple[str, Node, bool] | None:
     points = (0, 1, Fraction(-5, 7), Fraction(37, 3), -1009)
     if len(names) != 1:
         return None
-    values = [value_or_none(Evaluator({names[0]: x}, Budget(2**14)), node) for x in points]
+    values = [Evaluator({names[0]: x}, Budget(2**14)).value_or_none(node) for x in points]
     if any(value is None or isinstance(value, Approx) for value in values):
         return None
     slope = values[1] - values[0]
@@ -147,9 +144,7 @@ def relations_agree(one: Node, other: Node, budget: Budget) -> bool:
     The links of a < b <= c are a < b and b <= c.
     """
     links, other_links = _links(one), _links(other)
-    if len(links) != len(other_links):
-        return False
-    return any(
+    return len(links) == len(other_links) and any(
         all(_links_agree(x, y, budget) for x, y in zip(links, order))
         for order in (other_links, other_links[::-1])
     )
@@ -208,9 +203,8 @@ def _matrices_agree(one: Node, other: Node, budget: Budget) -> bool:
         return is_shape and _all_agree(sum(one[1], ()), sum(other[1], ()), budget)
     matrix, other = (one, other) if one[0] == "matrix" else (other, one)
     rows = matrix[1]
-    if other[0] != "seq" or (len(rows) > 1 and len(rows[0]) > 1):
-        return False
-    return _all_agree(sum(rows, ()), other[2], budget)
+    is_vector = other[0] == "seq" and 1 in (len(rows), len(rows[0]))
+    return is_vector and _all_agree(sum(rows, ()), other[2], budget)
 
 
 def children(node: Node) -> list[Node]:

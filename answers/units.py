@@ -98,9 +98,8 @@ def unit_of(text: str, glued: bool) -> str | None:
             counted = sign < 0 or re.search(r"(?<!\bpair)s$", lower) or lower in _PLURALS
         else:
             return None
-    if sign < 0 and all(exponent > 0 for exponent in powers.values()):  # m / nothing
-        return None
-    if not counted or "th" in powers and len(powers) > 1:
+    is_open = sign < 0 and all(exponent > 0 for exponent in powers.values())  # m / nothing
+    if is_open or not counted or "th" in powers and len(powers) > 1:
         return None
     spelling = " ".join(f"{name}^{power}".removesuffix("^1") for name, power in powers.items())
     return _SHORT.get(spelling, spelling)

@@ -15,7 +15,7 @@ import cmath
 import math
 import operator
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -278,6 +278,13 @@ class Evaluator:
         self.budget.spend(value)
         return value
 
+    def value_or_none(self, node: Node) -> Value | None:
+        """Returns the tree's value, None if it has none."""
+        try:
+            return self(node)
+        except NO_VALUE:
+            return None
+
     def call(self, name: str, x: Value, *others: Value) -> Value:
         """Returns a function's value. Roots, logarithms and binomials may have two arguments."""
         if name in ("sqrt", "root"):
@@ -299,40 +306,27 @@ class Evaluator:
             raise NoValue
         number = approximate(x).value
         # Without variables ln(-1) is i pi.
-        if isinstance(number, complex) or name == "ln" and number < 0 and not self.point:
-            return _bounded(_COMPLEX_FUNCTIONS[name], x)
-        return _bounded(_REAL_FUNCTIONS[name], x)
+        is_complex = isinstance(number, complex) or name == "ln" and number < 0 and not self.point
+        return _bounded((_COMPLEX_FUNCTIONS if is_complex else _REAL_FUNCTIONS)[name], x)
 
 
-def value_or_none(evaluator: Evaluator, node: Node) -> Value | None:
-    """Returns the tree's value, None if it has none."""
-    try:
-        return evaluator(node)
-    except NO_VALUE:
-        return None
-
-
-ROUNDS = 16
-
-
-def random_point(names: frozenset[str], turn: int) -> dict[str, Value]:
-    """Returns numbers for the variables, the same in every process, for a turn below ROUNDS.
+def random_points(names: frozenset[str]) -> Iterator[dict[str, Value]]:
+    """Yields 16 points, numbers for the variables, the same in every process; without any, one.
 
     Turns 0 to 5 have small whole numbers, for exponents and factorials (in the order of the
     alphabet, as in k of n, or against it: n of m); 6 to 10 have rational ones; the others have some
     below 1 (for arcsin). Signs differ, of any two of the first four variables at some turn.
     """
-    point = {}
-    for rank, name in enumerate(sorted(names, reverse=turn % 2 == 1)):
-        random = zlib.crc32(f"{turn} {name}".encode())
-        against = rank + len(names)  # with the order turned round
-        sign = (-1) ** {7: rank // 2, 8: rank, 9: against, 10: 1, 14: rank, 15: against}.get(
-            turn, 0
-        )
-        if turn < 6:
-            point[name] = 2 + 3 * rank + random % (3 + turn // 2)
-        elif turn < 11:
-            point[name] = sign * Fraction(1 + random % 30_000, 101)
-        else:
-            point[name] = sign * Fraction(1 + random % 996, 997)
-    return point
+    for turn in range(16 if names else 1):
+        point = {}
+        for rank, name in enumerate(sorted(names, reverse=turn % 2 == 1)):
+            random = zlib.crc32(f"{turn} {name}".encode())
+            against = rank + len(names)  # with the order turned round
+            odd = {7: rank // 2, 8: rank, 9: against, 10: 1, 14: rank, 15: against}.get(turn, 0)
+            if turn < 6:
+                point[name] = 2 + 3 * rank + random % (3 + turn // 2)
+            elif turn < 11:
+                point[name] = (-1) ** odd * Fraction(1 + random % 30_000, 101)
+            else:
+                point[name] = (-1) ** odd * Fraction(1 + random % 996, 997)
+        yield point
