@@ -36,13 +36,10 @@ _JOINT = re.compile(
 )
 _FILLER = ",;:( \n\t"
 _OPERATOR = r"[-+/^!<>|]|\\(?:times|cdot|div|pm|mp|leq?|geq?|neq?|lt|gt|lor|vee|pi)(?![a-zA-Z])"
-_MORE_BEFORE = re.compile(
-    rf"(?:{_OPERATOR}|\{{|\b(?:or|not|maybe|perhaps|possibly))[\s(]*$", re.IGNORECASE
-)
+_MORE_BEFORE = re.compile(rf"(?i)(?:{_OPERATOR}|\{{|\b(?:or|not|maybe|perhaps|possibly))[\s(]*$")
 _MORE_BEHIND = re.compile(
-    rf"[\s)}}.,]*(?:(?!\^\\circ|\^\{{\\circ)(?:{_OPERATOR})"
-    r"|\b(?:or|not|maybe|perhaps|possibly|is (?:wrong|not|false))\b)",
-    re.IGNORECASE,
+    rf"(?i)[\s)}}.,]*(?:(?!\^\\circ|\^\{{\\circ)(?:{_OPERATOR})"
+    r"|\b(?:or|not|maybe|perhaps|possibly|is (?:wrong|not|false))\b)"
 )
 _FURTHER_VALUE = re.compile(r"[\s.)}]*(?:[,;]|and\b)\s*(?=\S)")
 

@@ -8,9 +8,8 @@ from answers.typography import plain
 from answers.values import Budget
 
 _LETTER = re.compile(  # the letter, what sets it off from a text, the text
-    r"[(\[]?(?:(?:option|choice) ?:? ?)?[(\[]?([A-P])(?![\w'^])"
-    r"( -+>? | ?→|[)\]]{0,2} ?[.:;,]?) ?(.*)",
-    re.IGNORECASE,
+    r"(?i)[(\[]?(?:(?:option|choice) ?:? ?)?[(\[]?([A-P])(?![\w'^])"
+    r"( -+>? | ?→|[)\]]{0,2} ?[.:;,]?) ?(.*)"
 )
 _LETTER_LAST = re.compile(r"(.+?),? (?:\(|option |which is )(?:option )?([A-P])\)?")
 _NOT_ANOTHER = re.compile(r"(.+?)(?:, not|,? rather than|,? instead of| \(not) \(?(.+?)\)*")
@@ -22,13 +21,12 @@ _NAMED = re.compile(r"""[(\["']([A-P])[)\]"']|(?:OPTION|CHOICE|ANSWER) ?:? ?([A-
 _JOINTS = re.compile(r"[,;/=]|\b(?:or|and|but|not)\b")
 # Words that take the letter back: B: wrong, B is not it, B or none. "B: No" echoes the prompts.
 _TAKEN_BACK = re.compile(
-    r"^(?:no\b|[A-Z]$|(?:is )?not\b(?! enough)|(?:(?:it|this|that) is )?(?:wrong|false|untrue)"
+    r"(?i)^(?:no\b|[A-Z]$|(?:is )?not\b(?! enough)|(?:(?:it|this|that) is )?(?:wrong|false|untrue)"
     r"|never|neither\b(?! nor)|none|impossible|(?:it is )?(?:rejected|discarded|unlikely))"
-    r"|\bincorrect|\b(?:not|n't|never) (?:the |a |an )?(?:correct|right|true|answer|best|it\b|this\b|chosen)"
-    r"|(?<!others )(?<!rest )\b(?:is|are|was|be|looks|seems) (?:wrong|false|excluded|eliminated)"
+    r"|\b(?:not|n't|never) (?:the |an? )?(?:correct|right|true|answer|best|it\b|this\b|chosen)"
+    r"|\bincorrect|(?<!others )(?<!rest )\b(?:is|are|was|be|looks|seems) (?:wrong|false|excl|elimin)"
     r"|\b(?:all|both|none|any|either|neither) (?:of|are|is)\b|\b(?:maybe|perhaps|probably)\b"
-    r"|\b(?:or|and|but) (?:none|not|neither|both|all|any)",
-    re.IGNORECASE,
+    r"|\b(?:or|and|but) (?:none|not|neither|both|all|any)"
 )
 
 

@@ -41,10 +41,9 @@ class Answer:
 
 # A number or formula, a space perhaps, and what may be its unit.
 _TAIL = re.compile(
-    r"(.*?(?:[0-9)}\]!]|pi))( ?)"
+    r"(?i)(.*?(?:[0-9)}\]!]|pi))( ?)"
     r"([^\W\d_][^0-9(){}\\=<>+]{0,80}(?:\^?\{?(?<! )-?[1-3]\}?[^0-9(){}\\=<>+]{0,20}){0,3}"
-    r"|[%¤¢€£¥₹°](?: ?(?:[CF]|celsius|fahrenheit))?)",
-    re.IGNORECASE,
+    r"|[%¤¢€£¥₹°](?: ?(?:[CF]|celsius|fahrenheit))?)"
 )
 _MONEY = re.compile(r"(^|= ?)([-+]?) ?([¤€£¥₹]) ?(.+)")
 _TRIG_CALL = re.compile("sin|cos|tan|cot|sec|csc")
@@ -148,18 +147,16 @@ parse_truth = lru_cache(maxsize=4096)(_parse)
 
 # What states the value behind it: words, that is no digits and no relations, and one of these.
 _STATES = re.compile(
-    r"(?:(?-i:^an?)|(?:^|(?<= ))(?:is|are|was|were|be|equal to|equals|gets?|gives?|obtain|has|have"
-    r"|had|at|left|find that|[a-z]{3,}(?=: \[?\\begin)|(?:de|in)creases by|sold|made|earned|spent"
-    r"|needs?|costs?|paid|saved|bought|used|ate|in all|altogether|then|therefore|thus|hence|so"
-    r"|(?:total|value|answer|sum|number) of))[,:]? ",
-    re.IGNORECASE,
+    r"(?i)(?:(?-i:^an?)|(?:^|(?<= ))(?:is|are|was|were|be|equal to|equals|gets?|gives?|obtain"
+    r"|has|have|had|at|left|find that|[a-z]{3,}(?=: \[?\\begin)|(?:de|in)creases by|sold|made"
+    r"|earned|spent|needs?|costs?|paid|saved|bought|used|ate|in all"
+    r"|altogether|then|therefore|thus|hence|so|(?:total|value|answer|sum|number) of))[,:]? "
 )
 _WORDS = re.compile(rf"(?:[a-zA-Z'(){{}},:$+_ -]|{_NAMING})*")
 # ... but not the number of something else.
 _NO_STATEMENT = re.compile(
-    r"\b(?:step|question|problem|part|case|type|stage|grade|level|figure|phase|class|exercise|page)"
-    r" (?:number )?(?:is )?$",
-    re.IGNORECASE,
+    r"(?i)\b(?:step|question|problem|part|case|type|stage|grade|level|figure|phase|class"
+    r"|exercise|page) (?:number )?(?:is )?$"
 )
 
 

@@ -58,8 +58,8 @@ _MACRO = (
 # Commands that are for the eye only, and others by what they say.
 _FOR_THE_EYE = """left right middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr
     displaystyle textstyle limits phantom hline""".split()
-_DOTS = "ldots cdots dots dotsb dotsc dotsi dotsm dotso".split()
-_COMMANDS = dict.fromkeys(_FOR_THE_EYE, "") | dict.fromkeys(_DOTS, "...")
+_COMMANDS = dict.fromkeys(_FOR_THE_EYE, "")
+_COMMANDS |= dict.fromkeys("ldots cdots dots dotsb dotsc dotsi dotsm dotso".split(), "...")
 _COMMANDS |= {"lor": " or ", "vee": " or ", "land": " and ", "wedge": " and ", "langle": "("}
 _COMMANDS |= {"rangle": ")", "lbrace": r"\{", "rbrace": r"\}", "R": r"\mathbb{R}", "cr": r"\\"}
 _COMMANDS |= dict.fromkeys(("dfrac", "tfrac", "cfrac"), r"\frac")
@@ -82,15 +82,12 @@ _LATEX = [
         (r"\\not ?=", "!="),
         # a\,b -> a b, and \[5\] -> 5
         (r"(?<!\\)\\[,;:! ()\[\]]|~|\\hspace\{[^{}]*\}", " "),
-        # 90^{\circ} -> 90°
+        # 90^{\circ} -> 90°, x^{\prime} -> x', 5^{\text{th}} -> 5th
         (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-zA-Z]))|\^?\\degree(?![a-zA-Z])", "°"),
-        # x^{\prime} -> x'
         (r"\^ ?\{?((?: ?\\prime(?![a-zA-Z]))+) ?\}?", r"\1"),
-        # 5^{\text{th}} -> 5th
         (r"\^ ?\{? ?\\(?:text|mathrm) ?\{ ?(st|nd|rd|th) ?\} ?\}?", r"\1"),
-        # 5 \mu \text{m} -> 5 microm
+        # 5 \mu \text{m} -> 5 microm, 5 \Omega -> 5 ohm, x &= 1 -> x = 1
         (r"(?<=[0-9]) ?\\mu ?\\(?:text|mathrm) ?\{ ?(?=[a-zA-Z])", r" \\text{micro"),
-        # 5 \Omega -> 5 ohm, x &= 1 -> x = 1
         (r"(?<=[0-9 kM])(?:\\(?:text|mathrm) ?\{)?\\Omega\}?$", "ohm"),
         (r"& ?=", "="),
         # \text{ cm} -> cm, x = 1 \quad y = 2 -> x = 1, y = 2, kg \cdot m -> kg*m
@@ -109,13 +106,12 @@ _RELATION = re.compile("|".join(_RELATIONS))
 _LINE = re.compile(r"\s*(?:[a-z] ?= ?)?[^\s=&,]+\s*")  # x = 3
 _BOLD = re.compile(r"(?<![\w)])\*\*([^*]+)\*\*(?!\w)")
 _PREAMBLE = re.compile(  # So the final answer is: 5 -> 5, I choose B -> B, and = 5 -> 5
-    r"^(?:(?:so|thus|hence|therefore|then|finally|and)\b,? ?)*"
+    r"(?i)^(?:(?:so|thus|hence|therefore|then|finally|and)\b,? ?)*"
     r"(?:(?:(?:the|my|our) )?(?:(?:final|correct|best|right|only|most likely) )*"
     r"(?:answer|option|choice|solution|diagnosis|value) ?"
     r"(?:is|must be|should be|would be|:|=|(?<=answer)(?= [-0-9(\\])) ?:? ?|it(?:'s| is) "
     r"|I(?:'d| would| will)? (?:choose|pick|select|go with) ){0,2}"
-    r"(?:(?:\\approx|approximately|about|=) ?)?",
-    re.IGNORECASE,
+    r"(?:(?:\\approx|approximately|about|=) ?)?"
 )
 _SMALL = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen
     fifteen sixteen seventeen eighteen nineteen""".split()

@@ -24,8 +24,7 @@ _UNITS = aliases("""
     K kelvin; mol mole; eV; mmHg; bpm; rpm""")
 _NOUN = re.compile(r"[^\W\d_]{3,}(?<!ly)")  # and no adverb
 _SHORT = {"mile h^-1": "mph", "km h^-1": "kph", "m s^-1": "mps", "cc": "cm^3"}
-# Behind a number stands a plural, or one of these, whatever adjectives come between: 7 red balls,
-# but not 7 inverse.
+# Behind a number stands a plural, or one of these, with adjectives: 7 red balls, not 7 inverse.
 _PLURALS = (
     "people men women children feet teeth mice geese fish sheep deer money data matrix".split()
 )
@@ -47,10 +46,9 @@ _STEMS_THAT_CHANGE = tuple(
 )
 # Behind a noun or a unit these begin a remark: 8 years | old, 3 cups | of water, 6 | is the answer.
 _REMARK = re.compile(
-    r" (?:o[fn]|at|to|from|by|with|is|are|was|were|ha[sd]|have|will|would|can|that|which|who|as|so"
-    r"|the)\b.+| (?:old|wide|long|tall|deep|high|away|left|total|altogether|each)\b.*"
-    r"|(?<=[^\s/*]) in (?!\^).*| in (?:all|total|the|a)\b.*",
-    re.IGNORECASE,
+    r"(?i) (?:o[fn]|at|to|from|by|with|is|are|was|were|ha[sd]|have|will|would|can|that|which|who"
+    r"|as|so|the)\b.+| (?:old|wide|long|tall|deep|high|away|left|total|altogether|each)\b.*"
+    r"|(?<=[^\s/*]) in (?!\^).*| in (?:all|total|the|a)\b.*"
 )
 
 
