@@ -24,7 +24,7 @@ _TAKEN_BACK = re.compile(
     r"(?i)^(?:no\b|[A-Z]$|(?:is )?not\b(?! enough)|(?:(?:it|this|that) is )?(?:wrong|false|untrue)"
     r"|never|neither\b(?! nor)|none|impossible|(?:it is )?(?:rejected|discarded|unlikely))"
     r"|\b(?:not|n't|never) (?:the |an? )?(?:correct|right|true|answer|best|it\b|this\b|chosen)"
-    r"|\bincorrect|(?<!others )(?<!rest )\b(?:is|are|was|be|looks|seems) (?:wrong|false|excl|elimin)"
+    r"|\bincorrect|(?<!others |..rest )\b(?:is|are|was|be|looks|seems) (?:wrong|false|excl|elimin)"
     r"|\b(?:all|both|none|any|either|neither) (?:of|are|is)\b|\b(?:maybe|perhaps|probably)\b"
     r"|\b(?:or|and|but) (?:none|not|neither|both|all|any)"
 )
