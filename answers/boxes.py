@@ -1,10 +1,11 @@
 r"""What a \boxed{} holds, and whether an answer says more than that."""
 
 import re
+from functools import partial
 
 from answers.parsing import is_value
 from answers.typography import MAX_CHARS
-from answers.units import changes
+from answers.units import changes, unit_of
 
 
 def box_content(text: str) -> str | None:
@@ -29,18 +30,16 @@ def box_content(text: str) -> str | None:
 _MAX_BOXES = 16
 # \text{ or } and \lor are or, \quad and \) are spaces.
 _SPACING = re.compile(r"\\(?:text|mathrm) ?\{([^{}]*)\}|\\q?quad|\\[()\[\],;: \\]|[$*]")
+_plainer = partial(_SPACING.sub, r" \1 ")
 _JOINT = re.compile(
     r"[\s.,;&]*(?:and also|as well as|and|or)?[\s,]*(?:[a-z](?:_\{?[0-9a-z]\}?)? ?= ?\s*)?"
 )
 _FILLER = ",;:( \n\t"
 _OPERATOR = r"[-+/^!<>|]|\\(?:times|cdot|div|pm|mp|leq?|geq?|neq?|lt|gt|lor|vee|pi)(?![a-zA-Z])"
-_MORE_BEFORE = re.compile(
-    rf"(?:{_OPERATOR}|\{{|\b(?:or|not|maybe|perhaps|possibly))[\s(]*$", re.IGNORECASE
-)
+_MORE_BEFORE = re.compile(rf"(?i)(?:{_OPERATOR}|\{{|\b(?:or|not|maybe|perhaps|possibly))[\s(]*$")
 _MORE_BEHIND = re.compile(
-    rf"[\s)}}.,]*(?:(?!\^\\circ|\^\{{\\circ)(?:{_OPERATOR})"
-    r"|\b(?:or|not|maybe|perhaps|possibly|is (?:wrong|not|false))\b)",
-    re.IGNORECASE,
+    rf"(?i)[\s)}}.,]*(?:(?!\^\\circ|\^\{{\\circ)(?:{_OPERATOR})"
+    r"|\b(?:or|not|maybe|perhaps|possibly|is (?:wrong|not|false))\b)"
 )
 _FURTHER_VALUE = re.compile(r"[\s.)}]*(?:[,;]|and\b)\s*(?=\S)")
 
@@ -67,8 +66,13 @@ def boxed_answer(text: str, strict: bool) -> str | None:
         elif between[1] or not content or "box" not in content:  # a box in a box is one answer
             return None
         first = before
-    if None in contents or strict and _says_more(_plainer(text[:first]), _plainer(behind)):
+    behind = _plainer(behind)
+    if not all(contents) or strict and _says_more(_plainer(text[:first]), behind):
         return None
+    # \boxed{3} m is 3 m, not 3.
+    unit = behind.strip(" .\n") if is_value(contents[-1]) else ""
+    if unit and unit_of(unit, glued=False):
+        contents[-1] += " " + unit
     return ", ".join(contents)
 
 
@@ -76,17 +80,14 @@ def _last_box(text: str, end: int | None = None) -> int:
     return max(text.rfind("\\boxed", 0, end), text.rfind("\\fbox", 0, end))
 
 
-def _plainer(text: str) -> str:
-    return _SPACING.sub(r" \1 ", text)
-
-
 def _says_more(before: str, behind: str) -> bool:
     """Returns whether what stands beside a box is an operator, an "or", a doubt or a value."""
-    if _MORE_BEFORE.search(before) or _MORE_BEHIND.match(behind):
-        return True
-    if changes(" ".join(behind.split()[:2])) or re.match("[a-zA-Z](?![a-zA-Z])", behind):
-        return True  # 3 million, 3x
-    if is_value(before.rstrip(_FILLER).removesuffix("and").rstrip(_FILLER)):
-        return True
     further = _FURTHER_VALUE.match(behind)
-    return further is not None and is_value(behind[further.end() :])
+    return bool(
+        _MORE_BEFORE.search(before)
+        or _MORE_BEHIND.match(behind)
+        or changes(" ".join(behind.split()[:2]))  # 3 million
+        or re.match("[a-zA-Z](?![a-zA-Z])", behind)  # 3x
+        or is_value(before.rstrip(_FILLER).removesuffix("and").rstrip(_FILLER))
+        or (further and is_value(behind[further.end() :]))
+    )

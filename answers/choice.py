@@ -8,10 +8,11 @@ from answers.typography import plain
 from answers.values import Budget
 
 _LETTER = re.compile(  # the letter, what sets it off from a text, the text
-    r"[(\[]?(?:(?:option|choice) ?:? ?)?[(\[]?([A-P])(?![\w'^])"
-    r"( - |[)\]]{0,2} ?[.:;,]?) ?(.*)",
-    re.IGNORECASE,
+    r"(?i)[(\[]?(?:(?:option|choice) ?:? ?)?[(\[]?([A-P])(?![\w'^])"
+    r"( -+>? | ?→|[)\]]{0,2} ?[.:;,]?) ?(.*)"
 )
+_LETTER_LAST = re.compile(r"(.+?),? (?:\(|option |which is )(?:option )?([A-P])\)?")
+_NOT_ANOTHER = re.compile(r"(.+?)(?:, not|,? rather than|,? instead of| \(not) \(?(.+?)\)*")
 _LETTERS_BEHIND = re.compile(
     r"(?:^|[,;/&(.]|\b(?:or|and)\b) ?\(?([A-P])(?=[).:,;/&]| (?:or|and)\b| ?$)|\b([A-P])[:)]"
     r"|(?i:\b(?:is|no|actually|correction:?)) ([A-P])$"
@@ -20,14 +21,12 @@ _NAMED = re.compile(r"""[(\["']([A-P])[)\]"']|(?:OPTION|CHOICE|ANSWER) ?:? ?([A-
 _JOINTS = re.compile(r"[,;/=]|\b(?:or|and|but|not)\b")
 # Words that take the letter back: B: wrong, B is not it, B or none. "B: No" echoes the prompts.
 _TAKEN_BACK = re.compile(
-    r"^(?:no$|no[,.] |(?:is )?not\b(?! enough)|(?:(?:it|this|that) is )?(?:wrong|false|untrue)"
-    r"|never|neither\b(?! nor)|none|impossible|not?$"
-    r"|(?:it is )?(?:rejected|discarded|unlikely))|\bincorrect"
-    r"|\b(?:not|n't|never) (?:the |a |an )?(?:correct|right|true|answer|best|it\b|this\b|chosen)"
-    r"|(?<!others )(?<!rest )\b(?:is|are|was|be|looks|seems) (?:wrong|false|excluded|eliminated)"
+    r"(?i)^(?:no\b|[A-Z]$|(?:is )?not\b(?! enough)|(?:(?:it|this|that) is )?(?:wrong|false|untrue)"
+    r"|never|neither\b(?! nor)|none|impossible|(?:it is )?(?:rejected|discarded|unlikely))"
+    r"|\b(?:not|n't|never) (?:the |an? )?(?:correct|right|true|answer|best|it\b|this\b|chosen)"
+    r"|\bincorrect|(?<!others |..rest )\b(?:is|are|was|be|looks|seems) (?:wrong|false|excl|elimin)"
     r"|\b(?:all|both|none|any|either|neither) (?:of|are|is)\b|\b(?:maybe|perhaps|probably)\b"
-    r"|\b(?:or|and|but) (?:none|not|neither|both|all|any)",
-    re.IGNORECASE,
+    r"|\b(?:or|and|but) (?:none|not|neither|both|all|any)"
 )
 
 
@@ -39,7 +38,7 @@ def choose(answer: str, options: dict[str, str]) -> str | None:
        the answer is                                  with A: 2, B: 3      it names
     1  a letter                                       B                    B
     2  the very text of one option                    3                    B
-    3  a letter alone, or with its own text           (b), Option B: 6/2   B
+    3  a letter alone, or with its own text           (b), B: 6/2, 3 (B)   B
        (texts count with their case, unless none is the same)
     4  a letter set off from words about nothing else B: it is odd         B
     5  a capital set off from anything else           B: 2, B: A or B      none
@@ -53,6 +52,14 @@ def choose(answer: str, options: dict[str, str]) -> str | None:
     if len(exact) == 1:
         return exact[0]  # row 2
     budget = Budget()
+    match = _NOT_ANOTHER.fullmatch(text)  # B, not A
+    others = (_same_texts(match[2], options) or [match[2]]) if match else []
+    if match and others[0] in options:
+        chosen = choose(match[1], options)
+        return None if chosen in others else chosen
+    match = _LETTER_LAST.fullmatch(text)
+    if match and match[2] in options and is_equivalent(match[1], options[match[2]], budget):
+        return match[2]  # row 3
     match = _LETTER.fullmatch(text)
     letter = match[1].upper() if match else ""
     if letter in options:

@@ -36,6 +36,7 @@ Where reasonable people differ, this is what we chose:
 """
 
 import re
+from functools import partial
 
 from answers.formulas import Node
 from answers.parsing import Answer, parse_answer, parse_sentence, parse_truth
@@ -78,11 +79,8 @@ def answers_agree(one: Answer, other: Answer, budget: Budget) -> bool:
 
 def _as_ratio(answer: Answer) -> Node:
     """Returns a percentage as a fraction, degrees in radians, any other value as it is."""
-    if answer.unit == "%":
-        return "/", answer.value, ("num", 100)
-    if answer.unit == "degree":
-        return "call", "degrees", answer.value
-    return answer.value
+    ratios = {"%": ("/", answer.value, ("num", 100)), "degree": ("call", "degrees", answer.value)}
+    return ratios.get(answer.unit, answer.value)
 
 
 def _list_agrees(items: tuple[Answer, ...], value: Node, budget: Budget) -> bool:
@@ -108,10 +106,7 @@ def _list_agrees(items: tuple[Answer, ...], value: Node, budget: Budget) -> bool
         return False
     if kind == "seq" and any(names) and names != sorted(set(names)):
         return False
-
-    def agree(one: Answer, other: Answer) -> bool:
-        return answers_agree(one, other, budget)
-
+    agree = partial(answers_agree, budget=budget)
     if several and all(names + other_names):
         items, others = (sorted(side, key=lambda item: item.name) for side in (items, others))
     elif kind != "seq" and not (several and any(names) != any(other_names)):

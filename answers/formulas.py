@@ -28,10 +28,7 @@ _INFIX |= {"*": 6, "/": 6, "^": 8}
 _GROUPED = ("num", "call", "neg", "+", "-", "*", "/", "^")  # and no letter: [x] may be a floor
 _CLOSING = {"lfloor": "rfloor", "lceil": "rceil", "|": "|"}
 _OPENS_FACTOR = ("(", "[", "{", r"\{", "frac", "binom", "lfloor", "lceil")
-_MATRICES = {
-    "array",
-    *(prefix + name for prefix in ("", "p", "b", "B") for name in ("matrix", "smallmatrix")),
-}
+_MATRICES = {"array"} | {p + name for p in ("", *"pbB") for name in ("matrix", "smallmatrix")}
 END = ("end", "")
 
 
@@ -309,8 +306,12 @@ class Parser:
         # 3. Other brackets group as well: 2[x + 1], and 2\{x + 1\} beside a factor or a power.
         if len(items) == 1 and items[0][0] in _GROUPED and opening + closing in ("[]", r"\{\}"):
             beside = before[0] in ("num", "var", "const") or before[1] in (")", "]", "}", "*", "/")
-            behind = self.peek()[1] in ("^", "*", "/") or self.begins_factor()
-            if beside or behind or opening == "[":
+            if (
+                beside
+                or opening == "["
+                or self.peek()[1] in ("^", "*", "/")
+                or self.begins_factor()
+            ):
                 return items[0]
         # 4. A set, a group or something in brackets, or else a tuple or an interval.
         if opening == r"\{" or opening == "{" and len(items) > 1:

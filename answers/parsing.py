@@ -14,8 +14,16 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from answers.formulas import Node, parse_formula
-from answers.tokens import GREEK, THOUSANDS, NotMaths
-from answers.trees import MIRRORED, has_kind, is_rounding, trees_agree, variables
+from answers.tokens import ENGLISH, GREEK, THOUSANDS, NotMaths
+from answers.trees import (
+    MIRRORED,
+    has_kind,
+    is_rounding,
+    plain_number,
+    solve_linear,
+    trees_agree,
+    variables,
+)
 from answers.typography import plain
 from answers.units import changes, unit_of
 from answers.values import MAX_WORK, Budget
@@ -31,16 +39,13 @@ class Answer:
     name: str = ""  # the x of x = 5
 
 
-# --- From a text to an answer ---------------------------------------------------------------------
-
 # A number or formula, a space perhaps, and what may be its unit.
 _TAIL = re.compile(
-    r"(.*?(?:[0-9)}\]!]|pi))( ?)"
+    r"(?i)(.*?(?:[0-9)}\]!]|pi))( ?)"
     r"([^\W\d_][^0-9(){}\\=<>+]{0,80}(?:\^?\{?(?<! )-?[1-3]\}?[^0-9(){}\\=<>+]{0,20}){0,3}"
-    r"|[%¤¢€£°](?: ?(?:[CF]|celsius|fahrenheit))?)",
-    re.IGNORECASE,
+    r"|[%¤¢€£¥₹°](?: ?(?:[CF]|celsius|fahrenheit))?)"
 )
-_MONEY = re.compile(r"(^|= ?)([-+]?) ?([¤€£]) ?(.+)")
+_MONEY = re.compile(r"(^|= ?)([-+]?) ?([¤€£¥₹]) ?(.+)")
 _TRIG_CALL = re.compile("sin|cos|tan|cot|sec|csc")
 _BASE = re.compile(r"([0-9]+|[0-9A-F]+)_(?:\{([0-9]+)\}|([0-9]))")
 # What a value may be called: x, x_1, \theta, f', f(x), f^{-1}(x), \angle A, (x, y), |PQ|, P(X = 2),
@@ -66,15 +71,16 @@ _NO_NUMBER = re.compile(
 )
 _SIZE = re.compile(r"[0-9]{1,4}(?: ?(?:\\times|\\cdot|\*) ?[0-9]{1,4})+")
 # What a formula holds for: 2x (x > 0).
+# A unit within a chain: x = 3 cm = 8 m.
+_OTHER_UNIT = re.compile(r"= ?[0-9.,]+ ?[a-zA-Z]+(?:\^\{?[23]\}?)? ?(?:=|\\approx)")
 _DOMAIN = re.compile(r"(?<=[a-z0-9)}])[ ,]+\(([a-z] ?(?:\\in|\\n?eq?|\\[lg]eq?|[<>!]=?)[^()]*)\)$")
 _CLOCK = re.compile(r"([0-9]{1,2})(?:\s?:\s?([0-9]{2}))?(?:\s?:\s?([0-9]{2}))? ?([ap]m)?")
 _RELATION = re.compile("[a-zA-Z] ?= ?[a-zA-Z]|[xyz] ?[xyz]+ ?=.*")  # no names: a = b, xy = 1
 _POINT = re.compile(r"([A-Z]) ?(\([^()]*,[^()]*\))")
+_EQUALS = re.compile(r"((?:[a-z] ?= ?){2,}) ?([^=,;]+)")
 _INTEGER = re.compile(r"[-+]?(?:[0-9]+|[1-9][0-9]{0,2}(?:,[0-9]{3})+)")
 _PARTED = re.compile(",|;|and|or")
 _PIECES = re.compile(rf"{THOUSANDS}|[(\[{{)\]}},;]|\b(?:and|or)\b")
-
-
 _IDLE = re.compile(r"(?<=[0-9]) ?(\*) ?(?=[0-9])|(?<=[0-9])( )(?=[0-9])| |\*")
 _KNOWN = re.compile("sqrt|pi|infty|sin|cos|tan|log|binom|frac|overline|sum")
 _LONG_WORD = re.compile(r"[^\W\d_]{3}")
@@ -90,24 +96,20 @@ def _canonical(text: str) -> str:
         text = _IDLE.sub(lambda match: match[1] or match[2] or "", text)
     text = text.replace("\\\\", ";").replace("\\", "")  # a matrix row's end counts
     is_formula = _SIGN.search(text) and not _LONG_WORD.search(_KNOWN.sub(" ", text))
-    return text if is_formula else text.casefold()
+    is_symbol = len(text) == 2 and text.isupper() and text.lower() not in ENGLISH  # CO is not Co
+    return text if is_formula or is_symbol else text.casefold()
 
 
 def _split(text: str) -> list[str]:
     """Returns the parts between commas, semicolons, "and" and "or" outside of brackets."""
     parts = []
-    depth = 0
-    start = 0
+    depth = start = 0
     for match in _PIECES.finditer(text):
-        if match[0] in "([{":
-            depth += 1
-        elif match[0] in ")]}":
-            depth -= 1
-        elif match[0] in (",", ";", "and", "or") and depth == 0:
+        depth += (match[0] in "([{") - (match[0] in ")]}")
+        if match[0] in (",", ";", "and", "or") and depth == 0:
             parts.append(text[start : match.start()].strip())
             start = match.end()
-    parts.append(text[start:].strip())
-    return [part for part in parts if part]
+    return [part for part in (*parts, text[start:].strip()) if part]
 
 
 def _parse(text: str) -> Answer | None:
@@ -115,18 +117,17 @@ def _parse(text: str) -> Answer | None:
     text = plain(text)
     if not text:
         return None
+    match = _EQUALS.fullmatch(text)
+    if match:  # x = y = 2
+        text = ", ".join(f"{name} = {match[2]}" for name in re.findall("[a-z]", match[1]))
     parts = _split(text) if _PARTED.search(text) else [text]
     if len(parts) == 1:
         return _single(text)
-    # A list. All its parts must be maths.
+    # A list. All its parts must be maths: "Yes, 3" is a text, and so is "A, B".
     canonical = _canonical(text)
-    answers = []
-    for part in parts:
-        answer = _single(part)
-        if answer.value is None:  # "Yes, 3" is a text
-            return Answer(None, canonical)
-        answers.append(answer)
-    if all(answer.value[0] == "var" for answer in answers):  # and so is "A, B"
+    answers = [_single(part) for part in parts]
+    values = [answer.value for answer in answers]
+    if None in values or all(value[0] == "var" for value in values):
         return Answer(None, canonical)
     # x > 2 and x < 3 is one interval.
     if len(answers) == 2 and " and " in text:
@@ -134,10 +135,8 @@ def _parse(text: str) -> Answer | None:
         if both and both[0]:
             return Answer(both[1], canonical, name=both[0])
     # 0, \pm 1 is a list of three: lists in a list are dissolved.
-    items = []
-    for answer in answers:
-        items += answer.value[1] if answer.value[0] == "list" else [answer]
-    return Answer(("list", tuple(items)), canonical)
+    items = (one.value[1] if one.value[0] == "list" else (one,) for one in answers)
+    return Answer(("list", sum(items, ())), canonical)
 
 
 # Truths come again, and stay parsed. What a response says seldom comes again, but it is compared
@@ -148,17 +147,16 @@ parse_truth = lru_cache(maxsize=4096)(_parse)
 
 # What states the value behind it: words, that is no digits and no relations, and one of these.
 _STATES = re.compile(
-    r"(?:(?-i:^an?)|(?:^|(?<= ))(?:is|are|was|were|be|equal to|equals|gets?|gives?|obtain|has|have"
-    r"|had|at|left|sold|made|earned|spent|needs?|costs?|paid|saved|bought|used|ate|in all"
-    r"|altogether|then|therefore|thus|hence|so|(?:total|value|answer|sum|number) of))[,:]? ",
-    re.IGNORECASE,
+    r"(?i)(?:(?-i:^an?)|(?:^|(?<= ))(?:is|are|was|were|be|equal to|equals|gets?|gives?|obtain"
+    r"|has|have|had|at|left|find that|[a-z]{3,}(?=: \[?\\begin)|(?:de|in)creases by|sold|made"
+    r"|earned|spent|needs?|costs?|paid|saved|bought|used|ate|in all"
+    r"|altogether|then|therefore|thus|hence|so|(?:total|value|answer|sum|number) of))[,:]? "
 )
 _WORDS = re.compile(rf"(?:[a-zA-Z'(){{}},:$+_ -]|{_NAMING})*")
 # ... but not the number of something else.
 _NO_STATEMENT = re.compile(
-    r"\b(?:step|question|problem|part|case|type|stage|grade|level|figure|phase|class|exercise|page)"
-    r" (?:number )?(?:is )?$",
-    re.IGNORECASE,
+    r"(?i)\b(?:step|question|problem|part|case|type|stage|grade|level|figure|phase|class"
+    r"|exercise|page) (?:number )?(?:is )?$"
 )
 
 
@@ -242,7 +240,7 @@ def _formula(text: str, canonical: str, unit: str, name: str = "") -> Answer | N
 
     Returns None if it is not maths. `name`: what stood before it.
     """
-    if _NO_NUMBER.fullmatch(text):
+    if _NO_NUMBER.fullmatch(text) or _OTHER_UNIT.search(text):
         return None
     if _SIZE.fullmatch(text):
         sides = ("size", tuple(map(int, re.findall("[0-9]+", text))))
@@ -252,11 +250,8 @@ def _formula(text: str, canonical: str, unit: str, name: str = "") -> Answer | N
     called, value = _name_and_value(text)
     if called is not None:
         answer = _formula(value, canonical, unit, "=".join(filter(None, (name, called))))
-        if (
-            not answer
-            or not re.search("[+:/]", called)
-            or answer.value not in (("num", 0), ("num", 1))
-        ):
+        is_relation = answer and answer.value in (("num", 0), ("num", 1))
+        if not is_relation or not re.search("[+:/]", called):
             return answer
     # 2. So does the O of O(0, 0).
     point = None if name else _POINT.fullmatch(text)
@@ -273,20 +268,15 @@ def _name_and_value(text: str) -> tuple[str | None, str]:
 
     Of "the solution x" the name is x, and "the area" is none, so it is "".
     """
-    sign = None if _RELATION.fullmatch(text) else _IS.search(text)
-    if sign:
-        sign = _IS.search(_GROUP.sub(lambda match: "#" * len(match[0]), text))
+    is_named = not _RELATION.fullmatch(text) and _IS.search(text)
+    sign = is_named and _IS.search(_GROUP.sub(lambda match: "#" * len(match[0]), text))
     if not sign or not sign.start():
         return None, text
     quantity = _GROUP.sub("", text[: sign.start()]).strip()
-    if (
-        not _QUANTITY.fullmatch(quantity)
-        or _OF.search(quantity)
-        or changes(_NO_WORDS.sub("", quantity))
-    ):
-        return None, text
     called = text[: sign.start()].strip()
-    if _ANGLE.search(called):
+    if not _QUANTITY.fullmatch(quantity) or _OF.search(quantity) or _ANGLE.search(called):
+        return None, text
+    if changes(_NO_WORDS.sub("", quantity)):
         return None, text
     if " " in re.sub(r"\\[a-z]+ |[+:/,] | [+:/,]", "", quantity):
         word = quantity.split(" ")[-1]
@@ -304,9 +294,12 @@ def _interpret(tree: Node, canonical: str, unit: str, name: str) -> Answer:
     2 \pm 1            the list of both values
     """
     has_signs = has_kind(tree, "pm", "mp")
+    if tree[0] in ("pm", "mp") and tree[2] == ("num", 0):  # \pm 0 is one number
+        raise NotMaths
     if tree[0] == "chain":
         _, terms, signs = tree
-        region = None if name else _region(terms, signs)
+        says_nothing = len(terms) == 2 and {_INFINITY, _MINUS_INFINITY} & {*terms}  # x < \infty
+        region = None if name or says_nothing else _region(terms, signs)
         if region:
             return Answer(region[1], canonical, unit, region[0])
         tree = _last_value(terms, signs, name) or tree
@@ -314,9 +307,8 @@ def _interpret(tree: Node, canonical: str, unit: str, name: str) -> Answer:
         items = [_with_sign(item, plus) for item in tree[1] for plus in (True, False)]
         tree = ("set", tuple(dict.fromkeys(items)))
     elif has_signs:
-        plus = Answer(_with_sign(tree, True), canonical + "+", unit, name)
-        minus = Answer(_with_sign(tree, False), canonical + "-", unit, name)
-        return Answer(("list", (plus, minus)), canonical)
+        both = (_with_sign(tree, True), canonical + "+"), (_with_sign(tree, False), canonical + "-")
+        return Answer(("list", tuple(Answer(*one, unit, name) for one in both)), canonical)
     return Answer(tree, canonical, unit, name)
 
 
@@ -354,22 +346,35 @@ def _with_sign(node: Node, plus: bool) -> Node:
 
 _INFINITY = ("const", "infty")
 _MINUS_INFINITY = ("neg", _INFINITY)
+Region = tuple[str, Node] | None  # a variable, and where it may be
 
 
-def _region(terms: tuple[Node, ...], signs: tuple[str, ...]) -> tuple[str, Node] | None:
+def _region(terms: tuple[Node, ...], signs: tuple[str, ...]) -> Region:
     r"""Returns the variable of a relation and where it may be, None for other relations.
 
     x < 3        (-\infty, 3)          1 < x <= 5   (1, 5], where both links hold
     |x| < 2      (-2, 2)               |x| > 2      (-\infty, -2) \cup (2, \infty)
+    6 - 2x > 0   (-\infty, 3)          1 < |x| < 2  (-2, -1) \cup (1, 2)
     x != 2       (-\infty, 2) \cup (2, \infty)
     """
     if len(terms) == 3:
+        if terms[1][:2] == ("call", "abs"):
+            low, (_, _, x), high = terms
+            below = _region((("neg", high), x, ("neg", low)), signs[::-1])
+            is_apart = (plain_number(low) or -1) > 0
+            return _either_holds(below, _region((low, x, high), signs)) if is_apart else None
         return _both_hold(_region(terms[:2], signs[:1]), _region(terms[1:], signs[1:]))
     left, right, sign = *terms[:2], signs[0]
     if left[0] != "var" and left[:2] != ("call", "abs"):  # 3 > x is x < 3
         left, right, sign = right, left, MIRRORED.get(sign, sign)
-    if len(terms) > 2 or sign not in MIRRORED and sign != "!=" or variables(right):
+    if len(terms) > 2 or sign not in MIRRORED and sign != "!=":
         return None
+    if variables(right) or left[0] != "var" and left[:2] != ("call", "abs"):
+        solved = solve_linear(("-", left, right))  # 6 - 2x > 0 is x < 3
+        if not solved:
+            return None
+        name, root, rises = solved
+        left, right, sign = ("var", name), root, sign if rises else MIRRORED.get(sign, sign)
     # 1. Two halves: x != 2, and |x| < 2 is x < 2 and x > -2.
     if sign == "!=":
         halves = [_region((left, right), (half,)) for half in "<>"]
@@ -379,14 +384,9 @@ def _region(terms: tuple[Node, ...], signs: tuple[str, ...]) -> tuple[str, Node]
         halves = _region(*mirrored), _region((left[2], right), (sign,))
         return _both_hold(*halves) if sign in ("<", "<=") else _either_holds(*halves)
     # 2. One half.
-    if left[0] != "var":
-        return None
     if sign in ("<", "<="):
         return left[1], ("seq", "(]" if sign == "<=" else "()", (_MINUS_INFINITY, right))
     return left[1], ("seq", "[)" if sign == ">=" else "()", (right, _INFINITY))
-
-
-Region = tuple[str, Node] | None
 
 
 def _either_holds(below: Region, above: Region) -> Region:

@@ -55,7 +55,7 @@ GREEK = set(
 )
 _WORDS = {"infinity": ("const", "infty"), "and": ("sign", ","), "or": ("sign", ",")}
 _WORDS |= {word: ("num", str(number)) for word, number in NUMBERS.items()}
-_ENGLISH = set("no on is it of to in up as at we he so do go us if an am pm by my me be or".split())
+ENGLISH = set("no on is it of to in up as at we he so do go us if an am pm by my me be or".split())
 # A run of capitals is one name, as are symbols of elements: HTH is not THH, AB no product of A, B.
 _NAME_OF_LETTERS = re.compile("[A-Z]{2,}|(?:[A-Z][a-z]?){2,}")
 
@@ -78,7 +78,7 @@ def _word(word: str) -> list[Token]:
 
 def is_product(word: str) -> bool:
     """Returns whether letters are factors: ax (but not "is"), xyz (no vowel), abc (in order)."""
-    if len(word) < 3 and word.lower() not in _ENGLISH:
+    if len(word) < 3 and word.lower() not in ENGLISH:
         return True
     in_order = all(ord(b) - ord(a) == 1 for a, b in zip(word, word[1:]))
     return len(word) < 6 and (in_order or not re.search("[aeiouAEIOU]", word))
@@ -110,13 +110,10 @@ def tokenise(text: str) -> list[Token]:
         if kind == "sign":
             depth += (value in "([") - (value in ")]")
             tokens.append((kind, value))
-        elif kind == "num" and depth > 0:  # (1,234) is a pair
-            first, *others = value.split(",")
-            tokens.append((kind, first))
-            for part in others:
-                tokens += [("sign", ","), (kind, part)]
-        elif kind == "num":
-            tokens.append((kind, value.replace(",", "")))
+        elif kind == "num":  # (1,234) is a pair
+            for part in value.split(",") if depth > 0 else [value.replace(",", "")]:
+                tokens += [(kind, part), ("sign", ",")]
+            del tokens[-1]
         elif kind == "word":
             tokens += _word(value)
         elif kind == "command":

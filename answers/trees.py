@@ -18,14 +18,12 @@ from fractions import Fraction
 
 from answers.formulas import Node
 from answers.values import (
-    ROUNDS,
     Approx,
     Budget,
     Evaluator,
     Value,
     approximate,
-    random_point,
-    value_or_none,
+    random_points,
     values_agree,
 )
 
@@ -56,12 +54,8 @@ def trees_agree(one: Node, other: Node, budget: Budget) -> bool:
         return relations_agree(one, other, budget)
     if kinds == {"ratio"} and len(one[1]) == len(other[1]):
         # a : b : c equals d : e : f if b/a = e/d and c/a = f/d. 0:0 equals nothing.
-        first, *rest = one[1]
-        other_first, *other_rest = other[1]
-        return all(
-            _scalars_agree(("/", x, first), ("/", y, other_first), budget)
-            for x, y in zip(rest, other_rest)
-        )
+        shares = ([("/", term, side[1][0]) for term in side[1][1:]] for side in (one, other))
+        return _all_agree(*shares, budget)
     if kinds == {"size"}:  # 3 x 4 is not 2 x 6; three factors are in any order
         return sorted(one[1]) == sorted(other[1]) if len(one[1]) > 2 else False
     if kinds & {"set", "union", "seq", "chain"}:
@@ -77,9 +71,6 @@ def _all_agree(ours: Iterable[Node], others: Iterable[Node], budget: Budget) -> 
     )
 
 
-# --- Numbers and expressions ----------------------------------------------------------------------
-
-
 def _values_at_points(
     trees: list[Node], names: frozenset[str], budget: Budget, log_base: int | None = None
 ) -> Iterator[list[Value]]:
@@ -87,9 +78,8 @@ def _values_at_points(
 
     The points have a coordinate for each name; without names there is one point only.
     """
-    for turn in range(ROUNDS if names else 1):
-        evaluator = Evaluator(random_point(names, turn), budget, log_base)
-        values = [value_or_none(evaluator, tree) for tree in trees]
+    for point in random_points(names):
+        values = [Evaluator(point, budget, log_base).value_or_none(tree) for tree in trees]
         if None not in values:
             yield values
 
@@ -114,10 +104,9 @@ def _scalars_agree(one: Node, other: Node, budget: Budget) -> bool:
 
 def plain_number(node: Node | None) -> int | Fraction | None:
     """Returns the number that a tree is, perhaps with a minus sign; None if it is none."""
-    if node is not None and node[0] == "neg":
-        number = plain_number(node[1])
-        return None if number is None else -number
-    return node[1] if node is not None and node[0] == "num" else None
+    if node and node[0] == "neg" and node[1][0] == "num":
+        return -node[1][1]
+    return node[1] if node and node[0] == "num" else None
 
 
 def is_rounding(node: Node, rounded: Node, decimals: int, budget: Budget) -> bool:
@@ -125,7 +114,7 @@ def is_rounding(node: Node, rounded: Node, decimals: int, budget: Budget) -> boo
 
     decimals: how many the decimal must have at least.
     """
-    digits, number = plain_number(rounded), value_or_none(Evaluator({}, budget), node)
+    digits, number = plain_number(rounded), Evaluator({}, budget).value_or_none(node)
     if digits is None or number is None or isinstance(approximate(number).value, complex):
         return False
     places = next((n for n in range(12) if digits * 10**n % 1 == 0), 12)
@@ -134,7 +123,19 @@ def is_rounding(node: Node, rounded: Node, decimals: int, budget: Budget) -> boo
     return places >= decimals and -0.501 < left_out < 1
 
 
-# --- Equations and inequalities -------------------------------------------------------------------
+def solve_linear(node: Node) -> tuple[str, Node, bool] | None:
+    """Returns the variable, the root, and whether the tree rises; None unless it is linear."""
+    names = sorted(variables(node))
+    points = (0, 1, Fraction(-5, 7), Fraction(37, 3), -1009)
+    if len(names) != 1:
+        return None
+    values = [Evaluator({names[0]: x}, Budget(2**14)).value_or_none(node) for x in points]
+    if any(value is None or isinstance(value, Approx) for value in values):
+        return None
+    slope = values[1] - values[0]
+    if not slope or any(value != values[0] + slope * x for x, value in zip(points, values)):
+        return None
+    return names[0], ("num", Fraction(-values[0]) / slope), slope > 0
 
 
 def relations_agree(one: Node, other: Node, budget: Budget) -> bool:
@@ -143,9 +144,7 @@ def relations_agree(one: Node, other: Node, budget: Budget) -> bool:
     The links of a < b <= c are a < b and b <= c.
     """
     links, other_links = _links(one), _links(other)
-    if len(links) != len(other_links):
-        return False
-    return any(
+    return len(links) == len(other_links) and any(
         all(_links_agree(x, y, budget) for x, y in zip(links, order))
         for order in (other_links, other_links[::-1])
     )
@@ -184,9 +183,6 @@ def _links_agree(one: tuple[Node, str], other: tuple[Node, str], budget: Budget)
     return all(values_agree(ratio, ratios[0]) for ratio in ratios)
 
 
-# --- Sets and matrices ----------------------------------------------------------------------------
-
-
 def agree_in_any_order(ones: Iterable, others: Iterable, agree: Callable) -> bool:
     """Returns whether each item agrees with another one of the other side, and none is left."""
     if len(ones) != len(others):
@@ -203,17 +199,12 @@ def agree_in_any_order(ones: Iterable, others: Iterable, agree: Callable) -> boo
 def _matrices_agree(one: Node, other: Node, budget: Budget) -> bool:
     """Returns whether the entries agree. A single row or column also equals a tuple."""
     if one[0] == other[0]:
-        return len(one[1]) == len(other[1]) and all(
-            _all_agree(row, other_row, budget) for row, other_row in zip(one[1], other[1])
-        )
+        is_shape = len(one[1]) == len(other[1])
+        return is_shape and _all_agree(sum(one[1], ()), sum(other[1], ()), budget)
     matrix, other = (one, other) if one[0] == "matrix" else (other, one)
     rows = matrix[1]
-    if other[0] != "seq" or (len(rows) > 1 and len(rows[0]) > 1):
-        return False
-    return _all_agree([entry for row in rows for entry in row], other[2], budget)
-
-
-# --- Any tree -------------------------------------------------------------------------------------
+    is_vector = other[0] == "seq" and 1 in (len(rows), len(rows[0]))
+    return is_vector and _all_agree(sum(rows, ()), other[2], budget)
 
 
 def children(node: Node) -> list[Node]:

@@ -11,6 +11,7 @@ Standard library only. Behind this door an answer is ASCII or LaTeX on one line,
 
 import re
 import unicodedata
+from itertools import accumulate
 
 MAX_CHARS = 512  # longer answers are refused
 
@@ -19,7 +20,7 @@ _UNICODE = {
     ord(word[0]): word[1:] + (" " if word[1] == "\\" and word[-1].isalnum() else "")
     for word in r"""
     −- ‐- ‑- ‒- –- —- ―- ×\times ·* ⋅* ∙* •* ÷/ ⁄/ ∕/ ∶: ≤<= ≥>= ⩽<= ⩾>= ≦<= ≧>= ≠!= ′' ‘' ’' “" ”"
-    …... º° 、, 。. √\sqrt ∛\sqrt[3] ∜\sqrt[4]
+    ≡\equiv 「" 」" 【" 】" ˚° ➖- ˗- …... º° 、, 。. √\sqrt ∛\sqrt[3] ∜\sqrt[4]
     ∞\infty ±\pm ∓\mp ∪\cup ∈\in ∅\emptyset ≈\approx ∣| ∠\angle △\triangle
     ℝ\mathbb{R} ℤ\mathbb{Z} ℕ\mathbb{N} Ω\Omega ½\frac12 ⅓\frac13 ⅔\frac23 ¼\frac14 ¾\frac34
     α\alpha β\beta γ\gamma δ\delta ε\epsilon ϵ\epsilon ζ\zeta η\eta θ\theta ϑ\theta ι\iota κ\kappa
@@ -30,7 +31,6 @@ _RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+|[₀₁₂₃₄₅₆�
 _DIGITS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻₀₁₂₃₄₅₆₇₈₉", "0123456789-0123456789")
 _THIN_SPACE = re.compile("(?<=[0-9])[\u00a0\u2007\u2009\u202f](?=[0-9]{3}(?![0-9]))")
 _MICRO = re.compile("[µμ](?=(?:m|g|s|[Ll]|mol|A|V|C|F)(?![a-zA-Z]))")
-_OHM = re.compile("(?<=[0-9 kM])[ΩΩ]$")
 
 
 def _raised(match: re.Match) -> str:
@@ -45,7 +45,7 @@ def _ascii(text: str) -> str:
 
     Full-width characters become ordinary ones (NFKC), and what is invisible (Cf) goes.
     """
-    text = _MICRO.sub("micro", _RAISED.sub(_raised, _THIN_SPACE.sub("", _OHM.sub("ohm", text))))
+    text = _MICRO.sub("micro", _RAISED.sub(_raised, _THIN_SPACE.sub("", text)))
     text = unicodedata.normalize("NFKC", text.translate(_UNICODE)).translate(_UNICODE)
     if text.isascii():
         return text
@@ -58,22 +58,23 @@ _MACRO = (
 # Commands that are for the eye only, and others by what they say.
 _FOR_THE_EYE = """left right middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr
     displaystyle textstyle limits phantom hline""".split()
-_DOTS = "ldots cdots dots dotsb dotsc dotsi dotsm dotso".split()
-_COMMANDS = dict.fromkeys(_FOR_THE_EYE, "") | dict.fromkeys(_DOTS, "...")
+_COMMANDS = dict.fromkeys(_FOR_THE_EYE, "")
+_COMMANDS |= dict.fromkeys("ldots cdots dots dotsb dotsc dotsi dotsm dotso".split(), "...")
 _COMMANDS |= {"lor": " or ", "vee": " or ", "land": " and ", "wedge": " and ", "langle": "("}
 _COMMANDS |= {"rangle": ")", "lbrace": r"\{", "rbrace": r"\}", "R": r"\mathbb{R}", "cr": r"\\"}
-_COMMANDS |= dict.fromkeys(("dfrac", "tfrac", "cfrac"), r"\frac") | {"prime": "'"}
+_COMMANDS |= dict.fromkeys(("dfrac", "tfrac", "cfrac"), r"\frac")
 _COMMANDS |= {"var" + name: "\\" + name for name in ("epsilon", "theta", "phi", "rho", "sigma")}
-_COMMANDS |= {"quad": " ", "qquad": " ", "tabularnewline": r"\\"}
+_COMMANDS |= {"quad": " ", "qquad": " ", "tabularnewline": r"\\", "prime": "'"}
 _COMMAND = re.compile(r"\\([a-zA-Z]+)")
 _WRAPPED = re.compile(_MACRO + r"\{(.*)\}")
 _LATEX = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         # 1{,}234 -> 1234, and 1\,234 -> 1234
-        (r"(?<=[0-9])(?:\{,\}|,\\! ?|\\[,! ;:]|~)(?=[0-9]{3}(?![0-9]))", ""),
+        (r"(?<=[0-9])(?: ?\{ ?, ?\}(?:\\!)? ?|,\\! ?|\\[,! ;:]|~)(?=[0-9]{3}(?![0-9]))", ""),
         # \\frac -> \frac: a backslash that was escaped twice; ~5 is about 5
-        (r"(?<!\\)\\\\(?=(?:left|right|d?frac|sqrt|leq?|geq?|infty|cup)(?![a-zA-Z]))", r"\\"),
+        (r"\\{4}", r"\\\\"),
+        (r"(?<!\\)\\\\(?=[a-z]{4}|(?:leq?|geq?|cup|pi|pm|in|end)(?![a-zA-Z]))", r"\\"),
         (r"^~", r"\\sim "),
         # \right. -> nothing, \\[4pt] -> \\, x \not= 2 -> x != 2
         (r"\\(?:left|right)\.", ""),
@@ -81,37 +82,36 @@ _LATEX = [
         (r"\\not ?=", "!="),
         # a\,b -> a b, and \[5\] -> 5
         (r"(?<!\\)\\[,;:! ()\[\]]|~|\\hspace\{[^{}]*\}", " "),
-        # 90^{\circ} -> 90°
+        # 90^{\circ} -> 90°, x^{\prime} -> x', 5^{\text{th}} -> 5th
         (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-zA-Z]))|\^?\\degree(?![a-zA-Z])", "°"),
-        # x^{\prime} -> x'
         (r"\^ ?\{?((?: ?\\prime(?![a-zA-Z]))+) ?\}?", r"\1"),
-        # 5^{\text{th}} -> 5th
         (r"\^ ?\{? ?\\(?:text|mathrm) ?\{ ?(st|nd|rd|th) ?\} ?\}?", r"\1"),
-        # 5 \mu \text{m} -> 5 microm
+        # 5 \mu \text{m} -> 5 microm, 5 \Omega -> 5 ohm, x &= 1 -> x = 1
         (r"(?<=[0-9]) ?\\mu ?\\(?:text|mathrm) ?\{ ?(?=[a-zA-Z])", r" \\text{micro"),
-        # \text{ cm} -> cm, kg \cdot m -> kg*m
+        (r"(?<=[0-9 kM])(?:\\(?:text|mathrm) ?\{)?\\Omega\}?$", "ohm"),
+        (r"& ?=", "="),
+        # \text{ cm} -> cm, x = 1 \quad y = 2 -> x = 1, y = 2, kg \cdot m -> kg*m
         (_MACRO + r"\{([^{}]*)\}", r" \1 "),
+        (r"(?<=[0-9})]) ?\\q?quad ?(?=[a-z](?:_\{?[0-9a-z]\}?)? ?=)|\\quad(?=[a-z]_)", ", "),
         (r"(?<=[a-zA-Z]) ?\\cdot ?(?=[a-zA-Z])", "*"),
     )
 ]
 # A system of equations is a list: \begin{cases} x = 1 \\ y = 2 \end{cases} -> x = 1, y = 2
 _SYSTEM = re.compile(
-    r"(?:\\begin\{cases\}|\\\{ ?\\begin\{(?:array|aligned)\}(?:\{l\})?)([^&]*?)"
+    r"(?:\\begin\{(?:cases|aligned)\}|\\\{ ?\\begin\{(?:array|aligned)\}(?:\{l\})?)([^&]*?)"
     r"\\end\{(?:cases|array|aligned)\}"
 )
 _RELATIONS = {":=": "=", "=/=": "!=", "<>": "!=", "=<": "<=", "==": "="}
 _RELATION = re.compile("|".join(_RELATIONS))
+_LINE = re.compile(r"\s*(?:[a-z] ?= ?)?[^\s=&,]+\s*")  # x = 3
 _BOLD = re.compile(r"(?<![\w)])\*\*([^*]+)\*\*(?!\w)")
 _PREAMBLE = re.compile(  # So the final answer is: 5 -> 5, I choose B -> B, and = 5 -> 5
-    r"^(?:(?:so|thus|hence|therefore|then|finally|and)\b,? ?)*"
-    r"(?:(?:(?:the|my|our) )?(?:(?:final|correct|best|right) )*(?:answer|option|choice|solution) ?"
-    r"(?:is|must be|should be|would be|:|=) ?:? ?"
-    r"|I(?:'d| would| will)? (?:choose|pick|select|go with) )?"
-    r"(?:(?:\\approx|approximately|about|=) ?)?",
-    re.IGNORECASE,
-)
-_VERDICT = re.compile(
-    r" is (?:the )?(?:(?:correct|right|best)(?: (?:answer|option|choice))?|answer)$", re.IGNORECASE
+    r"(?i)^(?:(?:so|thus|hence|therefore|then|finally|and)\b,? ?)*"
+    r"(?:(?:(?:the|my|our) )?(?:(?:final|correct|best|right|only|most likely) )*"
+    r"(?:answer|option|choice|solution|diagnosis|value) ?"
+    r"(?:is|must be|should be|would be|:|=|(?<=answer)(?= [-0-9(\\])) ?:? ?|it(?:'s| is) "
+    r"|I(?:'d| would| will)? (?:choose|pick|select|go with) ){0,2}"
+    r"(?:(?:\\approx|approximately|about|=) ?)?"
 )
 _SMALL = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen
     fifteen sixteen seventeen eighteen nineteen""".split()
@@ -124,22 +124,10 @@ _ZEROS = {"thousand": 3, "million": 6, "billion": 9}
 _LARGE = re.compile(rf"(?<=[0-9]) ?({'|'.join(_ZEROS)})\b", re.IGNORECASE)
 _TIMES = re.compile(r"(?<=[0-9]) ?(?:x| by ) ?(?=[0-9])")
 _THOUSANDS = re.compile("[1-9][0-9]{0,2}(?: [0-9]{3})+(?:[.,][0-9]+)?")
-# That k is any whole number goes without saying: 2k, k \in \mathbb{Z}; 2k, where k is an integer.
+# That k is any whole number may go without saying: 2k, k \in \mathbb{Z}; 2k, where k is an integer.
 _IN_INTEGERS = re.compile(
-    r"(?<=[^\s,]),? ?\(?[a-z] ?\\in ?(?:\\mathbb ?\{?[ZN]\}?|[ZN])(?:[_^]?\{?[*+]\}?)?\)?[ .]*$"
+    r"(?<=[^\s,]),? ?\(?[a-z] ?\\in ?(?:\\mathbb ?\{?)?([ZN])\}?((?:[_^]?\{?[*+]\}?)?)\)?[ .]*$"
 )
-_WHOLE = re.compile(
-    r",? \(?(?:where|for|with) (?:any |all |every )?\\?[a-z] ?(?:is |are )?(?:an? |any )?"
-    r"(?:positive |non-?negative |natural )?(?:integer|whole number|number)s?\)?$"
-)
-_NOON = re.compile(r"(?<=[0-9]) ?([ap])\.? ?m$", re.IGNORECASE)
-_NOUN = re.compile(
-    r"(?<=[0-9}]) ?\(([a-zA-Z][a-z]{2,}(?: [a-z]+)*|[ck]?m(?:\^[23])?|kg)\)$"
-)  # 9 (apples)
-_REALS = re.compile(
-    r"(?:[a-z] (?:is|\\in) )?(?:(?:all|any) )?(?:real numbers?|reals)", re.IGNORECASE
-)
-_IN = re.compile(r"^([a-zA-Z]) in (?=[(\[{\\])")
 _SINGLE = re.compile(r"\(([^(),]*)\)")  # (B) and (-3), but not the pair (1,234)
 _BUILDER = re.compile(  # {x | x > 3}, {x \in \mathbb{R} : x > 3}
     r"\\?\{ ?([a-zA-Z])(?: ?\\in ?\\mathbb ?\{?R\}?)? ?(?:\\mid|\\vert|\||:) ?"
@@ -156,14 +144,48 @@ def _repeating(match: re.Match) -> str:
     return f"({top}/{bottom})"
 
 
+def _domain(match: re.Match) -> str:
+    """Returns one way to write that k is whole, or else that it is positive as well."""
+    return r" (k \in Z)" if "".join(match.groups()) in ("Z", "") else r" (k \in N)"
+
+
+_LAST = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        # B is correct -> B, 2k, where k is an integer -> 2k (k \in Z), x in [0, 1] -> x \in [0, 1]
+        (
+            r"(?i) is (?:the )?(?:(?:correct|right|best|only|most likely)"
+            r"(?: (?:answer|option|choice|solution|diagnosis))?|answer)$",
+            "",
+        ),
+        (
+            r",? \(?(?:where|for|with) (?:any |all |every )?\\?[a-z] ?(?:is |are )?(?:an? |any )?"
+            r"((?:positive |non-?negative |natural )?)(?:integer|whole number|number)s?\)?$",
+            _domain,
+        ),
+        (r"^([a-zA-Z]) in (?=[(\[{\\])", r"\1 \\in "),
+        # 7PM -> 7 pm, 9 (apples) -> 9 apples, "5" -> 5
+        (r"(?i)(?<=[0-9]) ?([ap])\.? ?m$", lambda match: f" {match[1].lower()}m"),
+        (r"(?<=[0-9}]) ?\(([a-zA-Z][a-z]{2,}(?: [a-z]+)*|[ck]?m(?:\^[23])?|kg)\)$", r" \1"),
+        (r"""^(["'])([^"']+)\1$""", r"\2"),
+        (r"^DNE$", "does not exist"),
+        # \pmod{7} -> mod 7, 2/3 (about 0.67) -> 2/3 \approx 0.67
+        (r" ?\(? ?\\?[pb]?mod ?\{? ?([0-9]+) ?\}?\)?$", r" mod \1"),
+        (
+            r" \(?(?:or )?(?:\\approx|approx(?:imately|\.)?|about) ?([0-9]*\.[0-9]+)\)?$",
+            r" \\approx \1",
+        ),
+        (r"(?i)^(?:[a-z] (?:is|\\in) )?(?:(?:all|any) )?(?:real numbers?|reals)$", r"\\mathbb{R}"),
+    )
+]
+
+
 def _unwrapped(text: str) -> str:
     r"""Returns what the macros around the whole text hold: \boxed{\frac{1}{2}} -> \frac{1}{2}."""
     while match := _WRAPPED.fullmatch(text.strip()):
-        depth = 0
-        for character in match[1]:
-            depth += (character == "{") - (character == "}")
-            if depth < 0:  # \text{a} + \text{b}: the first group ends before the text does
-                return text
+        depths = accumulate((character == "{") - (character == "}") for character in match[1])
+        if min(depths, default=0) < 0:  # \text{a} + \text{b}: its group ends before the text does
+            return text
         text = match[1]
     return text
 
@@ -180,22 +202,23 @@ def plain(text: str) -> str:
         text = _ascii(text)
         if len(text) > MAX_CHARS:  # some signs stand for many letters
             return ""
+    lines = [line for line in text.split("\n") if line.strip()]
+    if len(lines) > 1 and all(map(_LINE.fullmatch, lines)):
+        text = ", ".join(lines)
     text = _RELATION.sub(lambda match: _RELATIONS[match[0]], " ".join(text.split()))
-    if "\\" in text:
-        text = text.replace("\\$", "¤").replace("\\%", "%").replace("\\&", "&")
+    text = text.replace("\\$", "¤").replace("\\%", "%").replace("\\&", "&")
     # 2. A pair of dollars encloses a formula; a single one is money.
     if "$" in text:
-        money = text.count("$") == 1
-        text = " ".join(text.replace("$", "¤" if money else " ").split())
+        text = " ".join(text.replace("$", "¤" if text.count("$") == 1 else " ").split())
     # 3. **bold** loses its stars, then 2**3 is a power.
     if "**" in text:
         text = re.sub(r"(?<=[\w)]) ?\*\* ?(?=[\w(-])", "^", _BOLD.sub(r"\1", text))
     # 4. LaTeX loses what is for the eye only.
-    if "\\" in text or "~" in text or "{,}" in text or "{:}" in text:
+    if "\\" in text or "~" in text or "{," in text or "{:}" in text:
         text = _unwrapped(text)
         for pattern, replacement in _LATEX:
             text = pattern.sub(replacement, text)
-        text = _IN_INTEGERS.sub("", text) if "\\in" in text else text
+        text = _IN_INTEGERS.sub(_domain, text) if "\\in" in text else text
         text = _COMMAND.sub(lambda match: _COMMANDS.get(match[1], match[0]), text)
         text = text.replace("{,}", ".").replace("{:}", ":")
         text = _SYSTEM.sub(lambda match: match[1].strip("\\ ").replace("\\\\", ", "), text)
@@ -213,14 +236,8 @@ def plain(text: str) -> str:
     text = _PREAMBLE.sub("", text.strip("*_` ").rstrip("\\ ")).strip("*_` ")
     if not text.endswith("..."):
         text = text.rstrip(".,; ")
-    if " " in text:
-        text = _IN.sub(r"\1 \\in ", _WHOLE.sub("", _VERDICT.sub("", text)))
     # 7. One way to write 7:30 pm, 9 (apples), x in [0, 1], (5), {x | x > 3}.
-    if text[-1:] in "mM":
-        text = _NOON.sub(lambda match: f" {match[1].lower()}m", text)
-    if text.endswith(")"):
-        text = _NOUN.sub(r" \1", text)
-    if _REALS.fullmatch(text):
-        return r"\mathbb{R}"
+    for pattern, replacement in () if text.isdigit() else _LAST:
+        text = pattern.sub(replacement, text)
     single = _SINGLE.fullmatch(text) or _BUILDER.fullmatch(text)
     return single[single.lastindex].strip() if single else text

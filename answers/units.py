@@ -11,42 +11,50 @@ import re
 from answers.tokens import aliases, is_product
 
 _UNITS = aliases("""
-    % percent pct; $ ¤ dollar usd; ¢ cent; € euro; £; degree deg °; radian rad; cup; day; week wk
-    month; year yr; mph; unit; nm nanometer nanometre; mm millimeter millimetre; microm micrometer
-    cm centimeter centimetre; m meter metre; km kilometer kilometre; in inch inche; yard yd
-    ft foot feet; mile mi; g gram gm; kg kilogram; mg milligram; microg microgram; lb pound
-    oz ounce; l L liter litre; ml mL milliliter millilitre; th st nd rd; ms millisecond
-    s second sec; min minute; h hour hr; N newton; J joule; kJ kilojoule; cal calorie
-    kcal kilocalorie; W watt; kW kilowatt; mW milliwatt; MW megawatt; V volt; A ampere amp; ohm
-    kohm; Hz hertz; kHz kilohertz; MHz megahertz; mHz; MPa megapascal; mPa
-    Pa pascal; kPa kilopascal; atm atmosphere; K kelvin; mol mole; eV; mmHg; bpm; rpm""")
+    % percent pct; $ ¤ dollar usd buck; ¥ yuan; ₹ rupee; ¢ cent; € euro; £; degree deg °
+    radian rad; cup; day; week wk; month; year yr; mph; kph kmph; mps; cc; kWh; T tesla
+    mA milliamp milliampere; unit; nm nanometer nanometre; mm millimeter millimetre
+    microm micrometer; cm centimeter centimetre; m meter metre; km kilometer kilometre
+    in inch inche; yard yd; ft foot feet; mile mi; g gram gm; kg kilogram kilo; mg milligram
+    microg microgram mcg; lb pound; oz ounce; l L liter litre; ml mL milliliter millilitre
+    th st nd rd; ms millisecond; s second sec; min minute; h hour hr; N newton; J joule
+    kJ kilojoule; cal calorie; kcal kilocalorie; W watt; kW kilowatt; mW milliwatt
+    MW megawatt; V volt; mV millivolt; A ampere amp; ohm; kohm; Hz hertz; kHz kilohertz
+    MHz megahertz; mHz; MPa megapascal; mPa; Pa pascal; kPa kilopascal; atm atmosphere
+    K kelvin; mol mole; eV; mmHg; bpm; rpm""")
+_NOUN = re.compile(r"[^\W\d_]{3,}(?<!ly)")  # and no adverb
+_SHORT = {"mile h^-1": "mph", "km h^-1": "kph", "m s^-1": "mps", "cc": "cm^3"}
+# Behind a number stands a plural, or one of these, with adjectives: 7 red balls, not 7 inverse.
+_PLURALS = (
+    "people men women children feet teeth mice geese fish sheep deer money data matrix".split()
+)
 # Words that change what a number says, and beginnings of such words: 3 million, not 3, 3 or more.
 _WORDS_THAT_CHANGE = set(
-    """no nor not neither never zero one two three four five six seven eight nine
-    ten plus minus times over mod sqrt log sine cos sin tan more less fewer greater larger smaller
-    than least most below above between about almost nearly around maybe perhaps either else other
-    except without unless any if when only or but too score gross cannot nan inf yes
-    mil doubt assume suppose let guess hypothetical""".split()
+    """no nor not neither never zero one two three four five six seven eight nine ten plus minus
+    times over mod sqrt log sine cos sin tan more less fewer greater larger smaller than least most
+    below above between about almost nearly around maybe perhaps either else other except without
+    unless any if when only or but too score gross cannot nan inf yes mil doubt assume suppose let
+    guess hypothetical""".split()
 )
 _STEMS_THAT_CHANGE = tuple(
-    """eleven twelve thirt fourte fort fift sixt sevent eighte eighty ninet hundred
-    thousand million billion trillion half halves third quarter tenth ninth twelfth dozen lakh crore
-    quadr double twice triple squared cubed factorial infinit infty negative divided multipl added
-    raised power remainder choose approx possibl probabl incorrect false none undefined unknown
-    impossible eighth nine couple trio tens inclus exclu onward percentil round
-    invert revers negat reject untrue wrong fail rooted halv unequal""".split()
+    """eleven twelve thirt fourte fort fift sixt sevent eighte eighty ninet hundred thousand
+    million billion trillion half halves third quarter tenth ninth twelfth dozen lakh crore quadr
+    double twice triple squared cubed factorial infinit infty negative divided multipl added raised
+    power remainder choose approx possibl probabl incorrect false none undefined unknown impossible
+    eighth nine couple trio tens inclus exclu onward increment plusmin percentil round invert
+    revers negat reject untrue wrong fail rooted halv unequal""".split()
 )
 # Behind a noun or a unit these begin a remark: 8 years | old, 3 cups | of water, 6 | is the answer.
-_IDLE_WORDS = """of old on at to from by with is are was were has have had will would can
-    wide long tall deep high away left total altogether each that which who so as the""".split()
 _REMARK = re.compile(
-    rf" (?:{'|'.join(_IDLE_WORDS)})\b.*|(?<=[^\s/*]) in (?!\^).*| in (?:all|total|the|a)\b.*",
-    re.IGNORECASE,
+    r"(?i) (?:o[fn]|at|to|from|by|with|is|are|was|were|ha[sd]|have|will|would|can|that|which|who"
+    r"|as|so|the)\b.+| (?:old|wide|long|tall|deep|high|away|left|total|altogether|each)\b.*"
+    r"|(?<=[^\s/*]) in (?!\^).*| in (?:all|total|the|a)\b.*"
 )
 
 
 def changes(text: str) -> bool:
     """Returns whether a text has a word that changes what a number beside it says."""
+    text = re.sub(r"\bthe (?:two|three|four|five) ", "", text)  # 9 that meet the two conditions
     if re.search(r"\b(?:square|cube|roots?) of\b|n't\b", text, re.IGNORECASE):
         return True
     words = re.findall("[a-z]+", text.lower())
@@ -64,9 +72,7 @@ def unit_of(text: str, glued: bool) -> str | None:
         return None
     text = _REMARK.sub("", text if glued else " " + text)
     powers = {}  # of each unit
-    last = ""
-    sign = 1
-    power = 1
+    last, sign, power, counted = "", 1, 1, True
     for word in re.findall(r"[^\W\d_]+|\^?-?[1-3]|[^\s.*]", re.sub("[{}]", "", text)):
         # A known unit, in the singular; F is only a unit behind "degree".
         lower = word.lower()
@@ -81,24 +87,17 @@ def unit_of(text: str, glued: bool) -> str | None:
             powers[last] = int(number) * (1 if powers[last] > 0 else -1)
         elif name and not (glued and len(word) == 1 and word.isalpha()):
             # 3 m is a length; 3m may be 3 times m.
-            last = name
-            powers[last] = sign * power
-            power = 1
-            glued = False
-        elif _is_noun(word) and not glued:
+            powers[name] = sign * power
+            last, power, glued, counted = name, 1, False, True
+        elif _NOUN.fullmatch(word) and not glued and not (len(word) == 3 and is_product(word)):
             # "18 eggs": any noun will do, since 18 is all that was asked for.
             last = (lower if word[1:].islower() else word).removesuffix("s")  # mHz is not MHz
             powers[last] = sign
+            counted = sign < 0 or re.search(r"(?<!\bpair)s$", lower) or lower in _PLURALS
         else:
             return None
-    if sign < 0 and all(exponent > 0 for exponent in powers.values()):  # m / nothing
+    is_open = sign < 0 and all(exponent > 0 for exponent in powers.values())  # m / nothing
+    if is_open or not counted or "th" in powers and len(powers) > 1:
         return None
     spelling = " ".join(f"{name}^{power}".removesuffix("^1") for name, power in powers.items())
-    return {"mile h^-1": "mph"}.get(spelling, spelling)
-
-
-def _is_noun(word: str) -> bool:
-    """Returns whether a word is surely no product of letters or a function."""
-    if word.endswith("ly"):  # 9 presumably
-        return False
-    return word.isalpha() and (len(word) > 3 or len(word) == 3 and not is_product(word))
+    return _SHORT.get(spelling, spelling)

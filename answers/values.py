@@ -15,7 +15,7 @@ import cmath
 import math
 import operator
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -113,14 +113,10 @@ def _bounded(function: Callable, *arguments: Value) -> Approx:
     return Approx(value, error)
 
 
-# --- Operations -----------------------------------------------------------------------------------
-
-
 def _quotient(a: Value, b: Value) -> Value:
     """Returns a / b. Raises NoValue, or ZeroDivisionError, where b may be zero."""
     if _exact(a, b):
-        value = Fraction(a) / b
-        return value.numerator if value.denominator == 1 else value
+        return Fraction(a) / b
     divisor = approximate(b)
     if abs(divisor.value) <= _STEP * divisor.error:
         raise NoValue
@@ -168,6 +164,11 @@ def _root(base: Value, degree: Value, real: bool) -> Value:
         top, bottom = (_integer_root(abs(part), degree) for part in base.as_integer_ratio())
         if base >= 0 and top is not None and bottom is not None:
             return Fraction(top, bottom) if bottom > 1 else top
+        # A float cannot tell \sqrt{10^{16} + 1} from 10^8, nor sqrt(p / q) = sqrt(p q) / q.
+        whole = abs(base.numerator) * base.denominator ** (degree - 1) if degree < 5 else 0
+        near = math.isqrt(whole) if degree == 2 else round(whole ** (1 / degree))
+        if any(abs(whole - root**degree) * 2**46 < whole for root in (near, near + 1)):
+            raise NoValue
     # 2. As a float.
     number = approximate(base)
     if not isinstance(number.value, complex) and number.value < 0:
@@ -214,17 +215,12 @@ def _smooth(library) -> dict[str, Callable]:
         "sec": lambda x: 1 / library.cos(x),
         "csc": lambda x: 1 / library.sin(x),
         "arccot": lambda x: math.pi / 2 - library.atan(x),
-        "arcsec": lambda x: library.acos(1 / x),
-        "arccsc": lambda x: library.asin(1 / x),
     }
 
 
 _REAL_FUNCTIONS, _COMPLEX_FUNCTIONS = _smooth(math), _smooth(cmath)
 _CONSTANTS = {"pi": Approx(math.pi, 2e-16), "e": Approx(math.e, 2e-16), "i": Approx(1j, 0.0)}
 _ARITHMETIC = {"+": operator.add, "-": operator.sub, "*": operator.mul, "neg": operator.neg}
-
-
-# --- Trees ----------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -235,14 +231,14 @@ class Budget:
 
     def spend(self, value: Value) -> None:
         """Pays for a node and its value. Raises NoValue if the value or the work is too much."""
-        bits = 0
-        if _exact(value):
-            bits = value.numerator.bit_length() + value.denominator.bit_length()
+        parts = (value.numerator, value.denominator) if _exact(value) else ()
+        bits = sum(part.bit_length() for part in parts)
         self.left -= 64 + bits
         if bits > 2 * MAX_BITS or self.left < 0:
             raise NoValue
 
 
+@dataclass
 class Evaluator:
     """Values of trees at one point: {variable: number}.
 
@@ -252,11 +248,9 @@ class Evaluator:
     log_base: what log means without a base: 10, or None for e.
     """
 
-    def __init__(self, point: dict[str, Value], budget: Budget, log_base: int | None = None):
-        self.point = point
-        self.budget = budget
-        self.log_base = log_base
-        self.real = bool(point)
+    point: dict[str, Value]
+    budget: Budget
+    log_base: int | None = None
 
     def __call__(self, node: Node) -> Value:
         """Returns the tree's value. Raises one of NO_VALUE if it has none."""
@@ -272,7 +266,7 @@ class Evaluator:
         elif kind == "/":
             value = _quotient(self(node[1]), self(node[2]))
         elif kind == "^":
-            value = _power(self(node[1]), self(node[2]), self.real)
+            value = _power(self(node[1]), self(node[2]), real=bool(self.point))
         elif kind == "call":
             value = self.call(node[1], *map(self, node[2:]))
         elif kind == "size":
@@ -284,10 +278,17 @@ class Evaluator:
         self.budget.spend(value)
         return value
 
+    def value_or_none(self, node: Node) -> Value | None:
+        """Returns the tree's value, None if it has none."""
+        try:
+            return self(node)
+        except NO_VALUE:
+            return None
+
     def call(self, name: str, x: Value, *others: Value) -> Value:
         """Returns a function's value. Roots, logarithms and binomials may have two arguments."""
         if name in ("sqrt", "root"):
-            return _root(x, *(others or (2,)), self.real)
+            return _root(x, *(others or (2,)), real=bool(self.point))
         if name == "log":
             (base,) = others or (self.log_base,)
             if base is None:
@@ -305,37 +306,27 @@ class Evaluator:
             raise NoValue
         number = approximate(x).value
         # Without variables ln(-1) is i pi.
-        if isinstance(number, complex) or name == "ln" and number < 0 and not self.real:
-            return _bounded(_COMPLEX_FUNCTIONS[name], x)
-        return _bounded(_REAL_FUNCTIONS[name], x)
+        is_complex = isinstance(number, complex) or name == "ln" and number < 0 and not self.point
+        return _bounded((_COMPLEX_FUNCTIONS if is_complex else _REAL_FUNCTIONS)[name], x)
 
 
-def value_or_none(evaluator: Evaluator, node: Node) -> Value | None:
-    """Returns the tree's value, None if it has none."""
-    try:
-        return evaluator(node)
-    except NO_VALUE:
-        return None
-
-
-ROUNDS = 16
-
-
-def random_point(names: frozenset[str], turn: int) -> dict[str, Value]:
-    """Returns numbers for the variables, the same in every process, for a turn below ROUNDS.
+def random_points(names: frozenset[str]) -> Iterator[dict[str, Value]]:
+    """Yields 16 points, numbers for the variables, the same in every process; without any, one.
 
     Turns 0 to 5 have small whole numbers, for exponents and factorials (in the order of the
-    alphabet, as in k of n, or against it: n of m); 6 to 10 have rational ones, of both signs from 8
-    on; the others have some between 0 and 1 (for arcsin).
+    alphabet, as in k of n, or against it: n of m); 6 to 10 have rational ones; the others have some
+    below 1 (for arcsin). Signs differ, of any two of the first four variables at some turn.
     """
-    point = {}
-    for rank, name in enumerate(sorted(names, reverse=turn % 2 == 1)):
-        random = zlib.crc32(f"{turn} {name}".encode())
-        if turn < 6:
-            point[name] = 2 + 3 * rank + random % (3 + turn // 2)
-        elif turn < 11:
-            sign = (1, 1, (-1) ** rank, (-1) ** (rank + len(names)), -1)[turn - 6]
-            point[name] = sign * Fraction(1 + random % 30_000, 101)
-        else:
-            point[name] = Fraction(1 + random % 996, 997)
-    return point
+    for turn in range(16 if names else 1):
+        point = {}
+        for rank, name in enumerate(sorted(names, reverse=turn % 2 == 1)):
+            random = zlib.crc32(f"{turn} {name}".encode())
+            against = rank + len(names)  # with the order turned round
+            odd = {7: rank // 2, 8: rank, 9: against, 10: 1, 14: rank, 15: against}.get(turn, 0)
+            if turn < 6:
+                point[name] = 2 + 3 * rank + random % (3 + turn // 2)
+            elif turn < 11:
+                point[name] = (-1) ** odd * Fraction(1 + random % 30_000, 101)
+            else:
+                point[name] = (-1) ** odd * Fraction(1 + random % 996, 997)
+        yield point

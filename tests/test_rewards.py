@@ -254,10 +254,17 @@ def test_what_stands_beside_a_box_is_part_of_the_answer(answer):
         r"\boxed{4}\,\text{million}",
         r"\boxed{4} is wrong",
         r"not \boxed{4}",
+        r"\boxed{4} or \boxed{}",
+        r"\boxed{}\boxed{4}",
     ],
 )
 def test_what_changes_a_box_is_part_of_the_answer(answer):
     assert accuracy_reward(f"<answer>{answer}</answer>", "4") == 0.0
+
+
+def test_a_unit_behind_a_box_is_part_of_the_answer():
+    for unit, right in [("cm", 1.0), (r"\text{ cm}.", 1.0), ("m", 0.0), (r"\text{ kg}", 0.0)]:
+        assert accuracy_reward(rf"<answer>$\boxed{{4}}$ {unit}</answer>", "4 cm") == right
 
 
 @pytest.mark.parametrize(
@@ -385,7 +392,13 @@ CHOICES = [  # answer, options, the letter it stands for (None: wrong whatever i
     ("C: all of the above", COLOURS, "C"), ("E. False", COLOURS, "E"), ("D: true", COLOURS, "D"),
     # Another option's text or letter, or a word that takes the letter back.
     ("B: probably red", COLOURS, None), ("B: the reds", COLOURS, None),
-    ("B: rejected", YES_NO, None),
+    ("B: rejected", YES_NO, None), ("B: I", YES_NO, None), ("B: no red", COLOURS, None),
+    ("3 (B)", AMOUNTS, "B"), ("3, option B", AMOUNTS, "B"), ("3, which is B", AMOUNTS, "B"),
+    ("4 (B)", AMOUNTS, None), ("3 (A)", AMOUNTS, None), ("It's B", AMOUNTS, "B"),
+    ("B → 3", AMOUNTS, "B"), ("B -- 3", AMOUNTS, "B"), ("B → 2", AMOUNTS, None),
+    ("B, not A", YES_NO, "B"), ("B (not A)", YES_NO, "B"), ("B rather than A", YES_NO, "B"),
+    ("B, not B", YES_NO, None), ("A or B, not A", YES_NO, None), ("not B, not A", YES_NO, None),
+    ("B: No, not Yes", YES_NO, "B"), ("B, not sure", YES_NO, None), ('"No"', YES_NO, "B"),
     ("B. Actually A", YES_NO, None), ("B. Correction: A", YES_NO, None), ("B: Not", YES_NO, None),
     ("B: I think it is A", YES_NO, None), ("B..A", YES_NO, None), ("~B", YES_NO, None),
     ("B: No, it is odd", YES_NO, "B"), ("B: blue, as the sky", COLOURS, "B"),
