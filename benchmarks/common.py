@@ -128,10 +128,17 @@ def alternate(rounds: int, peer: bool) -> Iterator[str]:
         yield from reversed(turn) if number % 2 else turn
 
 
-def step_figures(seconds: list[float], tokens: float) -> dict:
-    """Returns the median step, its tokens per second, and the seconds of all steps."""
-    typical = median(seconds)
-    return {"seconds": typical, "tokens_per_second": tokens / typical, "all": seconds}
+def step_figures(turns: list[dict], tokens: float) -> dict:
+    """Returns the median over the steps of all turns: seconds by the clock, and tokens in one of
+    them; and "busy", the seconds of processor time, which other programs disturb less."""
+    seconds = [second for turn in turns for second in turn["seconds"]]
+    busy = [second for turn in turns for second in turn["busy"]]
+    return {
+        "seconds": median(seconds),
+        "busy": median(busy),
+        "tokens_per_second": tokens / median(seconds),
+        "all": seconds,
+    }
 
 
 def about(threads: int) -> dict:

@@ -59,13 +59,14 @@ def ours(rows: list[Row], training: sft.SFTOptions, options: SFTBenchOptions) ->
     model = load_for_training(training)
     optimizer = make_optimizer(model, training)
     torch.set_num_threads(options.threads)  # loading sets it to 1 for a small model
-    seconds, losses = [], []
+    seconds, busy, losses = [], [], []
     for _ in range(1 + options.steps):
-        started = time.perf_counter()
+        started, worked = time.perf_counter(), time.process_time()
         metrics = sft.train_step(model, optimizer, rows, training.learning_rate, training)
         seconds.append(time.perf_counter() - started)
+        busy.append(time.process_time() - worked)
         losses.append(metrics["loss"])
-    return {"seconds": seconds[1:], "losses": losses}
+    return {"seconds": seconds[1:], "busy": busy[1:], "losses": losses}
 
 
 def theirs(rows: list[Row], folder: str, batches: list[int], options: SFTBenchOptions) -> list:
@@ -109,44 +110,43 @@ def measure(folder: str, options: SFTBenchOptions) -> dict:
 
     # The peer's first turn tries all batch sizes, the others the one that was fastest.
     batches = [int(size) for size in options.peer_batches]
-    our_turns, their_turns = [], []
+    turns = {"ours": [], "transformers": []}
     for side in alternate(options.rounds, options.peer is not None):
         if side == "ours":
-            our_turns.append(ours(rows, training, options))
+            turns["ours"].append(ours(rows, training, options))
             continue
         tried = {found["batch"]: found for found in theirs(rows, folder, batches, options)}
-        speeds = {batch: step_figures(found["seconds"], tokens) for batch, found in tried.items()}
-        if not their_turns:
-            result["peer_seconds_by_batch"] = {b: speed["seconds"] for b, speed in speeds.items()}
-        batches = [min(speeds, key=lambda batch: speeds[batch]["seconds"])]
-        their_turns.append(tried[batches[0]])
+        busy = {batch: step_figures([found], tokens)["busy"] for batch, found in tried.items()}
+        if not turns["transformers"]:
+            result["peer_busy_by_batch"] = busy
+        batches = [min(busy, key=busy.get)]
+        turns["transformers"].append(tried[batches[0]] | {"batch": batches[0]})
 
-    for name, turns in (("ours", our_turns), ("transformers", their_turns)):
-        if turns:
-            seconds = [second for turn in turns for second in turn["seconds"]]
-            result[name] = step_figures(seconds, tokens)
-            result[name] |= {"first_loss": turns[0]["losses"][0]}
-            result[name] |= {"last_loss": turns[0]["losses"][-1]}
-    if their_turns:
-        result["transformers"]["batch"] = batches[0]
-        result["transformers"]["version"] = their_turns[0]["transformers"]
-        result["ratio"] = result["transformers"]["seconds"] / result["ours"]["seconds"]
+    for name in [name for name in turns if turns[name]]:
+        first = turns[name][0]
+        result[name] = step_figures(turns[name], tokens)
+        result[name] |= {"first_loss": first["losses"][0], "last_loss": first["losses"][-1]}
+    if turns["transformers"]:
+        result["transformers"] |= {key: first[key] for key in ("batch", "transformers")}
+        for figure in ("seconds", "busy"):
+            ratio = result["transformers"][figure] / result["ours"][figure]
+            result["ratio" if figure == "seconds" else "busy_ratio"] = ratio
     return result
 
 
 def print_table(result: dict, steps: int) -> None:
     """Prints a line for each side."""
-    print(f"{result['rows']} rows, {result['tokens']} tokens, {result['scored_tokens']} of them")
-    print(f"scored, the longest row {result['longest']}; losses before the first and the last of")
-    print(f"{1 + steps} steps")
+    print(f"{result['rows']} rows of at most {result['longest']} tokens, {result['tokens']} in all,")
+    print(f"{result['scored_tokens']} of them scored; losses of steps 1 and {1 + steps}")
     for name in ("ours", "transformers"):
         if name in result:
             found = result[name]
-            line = f"{name:<14}{found['seconds']:>9.3f} s a step"
+            line = f"{name:<14}{found['seconds']:8.3f} s a step ({found['busy']:.3f} s busy)"
             line += f"{found['tokens_per_second']:>12,.1f} tokens/s"
             print(f"{line}   losses {found['first_loss']:.6f} {found['last_loss']:.6f}")
     if "ratio" in result:
-        print(f"ratio {result['ratio']:.2f}; seconds of its batches {result['peer_seconds_by_batch']}")
+        print(f"ratio {result['ratio']:.2f} ({result['busy_ratio']:.2f} of busy seconds);", end=" ")
+        print(f"its batches' busy seconds {result['peer_busy_by_batch']}")
 
 
 def main(argv: list[str]) -> None:

@@ -62,9 +62,9 @@ def train(job: Job, size: int) -> dict:
         model.parameters(), lr=job.learning_rate, weight_decay=0.0, fused=True
     )
     num_tokens = sum(map(sum, job.scored))
-    seconds, losses = [], []
+    seconds, busy, losses = [], [], []
     for _ in range(1 + job.steps):
-        started = time.perf_counter()
+        started, worked = time.perf_counter(), time.process_time()
         total = 0.0
         for batch in padded_batches(job, size):
             # The mean is over the scored tokens of all batches together.
@@ -75,8 +75,9 @@ def train(job: Job, size: int) -> dict:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         seconds.append(time.perf_counter() - started)
+        busy.append(time.process_time() - worked)
         losses.append(total)
-    return {"batch": size, "seconds": seconds[1:], "losses": losses}
+    return {"batch": size, "seconds": seconds[1:], "busy": busy[1:], "losses": losses}
 
 
 def main() -> None:
