@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import grpo  # noqa: E402
 from benchmarks.common import about, alternate, ask_peer, step_figures, write_decoder  # noqa: E402
-from data import Question, Tokenizer  # noqa: E402
+from data import ImageConfig, Question, Tokenizer, format_prompt, make_prompt, read_examples  # noqa: E402
 from data.responses import Response, make_response, make_response_packs  # noqa: E402
 from hub.config import Config  # noqa: E402
 from hub.errors import InputError  # noqa: E402
@@ -86,6 +86,18 @@ def training_options(folder: str, mode: str, options: GRPOBenchOptions) -> grpo.
         dtype="float32",
         checkpointing="off",
     )
+
+
+def first_questions(tokenizer: Tokenizer, options: GRPOBenchOptions) -> list[Question]:
+    """Returns the first questions of --data."""
+    questions = []
+    for example in read_examples(options.data):
+        text = format_prompt(example, options.prompt_style)
+        prompt = make_prompt(text, [], tokenizer, ImageConfig())
+        questions.append(Question(example, prompt))
+        if len(questions) == options.questions:
+            return questions
+    raise InputError(f"{options.data}: has {len(questions)} questions only")
 
 
 # --- One loss, of one batch ---
@@ -210,10 +222,7 @@ def theirs(
 def measure(folder: str, mode: str, options: GRPOBenchOptions) -> dict:
     """Lets both sides take their turns in one mode. Returns the figures."""
     training = training_options(folder, mode, options)
-    tokenizer = Tokenizer.from_pretrained(folder)
-    questions = grpo.load_questions(training, tokenizer)[: options.questions]
-    if len(questions) < options.questions:
-        raise InputError(f"{options.data}: has {len(questions)} questions only")
+    questions = first_questions(Tokenizer.from_pretrained(folder), options)
     result, turns = {}, {"ours": [], "trl": []}
     batches = [int(size) for size in options.peer_batches]
     given = []
@@ -258,20 +267,27 @@ def print_table(mode: str, result: dict) -> None:
     for name in [name for name in ("ours", "trl") if name in result]:
         found, loss = result[name], result["our_loss" if name == "ours" else "trl_loss"]
         update = found["seconds"] - found["rollout_seconds"]
-        print(f"{mode:<9}{name:<5}{found['seconds']:8.3f} s a step ({found['busy']:.3f} s busy):", end="")
+        print(
+            f"{mode:<9}{name:<5}{found['seconds']:8.3f} s a step ({found['busy']:.3f} s busy):",
+            end="",
+        )
         print(f" rollout {found['rollout_seconds']:.3f}, update {update:.3f}", end="")
         print(f"{found['tokens_per_second']:>10,.1f} of {found['response_tokens']:,.0f} tokens/s")
         print(f"{'':14}given batch: loss {loss['loss']:.6f}, gradient {loss['grad_norm']:.5g}")
     if "ratio" in result:
-        print(f"{mode:<9}ratio {result['ratio']:.2f} ({result['busy_ratio']:.2f} of busy seconds);", end="")
+        print(
+            f"{mode:<9}ratio {result['ratio']:.2f} ({result['busy_ratio']:.2f} of busy seconds);",
+            end="",
+        )
         print(f" its batches' busy seconds {result['peer_busy_by_batch']}")
 
 
 def main(argv: list[str]) -> None:
     options = parse_options(GRPOBenchOptions, argv)
-    if not all(size.isdigit() and int(size) for size in options.peer_batches):
-        sizes = " ".join(options.peer_batches)
-        raise InputError(f"--peer-batches must be numbers, not {sizes}")
+    responses = options.questions * options.group_size
+    for size in options.peer_batches if options.peer else []:
+        if not (size.isdigit() and int(size) and responses % int(size) == 0):
+            raise InputError(f"--peer-batches {size}: must divide the step's {responses} responses")
     if not set(options.modes) <= set(MODES):
         raise InputError(f"--modes must be of {', '.join(MODES)}, not {' '.join(options.modes)}")
     with tempfile.TemporaryDirectory() as decoder:

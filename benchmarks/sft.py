@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import sft  # noqa: E402
 from benchmarks.common import about, alternate, ask_peer, step_figures, write_decoder  # noqa: E402
-from data import Row, Tokenizer  # noqa: E402
+from data import Row, Tokenizer, encode_example, make_row, read_examples  # noqa: E402
 from hub.config import Config  # noqa: E402
 from hub.errors import InputError  # noqa: E402
 from hub.options import MICRO_BASE, MICRO_DATA, option, parse_options, run_command  # noqa: E402
@@ -52,6 +52,21 @@ class SFTBenchOptions:
     peer_batches: list[str] = option(["16", "32", "64"], "its rows in a forward pass")
     threads: int = option(1, "of the CPU", low=1)
     json: bool = option(False, "the last line is one JSON object")
+
+
+def first_rows(tokenizer: Tokenizer, options: SFTBenchOptions) -> list[Row]:
+    """Returns the first rows of --data that have a token to be scored."""
+    rows = []
+    for example in read_examples(options.data):
+        ids, scored = encode_example(
+            example, tokenizer, style=options.prompt_style, max_length=options.max_length
+        )
+        rows.append(make_row(ids, scored, example.id))
+        if not rows[-1].scored.any():
+            rows.pop()
+        if len(rows) == options.rows:
+            return rows
+    raise InputError(f"{options.data}: has {len(rows)} rows only")
 
 
 def ours(rows: list[Row], training: sft.SFTOptions, options: SFTBenchOptions) -> dict:
@@ -97,9 +112,7 @@ def measure(folder: str, options: SFTBenchOptions) -> dict:
         dtype="float32",
         checkpointing="off",
     )
-    rows = sft.load_rows(training, Tokenizer.from_pretrained(folder))[: options.rows]
-    if len(rows) < options.rows:
-        raise InputError(f"{options.data}: has {len(rows)} rows only")
+    rows = first_rows(Tokenizer.from_pretrained(folder), options)
     tokens = sum(len(row.ids) for row in rows)
     result = {
         "rows": len(rows),
@@ -136,7 +149,9 @@ def measure(folder: str, options: SFTBenchOptions) -> dict:
 
 def print_table(result: dict, steps: int) -> None:
     """Prints a line for each side."""
-    print(f"{result['rows']} rows of at most {result['longest']} tokens, {result['tokens']} in all,")
+    print(
+        f"{result['rows']} rows of at most {result['longest']} tokens, {result['tokens']} in all,"
+    )
     print(f"{result['scored_tokens']} of them scored; losses of steps 1 and {1 + steps}")
     for name in ("ours", "transformers"):
         if name in result:
