@@ -1,5 +1,7 @@
 """What the benches share: shapes of real models, timers, the peers' processes."""
 
+import ctypes
+import gc
 import json
 import platform
 import subprocess
@@ -126,6 +128,13 @@ def alternate(rounds: int, peer: bool) -> Iterator[str]:
     for number in range(rounds):
         turn = ["ours", "theirs"] if peer else ["ours"]
         yield from reversed(turn) if number % 2 else turn
+
+
+def give_memory_back() -> None:
+    """Hands freed memory to the system, so that the peer's process has it; glibc would keep it."""
+    gc.collect()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def step_figures(turns: list[dict], tokens: float) -> dict:

@@ -37,7 +37,14 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import grpo  # noqa: E402
-from benchmarks.common import about, alternate, ask_peer, step_figures, write_decoder  # noqa: E402
+from benchmarks.common import (
+    about,
+    alternate,
+    ask_peer,
+    give_memory_back,
+    step_figures,
+    write_decoder,
+)  # noqa: E402
 from data import ImageConfig, Question, Tokenizer, format_prompt, make_prompt, read_examples  # noqa: E402
 from data.responses import Response, make_response, make_response_packs  # noqa: E402
 from hub.config import Config  # noqa: E402
@@ -236,6 +243,7 @@ def measure(folder: str, mode: str, options: GRPOBenchOptions) -> dict:
                 result["our_loss"] = our_loss(trainer, responses)
             turns["ours"].append(ours(trainer, questions, mode, options.steps))
             del trainer
+            give_memory_back()
             continue
         found = theirs(training, questions, mode, batches, given, options)
         busy = {turn["batch"]: step_figures([turn], 1)["busy"] for turn in found}

@@ -27,7 +27,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import sft  # noqa: E402
-from benchmarks.common import about, alternate, ask_peer, step_figures, write_decoder  # noqa: E402
+from benchmarks.common import (
+    about,
+    alternate,
+    ask_peer,
+    give_memory_back,
+    step_figures,
+    write_decoder,
+)  # noqa: E402
 from data import Row, Tokenizer, encode_example, make_row, read_examples  # noqa: E402
 from hub.config import Config  # noqa: E402
 from hub.errors import InputError  # noqa: E402
@@ -127,6 +134,7 @@ def measure(folder: str, options: SFTBenchOptions) -> dict:
     for side in alternate(options.rounds, options.peer is not None):
         if side == "ours":
             turns["ours"].append(ours(rows, training, options))
+            give_memory_back()
             continue
         tried = {found["batch"]: found for found in theirs(rows, folder, batches, options)}
         busy = {batch: step_figures([found], tokens)["busy"] for batch, found in tried.items()}
