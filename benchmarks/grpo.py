@@ -37,15 +37,16 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import grpo  # noqa: E402
-from benchmarks.common import (
+from benchmarks.common import (  # noqa: E402
     about,
     alternate,
     ask_peer,
     give_memory_back,
     step_figures,
     write_decoder,
-)  # noqa: E402
-from data import ImageConfig, Question, Tokenizer, format_prompt, make_prompt, read_examples  # noqa: E402
+)
+from data import ImageConfig, Tokenizer, read_examples  # noqa: E402
+from data.prompts import Question, format_prompt, make_prompt  # noqa: E402
 from data.responses import Response, make_response, make_response_packs  # noqa: E402
 from hub.config import Config  # noqa: E402
 from hub.errors import InputError  # noqa: E402

@@ -27,14 +27,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import sft  # noqa: E402
-from benchmarks.common import (
+from benchmarks.common import (  # noqa: E402
     about,
     alternate,
     ask_peer,
     give_memory_back,
     step_figures,
     write_decoder,
-)  # noqa: E402
+)
 from data import Row, Tokenizer, encode_example, make_row, read_examples  # noqa: E402
 from hub.config import Config  # noqa: E402
 from hub.errors import InputError  # noqa: E402
