@@ -3,8 +3,8 @@
 N tokens, C hidden width, V vocabulary rows. With 8,192 tokens and V = 152,064, one float32 tensor
 of logits is 5 GB, and training needs several. Two ways around it, one result:
 
-* `token_log_probs_torch`: chunks of tokens; of several, each is computed again in the backward pass.
-  Any device, any dtype.
+* `token_log_probs_torch`: chunks of tokens; of several, each is computed again in the backward
+  pass. Any device, any dtype.
 * `token_log_probs_triton` (logprob_triton.py): chunks of ids, read by Triton kernels. On a GPU.
 """
 
