@@ -1,16 +1,24 @@
 """What the benches share: shapes of real models, timers, the peers' processes."""
 
+import ctypes
+import gc
 import json
+import platform
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import date
 from pathlib import Path
+from statistics import median
 
 import torch
 
 from hub.config import Config
 from hub.errors import InputError
+from hub.weights import copy_side_files, write_model
 from model import Qwen2_5_VL
+from training.journal import git_commit
 
 HERE = Path(__file__).resolve().parent
 
@@ -82,6 +90,17 @@ def random_model(shape: str, device: torch.device, dtype: torch.dtype) -> Qwen2_
     return model.eval()
 
 
+def write_decoder(source: str, folder: str) -> None:
+    """Writes the decoder of a model folder as one of a text-only Qwen2.5.
+
+    On text it computes the same, and no side spends time on positions of images.
+    """
+    model = Qwen2_5_VL.from_pretrained(source, dtype=None)
+    config = replace(model.config, vision=None, mrope_section=None, image_token_id=None)
+    write_model(Path(folder), config, model.decoder_weights(), None)
+    copy_side_files(source, folder)
+
+
 def ask_peer(python: str, script: str, job: object) -> list[dict]:
     """Runs a script of benchmarks/ in the peer's environment, with the job on stdin.
 
@@ -101,6 +120,46 @@ def ask_peer(python: str, script: str, job: object) -> list[dict]:
         complaint = (error.stderr.strip() or "failed").splitlines()[-1]
         raise InputError(f"--peer {python}: {complaint}") from None
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def alternate(rounds: int, peer: bool) -> Iterator[str]:
+    """Yields whose turn it is: ours and theirs in each round, and the other way round in every
+    second one, so that what else the machine does hits both alike. Without a peer, ours."""
+    for number in range(rounds):
+        turn = ["ours", "theirs"] if peer else ["ours"]
+        yield from reversed(turn) if number % 2 else turn
+
+
+def give_memory_back() -> None:
+    """Hands freed memory to the system, so that the peer's process has it; glibc would keep it."""
+    gc.collect()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def step_figures(turns: list[dict], tokens: float) -> dict:
+    """Returns the median over the steps of all turns: seconds by the clock, and tokens in one of
+    them; and "busy", the seconds of processor time, which other programs disturb less."""
+    seconds = [second for turn in turns for second in turn["seconds"]]
+    busy = [second for turn in turns for second in turn["busy"]]
+    return {
+        "seconds": median(seconds),
+        "busy": median(busy),
+        "tokens_per_second": tokens / median(seconds),
+        "all": seconds,
+    }
+
+
+def about(threads: int) -> dict:
+    """Returns what figures of a CPU are to be read with: date, commit, machine."""
+    return {
+        "date": str(date.today()),
+        "commit": git_commit(),
+        "machine": platform.platform(),
+        "threads": threads,
+        "torch": torch.__version__,
+        "device": "cpu",
+    }
 
 
 def copy_bandwidth(device: torch.device) -> float:

@@ -15,6 +15,9 @@ from hub.options import run_command
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = "--prompts 2 --samples 2 --new-tokens 6 --natural-tokens 6 --repeats 1 --threads 1".split()
 
+GROUPS = "--questions 1 --group-size 4 --new-tokens 4 --natural-tokens 9 --steps 1".split()
+GROUPS += "--peer-batches 4 --modes full".split()
+
 
 def bench(name: str, *arguments: str) -> subprocess.CompletedProcess:
     """The bench as a user starts it."""
@@ -56,6 +59,31 @@ def test_rollout_without_a_peer():
     assert 1 <= result["natural"]["ours"]["mean_length"] <= 6 and "ratio" not in result["full"]
 
 
+def test_sft_without_a_peer():
+    sizes = "--rows 3 --steps 1 --rounds 1 --json".split()
+    done = bench("sft", *sizes)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    ours = result["ours"]
+    assert result["rows"] == 3 and 0 < result["scored_tokens"] < result["tokens"]
+    assert 0 < ours["last_loss"] < ours["first_loss"] and ours["tokens_per_second"] > 0
+    assert "ratio" not in result and "transformers" not in result
+
+
+def test_grpo_without_a_peer():
+    sizes = "--questions 2 --group-size 4 --new-tokens 5 --natural-tokens 60 --steps 1 --rounds 1"
+    done = bench("grpo", *sizes.split(), "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    full, natural = result["full"], result["natural"]
+    assert full["ours"]["response_tokens"] == 2 * 4 * 5
+    assert full["ours"]["reward"] == pytest.approx(0.15)  # nothing is right, half have the bonus
+    assert natural["ours"]["response_tokens"] <= 2 * 4 * 60 and "ratio" not in natural
+    for found in (full, natural):
+        assert found["ours"]["rollout_seconds"] < found["ours"]["seconds"]
+        assert found["our_loss"]["grad_norm"] > 0 and 0 < found["our_loss"]["clip_fraction"] < 1
+
+
 @pytest.mark.parametrize("stage", ["sft", "grpo"])
 def test_train_step_on_a_cpu(stage):
     sizes = "--pack-tokens 128 --packs 2 --prompts 2 --prompt-tokens 20 --new-tokens 8".split()
@@ -78,6 +106,13 @@ def test_train_step_on_a_cpu(stage):
         (["rollout", *SMALL, "--peer", "/no/such/python"], "--peer /no/such/python"),
         (["logprob", "--device", "cpu", "--tokens", "9", "--peer", "false"], "--peer false"),
         (["rollout", *SMALL, "--peer", "false"], "--peer false"),
+        (["sft", "--rows", "2", "--steps", "1", "--peer", "false"], "--peer false"),
+        (["sft", "--rows", "100000"], "rows only"),
+        (["sft", "--peer-batches", "0"], "--peer-batches"),
+        (["grpo", *GROUPS, "--peer", "false"], "--peer false"),
+        (["grpo", "--questions", "100000"], "questions only"),
+        (["grpo", "--peer", "false", "--peer-batches", "3"], "--peer-batches 3"),
+        (["grpo", "--modes", "fast"], "full, natural"),
         (["rollout", *SMALL, "--peer-batches", "many"], "--peer-batches"),
     ],
 )

@@ -197,9 +197,8 @@ def records(path: Path) -> list[dict]:
 
 
 def check_run_folder(folder: Path, fields: set[str], steps: int, *, samples: bool) -> None:
-    names = {"config.json", "metrics.jsonl", "checkpoint", "model"} | (
-        {"samples.jsonl"} if samples else set()
-    )
+    names = {"config.json", "metrics.jsonl", "checkpoint", "model"}
+    names.add("samples.jsonl" if samples else "rows.npz")  # GRPO's, or SFT's
     assert {p.name for p in folder.iterdir()} == names
     config = json.loads((folder / "config.json").read_text())
     assert config["options"]["out"] and config["torch"] == torch.__version__ and "commit" in config
@@ -594,7 +593,7 @@ def kill_at(monkeypatch, step: int) -> None:
 def assert_same_run(one: Path, other: Path) -> None:
     assert_same_end(one, other)
     assert len({m["loss"] for m in records(one / "metrics.jsonl")}) > 1
-    names = {path.name for path in one.iterdir()} - {"samples.jsonl"}
+    names = {path.name for path in one.iterdir()} - {"samples.jsonl", "rows.npz"}
     assert names == {"config.json", "metrics.jsonl", "checkpoint", "model"}
 
 
@@ -890,7 +889,7 @@ WRONG = {
         "answer",
     ),
     "answer is none of the options": (
-        lambda s: examine(s, s.data(question(1, options={"A": "x"}))),
+        lambda s: examine(s, s.data(question(4, options={"A": "x", "B": "y"}))),
         "line 1",
         "answer",
         "options",

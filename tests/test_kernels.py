@@ -190,6 +190,13 @@ def log_prob_inputs(N=11, C=6, V=17, dtype=torch.float64):
     )
 
 
+def use_chunks(monkeypatch, elements: int) -> None:
+    """Has the log-probs on a CPU computed in chunks of so many logits, few as they are."""
+    module = sys.modules["kernels.logprob"]
+    monkeypatch.setattr(module, "SMALL_ELEMENTS", 0)
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", elements)
+
+
 @pytest.mark.parametrize("chunk_rows", [None, 1, 4, 11])
 @pytest.mark.parametrize(
     "options",
@@ -202,7 +209,7 @@ def log_prob_inputs(N=11, C=6, V=17, dtype=torch.float64):
 )
 def test_token_log_probs_equal_log_softmax(monkeypatch, chunk_rows, options):
     if chunk_rows:
-        monkeypatch.setattr(sys.modules["kernels.logprob"], "CHUNK_ELEMENTS", chunk_rows * 17 + 3)
+        use_chunks(monkeypatch, chunk_rows * 17 + 3)
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 3e-6)):
         results = []
         for function, kind in ((log_prob_oracle, torch.float64), (token_log_probs, dtype)):
@@ -249,7 +256,7 @@ def test_token_log_probs_of_no_tokens(monkeypatch, kernels, dtype, options):
 def test_token_log_probs_of_bfloat16(monkeypatch, rows):
     """From the same numbers in float64: log-probs to float32's rounding, gradients to bfloat16's,
     in chunks of tokens too."""
-    monkeypatch.setattr(sys.modules["kernels.logprob"], "CHUNK_ELEMENTS", rows * 17)
+    use_chunks(monkeypatch, rows * 17)
     narrow = [x.detach().bfloat16().requires_grad_() for x in log_prob_inputs()[:2]]
     wide = [x.detach().double().requires_grad_() for x in narrow]
     targets = log_prob_inputs()[2]
@@ -273,7 +280,7 @@ def test_token_log_probs_of_part_of_the_outputs(monkeypatch):
     (expected,) = torch.autograd.grad(
         token_log_probs_reference(hidden, weight, targets)[0].sum(), hidden
     )
-    monkeypatch.setattr(sys.modules["kernels.logprob"], "CHUNK_ELEMENTS", 40)
+    use_chunks(monkeypatch, 40)
     (found,) = torch.autograd.grad(
         token_log_probs(hidden, weight.detach(), targets)[0].sum(), hidden
     )
@@ -295,7 +302,7 @@ def test_a_masked_id_has_probability_zero():
 def test_token_log_probs_never_hold_all_logits(monkeypatch):
     """In the chunked path no tensor of N x V values is saved for the backward pass."""
     hidden, weight, targets = log_prob_inputs(N=64, V=50)
-    monkeypatch.setattr(sys.modules["kernels.logprob"], "CHUNK_ELEMENTS", 50 * 8)
+    use_chunks(monkeypatch, 50 * 8)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(
         lambda t: saved.append(t.numel()) or t, lambda t: t
@@ -305,7 +312,7 @@ def test_token_log_probs_never_hold_all_logits(monkeypatch):
 
 
 def test_token_log_probs_gradcheck(monkeypatch):
-    monkeypatch.setattr(sys.modules["kernels.logprob"], "CHUNK_ELEMENTS", 3 * 7)
+    use_chunks(monkeypatch, 3 * 7)
     hidden, weight, _ = log_prob_inputs(N=5, C=3, V=7)
     options = dict(temperature=0.8, masked_ids=tensor(5))
     targets = tensor(0, 1, 2, 3, 6)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import tiny
+from hub.config import Config
 from hub.errors import InputError
 from training.optimizer import forward_dtype, load_for_training, make_optimizer, optimizer_step
 from training.options import TrainOptions
@@ -33,6 +34,28 @@ def test_optimiser_has_the_options_and_leaves_the_vision_tower_out(options):
     assert {named[id(p)] for p in group["params"]} == {
         name for name in named.values() if not name.startswith("visual.")
     }
+
+
+def test_fused_adamw_of_larger_models_is_adamw(options, monkeypatch):
+    """Small models keep torch's plain one; from the same gradients both go the same way."""
+    o = options(weight_decay=0.03, learning_rate=1e-3)
+    trained = {}
+    for small in (True, False):
+        monkeypatch.setattr(Config, "is_small", small)
+        model = load_for_training(o)
+        optimizer = make_optimizer(model, o)
+        assert optimizer.defaults["fused"] is not small
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(5):
+            for p in optimizer.param_groups[0]["params"]:
+                p.grad = torch.randn(p.shape, generator=generator)
+            optimizer_step(model, optimizer, 1e-3, 1.0)
+        trained[small] = model.state_dict()
+    start = load_for_training(o).state_dict()
+    moved = [name for name in start if not torch.equal(start[name], trained[True][name])]
+    assert len(moved) > 10
+    for name in moved:
+        assert torch.allclose(trained[True][name], trained[False][name], rtol=0, atol=1e-6), name
 
 
 @pytest.mark.parametrize("max_norm, factor", [(100.0, 1.0), (1.0, 0.2)])

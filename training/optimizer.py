@@ -125,8 +125,11 @@ def make_optimizer(model: Qwen2_5_VL, options: TrainOptions) -> torch.optim.Opti
     if weights[0].dtype == torch.bfloat16:
         states_on = torch.device("cpu") if options.states_on == "host" else None
         return CompactAdamW(weights, **settings, states_on=states_on, seed=options.seed)
-    # fused: torch's default on a GPU makes temporary tensors as large as all weights together.
-    fused = weights[0].device.type == "cuda"
+    # fused: one pass over the weights. torch's default makes temporary tensors as large as all of
+    # them on a GPU; on a CPU it passes over them once for each operation, 4 times as long in all.
+    # Small models gain nothing by it, and keep the bits of the runs in docs/.
+    kind = weights[0].device.type
+    fused = kind == "cuda" or (kind == "cpu" and not model.config.is_small)
     optimizer = torch.optim.AdamW(weights, **settings, fused=fused)
     # AdamW would make its states in its first step. A checkpoint is loaded into them before it.
     for weight in weights:
