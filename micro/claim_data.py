@@ -1,0 +1,136 @@
+"""The questions that micro/claims.py needs beside the shipped ones; its runs write them.
+
+None of the test questions is ever in a training file: which question may occur where is decided by
+its canonical form (world.bucket), as in the shipped data.
+"""
+
+import json
+import random
+from pathlib import Path
+
+from hub.options import MICRO_DATA
+from micro.experiments import Dataset, Place, Run
+from micro.med import write_lessons
+from micro.world import RL_BUCKETS, RL_COUNT, RL_DEPTHS, TASKS, draw_question, record, text_prompt
+
+ROUNDS = (1, 2, 3, 4)  # how often a chain that checks itself goes through its steps
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def shipped(name: str) -> Dataset:
+    """Returns a file of micro/data."""
+    return Dataset(name)
+
+
+def asked_directly(name: str) -> Dataset:
+    """Returns a shipped file with the prompt `Answer:`, which asks for no thoughts.
+
+    The base knows this prompt: 2% of its pre-training were answers behind it.
+    """
+
+    def write(place: Place) -> list[dict]:
+        records = read_jsonl(MICRO_DATA / f"{name}.jsonl")
+        for one in records:
+            one["question"] = one["question"].replace(TASKS["solve"], TASKS["direct"], 1)
+            if "image" in one:
+                one["image"] = str(MICRO_DATA / one["image"])
+        return records
+
+    return Dataset(f"{name}_direct", write)
+
+
+def questions_of(domain: str) -> Dataset:
+    """Returns questions for RL of domain A, L or G; those of A and G are shipped."""
+    if domain != "L":
+        return shipped({"A": "rl", "G": "med"}[domain])
+
+    def write(place: Place) -> list[dict]:
+        rng = random.Random("rl of L 0")
+        records = []
+        for i in range(RL_COUNT):
+            q = draw_question(rng, "L", RL_DEPTHS[i % len(RL_DEPTHS)], RL_BUCKETS)
+            records.append(record("rl_L", i, q, text_prompt(q, rng), q.answer))
+        return records
+
+    return Dataset("rl_L", write)
+
+
+def checked(response: str, rounds: int) -> str:
+    """Returns a worked response that goes through its steps so often: each round is the same.
+
+    >>> checked("<think>3#1+4;3;#1+4=7;</think><answer>7</answer>", 2)
+    '<think>3#1+4;3;#1+4=7;3;#1+4=7;</think><answer>7</answer>'
+    """
+    thought, end, answer = response.partition("</think>")
+    restated, semicolon, steps = thought.partition(";")
+    return restated + semicolon + steps * rounds + end + answer
+
+
+def checked_chains() -> Dataset:
+    """Returns the worked chains of sft.jsonl, each of which checks itself up to three times.
+
+    So are the traces that the paper trains on: long, and many come back to what they had. They are
+    cut to a length there, as with --max-length here, so that the long ones do not show how to end.
+    """
+
+    def write(place: Place) -> list[dict]:
+        rng = random.Random("checked 0")
+        records = read_jsonl(MICRO_DATA / "sft.jsonl")
+        for one in records:
+            one["response"] = checked(one["response"], rng.choice(ROUNDS))
+        return records
+
+    return Dataset("sft_checked", write)
+
+
+def lessons(seed: int) -> Dataset:
+    """Returns the worked questions of G from which micro/med.py's teacher learns."""
+
+    def write(place: Place) -> list[dict]:
+        path = place.out / "data" / f"lessons_{seed}.txt"
+        write_lessons(path, seed)
+        records = read_jsonl(path)
+        path.unlink()
+        return records
+
+    return Dataset(f"lessons_{seed}", write)
+
+
+def mix(special: list[dict], general: list[dict], share: tuple[int, int]) -> list[dict]:
+    """Returns all special records and as many general ones as make up the share (1, 8) of 1/8.
+
+    Records keep the fields of the plain schema only: the two kinds may have others.
+    """
+    part, whole = share
+    count = len(special) * part // (whole - part)
+    fields = ("question", "answer", "response", "domain")
+    mixed = []
+    for kind, records in (("special", special), ("general", general[:count])):
+        for i, one in enumerate(records):
+            plain = {name: one[name] for name in fields if name in one}
+            mixed.append({"id": f"{kind}-{i}"} | plain)
+    return mixed
+
+
+def mixed_chains(distilled: Run, share: tuple[int, int]) -> Dataset:
+    """Returns a teacher's right answers on G, with worked chains of A among them."""
+    part, whole = share
+
+    def write(place: Place) -> list[dict]:
+        special = read_jsonl(distilled.folder(place) / "distilled.jsonl")
+        return mix(special, read_jsonl(MICRO_DATA / "sft.jsonl"), share)
+
+    return Dataset(f"med_sft_{distilled.seed}_{part}of{whole}", write, (distilled,))
+
+
+def mixed_questions(share: tuple[int, int]) -> Dataset:
+    """Returns the questions of med.jsonl, with questions of rl.jsonl among them."""
+    part, whole = share
+
+    def write(place: Place) -> list[dict]:
+        return mix(read_jsonl(MICRO_DATA / "med.jsonl"), read_jsonl(MICRO_DATA / "rl.jsonl"), share)
+
+    return Dataset(f"med_rl_{part}of{whole}", write)
