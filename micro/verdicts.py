@@ -184,7 +184,7 @@ def section(claim: Claim, results: dict[str, dict]) -> list[str]:
         return [*lines, f"{MISSING.capitalize()}."]
     columns = list(dict.fromkeys(column for row in tables[0].values() for column in row))
     seeds = f"seeds {' '.join(results)}" if len(tables) > 1 else f"seed {' '.join(results)} alone"
-    lines += [f"{claim.unit.capitalize()}; mean +- standard error, {seeds}:", ""]
+    lines += [f"{claim.unit[0].upper()}{claim.unit[1:]}; mean +- standard error, {seeds}:", ""]
     lines += head("", *columns)
     for name in tables[0]:
         cells = []
