@@ -11,9 +11,19 @@ from pathlib import Path
 from hub.options import MICRO_DATA
 from micro.experiments import Dataset, Place, Run
 from micro.med import write_lessons
-from micro.world import RL_BUCKETS, RL_COUNT, RL_DEPTHS, TASKS, draw_question, record, text_prompt
+from micro.world import (
+    RL_BUCKETS,
+    RL_COUNT,
+    RL_DEPTHS,
+    SFT_BUCKETS,
+    SFT_COUNT,
+    TASKS,
+    draw_question,
+    record,
+    text_prompt,
+)
 
-ROUNDS = (1, 2, 3, 4)  # how often a chain that checks itself goes through its steps
+MAX_CHECKS = 4  # of the last step, in a chain that checks itself
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -58,29 +68,33 @@ def questions_of(domain: str) -> Dataset:
     return Dataset("rl_L", write)
 
 
-def checked(response: str, rounds: int) -> str:
-    """Returns a worked response that goes through its steps so often: each round is the same.
+def checked(response: str, checks: int) -> str:
+    """Returns a worked response that does its last step so many times more.
 
     >>> checked("<think>3#1+4;3;#1+4=7;</think><answer>7</answer>", 2)
-    '<think>3#1+4;3;#1+4=7;3;#1+4=7;</think><answer>7</answer>'
+    '<think>3#1+4;3;#1+4=7;#1+4=7;#1+4=7;</think><answer>7</answer>'
     """
     thought, end, answer = response.partition("</think>")
-    restated, semicolon, steps = thought.partition(";")
-    return restated + semicolon + steps * rounds + end + answer
+    last = thought[thought.rindex("#") :]
+    return thought + last * checks + end + answer
 
 
 def checked_chains() -> Dataset:
-    """Returns the worked chains of sft.jsonl, each of which checks itself up to three times.
+    """Returns worked chains of A, of all depths, each of which checks its end up to four times.
 
-    So are the traces that the paper trains on: long, and many come back to what they had. They are
-    cut to a length there, as with --max-length here, so that the long ones do not show how to end.
+    So are the traces that the paper trains on: long, and many come back to what they had. There
+    they are cut at a length, as they are here by --max-length, so that the long ones do not show
+    how to end.
     """
 
     def write(place: Place) -> list[dict]:
         rng = random.Random("checked 0")
-        records = read_jsonl(MICRO_DATA / "sft.jsonl")
-        for one in records:
-            one["response"] = checked(one["response"], rng.choice(ROUNDS))
+        records = []
+        for i in range(SFT_COUNT):
+            q = draw_question(rng, "A", RL_DEPTHS[i % len(RL_DEPTHS)], SFT_BUCKETS)
+            response = checked(q.chain(), rng.randint(0, MAX_CHECKS))
+            prompt = text_prompt(q, rng)
+            records.append(record("checked", i, q, prompt, q.answer, response=response))
         return records
 
     return Dataset("sft_checked", write)

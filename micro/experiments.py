@@ -18,8 +18,9 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -198,10 +199,7 @@ class Run:
     def make(self, place: Place) -> None:
         """Runs the command, or what is left of it, with its output in log.txt."""
         folder = self.folder(place)
-        folder.mkdir(parents=True, exist_ok=True)
-        # The command inherits the lock: if we are killed and it is not, the next one waits for it.
-        with open(folder / "lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with locked(folder / "lock") as lock:
             if self.done(place):
                 return
             started = time.monotonic()
@@ -209,19 +207,32 @@ class Run:
             if self.is_base and place.smoke:
                 shutil.copytree(MICRO_BASE, folder / "model", dirs_exist_ok=True)
             else:
-                call(self.command(place), folder / "log.txt", pass_fds=(lock.fileno(),))
+                call(self.command(place), folder / "log.txt", lock)
             shutil.rmtree(folder / "checkpoint", ignore_errors=True)
             minutes = round((time.monotonic() - started) / 60, 2)
             write_json(folder / "done.json", provenance(commit) | {"minutes": minutes})
 
 
-def call(words: list[str], log: Path, **options) -> None:
+@contextmanager
+def locked(path: Path) -> Iterator[int]:
+    """Holds a lock, which is a file, and makes its folder.
+
+    Yields the file's descriptor. A command inherits it: if we are killed and it is not, the next
+    one who wants the lock waits until the command has ended.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield file.fileno()
+
+
+def call(words: list[str], log: Path, lock: int) -> None:
     """Runs a command with its output at the end of a file. Raises Failed if it fails."""
     with open(log, "a") as file:
         print("$", *words, file=file, flush=True)
-        code = subprocess.run(words, stdout=file, stderr=file, **options).returncode
-    if code:
-        raise Failed(f"exit code {code}; see {log}")
+        done = subprocess.run(words, stdout=file, stderr=file, pass_fds=(lock,))
+    if done.returncode:
+        raise Failed(f"exit code {done.returncode}; see {log}")
 
 
 def provenance(commit: str | None) -> dict:
@@ -284,20 +295,21 @@ class Evaluation:
         """Runs evaluate.py, sums its records up in a file a cell, and drops them."""
         first = self.cells[0]
         folder = first.path(place).parent
-        folder.mkdir(parents=True, exist_ok=True)
         records = folder / f"{first.path(place).stem}.records.jsonl"
         paths = [str(cell.test.make(place)) for cell in self.cells]
         words = [sys.executable, str(ROOT / "evaluate.py"), *arguments(first.options)]
         words += ["--model", str(first.run.model(place)), "--data", *paths]
         words += ["--out", str(records), "--overwrite"]
-        call(words + ["--limit", "20"] * place.smoke, folder / "log.txt")
-        by_file = defaultdict(lambda: defaultdict(list))
-        for record, _ in read_records(records, ("file", "id", "correct")):
-            by_file[record["file"]][record["id"]].append(record)
-        for cell, path in zip(self.cells, paths):
-            write_json(cell.path(place), summarise_cell(list(by_file[path].values())))
-        for path in folder.glob(f"{records.name}*"):
-            path.unlink()
+        words += ["--limit", "20"] if place.smoke else []
+        with locked(records.with_suffix(".lock")) as lock:
+            call(words, folder / "log.txt", lock)
+            by_file = defaultdict(lambda: defaultdict(list))
+            for record, _ in read_records(records, ("file", "id", "correct")):
+                by_file[record["file"]][record["id"]].append(record)
+            for cell, path in zip(self.cells, paths):
+                write_json(cell.path(place), summarise_cell(list(by_file[path].values())))
+            for path in folder.glob(f"{records.name}*"):
+                path.unlink()
 
 
 def summarise_cell(questions: list[list[dict]]) -> dict:
