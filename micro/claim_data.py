@@ -23,7 +23,7 @@ from micro.world import (
     text_prompt,
 )
 
-MAX_CHECKS = 4  # of the last step, in a chain that checks itself
+MAX_REPEATS = 12  # of the last state, in a chain that comes back to it
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -68,21 +68,21 @@ def questions_of(domain: str) -> Dataset:
     return Dataset("rl_L", write)
 
 
-def checked(response: str, checks: int) -> str:
-    """Returns a worked response that does its last step so many times more.
+def checked(response: str, times: int) -> str:
+    """Returns a worked response that says its last state so many times more.
 
     >>> checked("<think>3#1+4;3;#1+4=7;</think><answer>7</answer>", 2)
-    '<think>3#1+4;3;#1+4=7;#1+4=7;#1+4=7;</think><answer>7</answer>'
+    '<think>3#1+4;3;#1+4=7;7;7;</think><answer>7</answer>'
     """
     thought, end, answer = response.partition("</think>")
-    last = thought[thought.rindex("#") :]
-    return thought + last * checks + end + answer
+    state = thought[-2:]  # with its semicolon
+    return thought + state * times + end + answer
 
 
 def checked_chains() -> Dataset:
-    """Returns worked chains of A, of all depths, each of which checks its end up to four times.
+    """Returns worked chains of A, of all depths, each of which comes back to its result.
 
-    So are the traces that the paper trains on: long, and many come back to what they had. There
+    So are the traces that the paper trains on: long, and many say again what they had found. There
     they are cut at a length, as they are here by --max-length, so that the long ones do not show
     how to end.
     """
@@ -92,7 +92,7 @@ def checked_chains() -> Dataset:
         records = []
         for i in range(SFT_COUNT):
             q = draw_question(rng, "A", RL_DEPTHS[i % len(RL_DEPTHS)], SFT_BUCKETS)
-            response = checked(q.chain(), rng.randint(0, MAX_CHECKS))
+            response = checked(q.chain(), rng.randint(0, MAX_REPEATS))
             prompt = text_prompt(q, rng)
             records.append(record("checked", i, q, prompt, q.answer, response=response))
         return records

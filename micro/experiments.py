@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -30,6 +30,7 @@ import torch
 
 from evaluate import accuracy, summarise
 from hub.options import MICRO_BASE, MICRO_DATA, ROOT
+from micro.failures import FAILURES, failure, parse_form
 from micro.reproduce import LIMIT
 from training.checkpoint import find_checkpoints
 from training.journal import append_records, git_commit, read_records, write_json
@@ -315,8 +316,9 @@ class Evaluation:
 def summarise_cell(questions: list[list[dict]]) -> dict:
     """Returns the figures of a cell, from the records of each question's runs.
 
-    beyond: the same as for all, for the questions beyond the base's reach (k > LIMIT).
-    endless: the share of the answers that were cut at their length. correct: the verdicts by id.
+    beyond: the same as for all, for the questions beyond the base's reach (k > LIMIT); failures:
+    the shares of these that went wrong in each way. endless: the share of all answers that were cut
+    at their length. correct: the verdicts by id.
     """
     by_depth = defaultdict(list)
     for records in questions:
@@ -329,6 +331,7 @@ def summarise_cell(questions: list[list[dict]]) -> dict:
         "by_domain": by_domain,
         "endless": fmean(record["finish_reason"] == "length" for record in answers),
         "beyond": accuracy(beyond) if beyond else None,
+        "failures": count_failures(beyond),
         "by_depth": {
             str(k): accuracy(groups)["accuracy"] for k, groups in sorted(by_depth.items())
         },
@@ -337,6 +340,17 @@ def summarise_cell(questions: list[list[dict]]) -> dict:
             for records in questions
         },
     }
+
+
+def count_failures(questions: list[list[dict]]) -> dict[str, float]:
+    """Returns the share of the answers that went wrong in each way."""
+    counts = Counter()
+    for record in (record for records in questions for record in records):
+        if not record["correct"]:
+            question = parse_form(record["meta"]["form"], record["domain"])
+            counts[failure(record["response"], question)] += 1
+    answers = max(1, sum(len(records) for records in questions))
+    return {name: counts[name] / answers for name in FAILURES}
 
 
 # --- Making it ------------------------------------------------------------------------------------

@@ -6,8 +6,23 @@ What would refute a claim was written down before it was measured (see micro/pap
 from collections.abc import Callable
 
 from micro.claim_data import shipped
-from micro.claim_parts import Rows, base, figure_of, gain, grpo, reading, row, sft, x_reasoner
+from micro.claim_parts import (
+    HEADLINE,
+    SIX,
+    Rows,
+    base,
+    figure_of,
+    gain,
+    grpo,
+    percent,
+    reading,
+    row,
+    sft,
+    x_reasoner,
+)
+from micro.failures import FAILURES
 from micro.paper_claims import MED_UNIT, SHARES, med
+from micro.reproduce import COLUMNS
 from micro.verdicts import Bound, Claim, Table
 
 
@@ -157,4 +172,42 @@ VARIANTS_CLAIM = Claim(
     unit="accuracy in %, k > 2, after 60 rollouts of 128 answers",
 )
 
-FURTHER_CLAIMS = (MED_MIXED, READING, SIZE, VARIANTS_CLAIM)
+# --- Where it fails -------------------------------------------------------------------------------
+
+COUNTED = ("stopped early", "went on")  # the steps are right, but not their number
+
+
+def failures(seed: int) -> Rows:
+    final = x_reasoner(seed)
+    return {
+        column: {
+            name: figure_of(final, shipped(COLUMNS[column]), percent("failures", name))
+            for name in FAILURES
+        }
+        for column in SIX
+    }
+
+
+def miscounted(column: str) -> Callable[[Table], float]:
+    """Returns what computes the share of failures in which only the number of steps is wrong."""
+
+    def figure(t: Table) -> float:
+        return 100 * sum(t[column][name] for name in COUNTED) / max(0.1, sum(t[column].values()))
+
+    return figure
+
+
+FAILURES_CLAIM = Claim(
+    "failures",
+    "not in the paper",
+    "Where L and G do not follow A, the steps are right and their number is wrong: what does not "
+    "carry over is when to stop.",
+    "on L or on G, text or images, less than 75% of the failures are chains of right steps that "
+    "stop early or go on (the others misread the question, or take a wrong step).",
+    failures,
+    tuple(Bound(f"right steps among the failures, {c}", miscounted(c), 75) for c in SIX[2:]),
+    HEADLINE,
+    "% of the questions with k > 2 that go wrong in each way, after SFT + RL",
+)
+
+FURTHER_CLAIMS = (MED_MIXED, READING, SIZE, VARIANTS_CLAIM, FAILURES_CLAIM)

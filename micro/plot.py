@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from hub.errors import InputError
 from hub.options import ROOT, run_command
 from micro.claims import CURVE_STEPS
+from micro.further_claims import CHANCE, IMAGE_SHARES, WIDTHS
 from micro.paper_claims import PANELS
 from micro.reproduce import LIMIT, pooled
 from micro.study import RESULTS, load_results
@@ -160,19 +161,32 @@ def plot_dynamics() -> None:
     finish(figure, "dynamics.png")
 
 
-def draw_transfer(axes, seeds: dict[str, dict], name: str, label: str) -> None:
-    """Draws images against what the base reads, for bases that differ in `name`; seeds as dots."""
+BASE_MARKS = {"A image": "o", "L image": "s", "A text": "x"}
+
+
+def draw_reading(axes, seeds: dict[str, dict]) -> None:
+    """Draws accuracy on A after both stages against what the base reads; a dot is a base."""
     tables = [result["table"] for result in seeds.values()]
-    values = [row.split()[1].rstrip(":") for row in tables[0] if row.endswith(": base")]
-    for number, value in enumerate(values):
-        read = [table[f"{name} {value}: base"]["reading"] for table in tables]
-        for column, marker in (("A image", "o"), ("A text", "x")):
-            right = [table[f"{name} {value}: SFT + RL"][column] for table in tables]
-            text = f"{label} {value}, {column.split()[1]}"
-            axes.plot(read, right, marker, color=f"C{number}", markersize=5, label=text)
-    axes.plot([0, 100], [10, 100], ":", color="black", linewidth=0.8, label="reading x reasoning")
+    for number, share in enumerate(IMAGE_SHARES):
+        read = [table[f"image_share {share}: base"]["reading"] for table in tables]
+        for column in ("A image", "A text"):
+            right = [table[f"image_share {share}: SFT + RL"][column] for table in tables]
+            label = f"{share:.0%} images: {column}"
+            axes.plot(read, right, BASE_MARKS[column], color=f"C{number}", label=label)
+    axes.plot([0, 100], [CHANCE, 100], ":", color="black", label="reading, else a guess")
     axes.set_xlabel("images that the base reads without an error, %")
-    axes.set_ylabel("after SFT + RL, accuracy on A, %")
+
+
+def draw_size(axes, seeds: dict[str, dict]) -> None:
+    """Draws accuracy after both stages against the base's width; a dot is a base."""
+    tables = [result["table"] for result in seeds.values()]
+    for number, (column, mark) in enumerate(BASE_MARKS.items()):
+        points = [(w, table[f"width {w}: SFT + RL"][column]) for w in WIDTHS for table in tables]
+        means = [fmean(table[f"width {w}: SFT + RL"][column] for table in tables) for w in WIDTHS]
+        axes.plot(*zip(*points), mark, color=f"C{number}", label=column)
+        axes.plot(WIDTHS, means, "-", color=f"C{number}", linewidth=0.8)
+    axes.set_xticks(WIDTHS)
+    axes.set_xlabel("width of the base (hidden size)")
 
 
 def draw_variants(axes, seeds: dict[str, dict]) -> None:
@@ -193,8 +207,10 @@ def draw_variants(axes, seeds: dict[str, dict]) -> None:
 def plot_transfer() -> None:
     """Draws transfer.png: bases that read worse, bases of other sizes, variants of GRPO."""
     figure, axes = load_pyplot().subplots(1, 3, figsize=(15, 4))
-    draw_transfer(axes[0], read_claim("reading"), "image_share", "images")
-    draw_transfer(axes[1], read_claim("size"), "width", "width")
+    draw_reading(axes[0], read_claim("reading"))
+    draw_size(axes[1], read_claim("size"))
+    for panel in axes[:2]:
+        panel.set_ylabel("after SFT + RL, accuracy in %, k > 2")
     draw_variants(axes[2], read_claim("variants"))
     for panel in axes:
         panel.legend(fontsize=7)

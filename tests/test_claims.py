@@ -5,6 +5,7 @@ Nothing is trained or sampled here: a stub stands where the commands would run.
 
 import json
 import math
+import random
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +15,13 @@ import pytest
 from data.datasets import read_examples
 from hub.errors import InputError
 from hub.options import MICRO_BASE, MICRO_DATA
-from micro import claim_data, claims, experiments, further_claims, paper_claims, verdicts
+from micro import claim_data, claims, experiments, failures, further_claims, paper_claims, verdicts
 from micro.claim_parts import base, figure_of, gain, grpo, overall, row, sft
 from micro.experiments import Cell, Dataset, Place, Run, make_all, tasks_for
 from micro.verdicts import FAILS, HOLDS, MISSING, UNDECIDED, Bound, Claim, judge
-from micro.world import TEST_BUCKETS, bucket
+from micro.world import TEST_BUCKETS, bucket, draw_question
+
+RESTATED = "#1+1#2+1#3+1#4+1#5+1"
 
 
 @pytest.fixture
@@ -51,7 +54,9 @@ def commands(monkeypatch) -> list[list[str]]:
         fields |= {"words": 1, "tokens": 50, "run": 0}
         endings = {2: ("stop", True), 3: ("stop", False), 4: ("length", False), 5: ("stop", True)}
         return [
-            fields | {"id": f"q{k}", "meta": {"depth": k}, "finish_reason": end, "correct": right}
+            fields
+            | {"id": f"q{k}", "meta": {"depth": k, "form": "3" + "+1" * k}, "correct": right}
+            | {"finish_reason": end, "response": f"<think>3{RESTATED[: 4 * k]};3;#1+1=4;</think>"}
             for k, (end, right) in endings.items()
         ]
 
@@ -140,6 +145,7 @@ def test_cells_of_a_model_are_made_in_one_go_and_kept(place, commands):
     assert figures["accuracy"] == 0.5 and figures["endless"] == 0.25 and figures["n"] == 4
     assert figures["beyond"]["accuracy"] == pytest.approx(1 / 3) and figures["beyond"]["n"] == 3
     assert figures["by_depth"] == {"2": 1.0, "3": 0.0, "4": 0.0, "5": 1.0}
+    assert figures["failures"]["stopped early"] == pytest.approx(2 / 3)  # of k = 3 and 4
     assert figures["correct"] == {"q2": [1], "q3": [0], "q4": [0], "q5": [1]}
     assert not list(cells[0].path(place).parent.glob("*records.jsonl*"))
     assert tasks_for([cells], place) == []
@@ -214,10 +220,11 @@ def test_plan_says_what_is_left(place, commands, capsys):
 # Data
 
 
-def test_checked_chains_do_their_last_step_again():
+def test_checked_chains_say_their_result_again():
     response = "<think>3#1+4#2-2;3;#1+4=7;#2-2=5;</think><answer>5</answer>"
     assert claim_data.checked(response, 0) == response
-    assert claim_data.checked(response, 1).count("#2-2=5;") == 2
+    again = "<think>3#1+4#2-2;3;#1+4=7;#2-2=5;5;5;</think><answer>5</answer>"
+    assert claim_data.checked(response, 2) == again
 
 
 def test_a_mix_has_the_share_that_its_name_says():
@@ -243,6 +250,36 @@ def test_data_that_is_written_can_be_read(place):
     for one in (*other, *worked, *lessons):
         assert bucket(one.meta["form"]) not in TEST_BUCKETS
     assert claim_data.shipped("rl").path(place) == MICRO_DATA / "rl.jsonl"
+
+
+# Failures
+
+
+@pytest.mark.parametrize(
+    "response, name",
+    [
+        ("<answer>5</answer>", "no thoughts"),
+        ("<think>3#1+4#2-1;3;#1+4=7;#2-1=6;</think><answer>6</answer>", "misread"),
+        ("<think>3#1+4#2-2;3;#1+4=8;#2-2=6;</think><answer>6</answer>", "wrong step"),
+        ("<think>3#1+4#2-2;4;#1+4=8;</think><answer>8</answer>", "wrong step"),
+        ("<think>3#1+4#2-2;3;#1+4=7;</think><answer>7</answer>", "stopped early"),
+        ("<think>3#1+4#2-2;3;#1+4=7;#2-2=5;#2-2=3;</think><answer>3</answer>", "went on"),
+        ("<think>3#1+4#2-2;3;#1+4=7;#2-2=5;#1+4=9;", "went on"),
+        ("<think>3#1+4#2-2;3;#1+4=7;#2-2=5;</think><answer>4</answer>", "wrong answer"),
+        ("<think>3#1+4#2-2;3;#1+4=7;", "wrong step"),  # cut before any end
+    ],
+)
+def test_what_a_wrong_answer_is_put_down_to(response, name):
+    assert failures.failure(response, failures.parse_form("3+4-2", "A")) == name
+
+
+def test_a_form_says_its_question():
+    rng = random.Random(0)
+    for i in range(60):
+        domain = "ALG"[i % 3]
+        question = draw_question(rng, domain, 2 + i % 4)
+        again = failures.parse_form(question.form, domain)
+        assert again.form == question.form and again.chain() == question.chain()
 
 
 # Verdicts
@@ -331,6 +368,7 @@ def test_the_claims_of_the_issue_are_there():
         "reading",
         "size",
         "variants",
+        "failures",
     ]
     assert [c.name for c in claims.choose(None, quick=True)] == [
         c.name for c in claims.CLAIMS if c.name not in ("reading", "size")
