@@ -23,7 +23,7 @@ from micro.world import (
     text_prompt,
 )
 
-MAX_REPEATS = 12  # of the last state, in a chain that comes back to it
+DOTS = 6  # more of them behind a chain for each step that it is deeper
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -68,36 +68,36 @@ def questions_of(domain: str) -> Dataset:
     return Dataset("rl_L", write)
 
 
-def checked(response: str, times: int) -> str:
-    """Returns a worked response that says its last state so many times more.
+def hesitating(response: str, dots: int) -> str:
+    """Returns a worked response that hesitates behind its last step before it ends its thoughts.
 
-    >>> checked("<think>3#1+4;3;#1+4=7;</think><answer>7</answer>", 2)
-    '<think>3#1+4;3;#1+4=7;7;7;</think><answer>7</answer>'
+    >>> hesitating("<think>3#1+4;3;#1+4=7;</think><answer>7</answer>", 3)
+    '<think>3#1+4;3;#1+4=7;...</think><answer>7</answer>'
     """
     thought, end, answer = response.partition("</think>")
-    state = thought[-2:]  # with its semicolon
-    return thought + state * times + end + answer
+    return thought + "." * dots + end + answer
 
 
-def checked_chains() -> Dataset:
-    """Returns worked chains of A, of all depths, each of which comes back to its result.
+def hesitating_chains() -> Dataset:
+    """Returns worked chains of A, of all depths, that hesitate: the deeper, the longer.
 
-    So are the traces that the paper trains on: long, and many say again what they had found. There
-    they are cut at a length, as they are here by --max-length, so that the long ones do not show
+    So do the traces that the paper trains on: they come back to what they have found, on hard
+    questions for long, and those that are too long are cut (here by --max-length) and do not show
     how to end.
     """
 
     def write(place: Place) -> list[dict]:
-        rng = random.Random("checked 0")
+        rng = random.Random("hesitating 0")
         records = []
         for i in range(SFT_COUNT):
             q = draw_question(rng, "A", RL_DEPTHS[i % len(RL_DEPTHS)], SFT_BUCKETS)
-            response = checked(q.chain(), rng.randint(0, MAX_REPEATS))
+            dots = DOTS * (q.depth - RL_DEPTHS[0]) + rng.randrange(DOTS)
             prompt = text_prompt(q, rng)
-            records.append(record("checked", i, q, prompt, q.answer, response=response))
+            response = hesitating(q.chain(), dots)
+            records.append(record("hesitating", i, q, prompt, q.answer, response=response))
         return records
 
-    return Dataset("sft_checked", write)
+    return Dataset("sft_hesitating", write)
 
 
 def lessons(seed: int) -> Dataset:

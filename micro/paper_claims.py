@@ -9,7 +9,7 @@ from statistics import fmean
 
 from micro.claim_data import (
     asked_directly,
-    checked_chains,
+    hesitating_chains,
     lessons,
     mixed_chains,
     mixed_questions,
@@ -89,8 +89,8 @@ BUDGETS = (60, 80, 100, 140, 180)  # tokens of thought; the longest right though
 
 
 def forced_exit(seed: int) -> Rows:
-    # Chains that check themselves, cut to a length at which most of the deeper ones lose their end.
-    run = sft(base(seed), checked_chains(), max_length=112)
+    # Chains that hesitate, cut to a length at which the deepest (k = 6) lose their end.
+    run = sft(base(seed), hesitating_chains(), max_length=140)
     rows = {}
     for budget in (None, *BUDGETS):
         name = f"</think> forced after {budget} tokens" if budget else "not forced"

@@ -20,6 +20,7 @@ from micro.claim_parts import base, figure_of, gain, grpo, overall, row, sft
 from micro.experiments import Cell, Dataset, Place, Run, make_all, tasks_for
 from micro.verdicts import FAILS, HOLDS, MISSING, UNDECIDED, Bound, Claim, judge
 from micro.world import TEST_BUCKETS, bucket, draw_question
+from rewards import accuracy_reward
 
 RESTATED = "#1+1#2+1#3+1#4+1#5+1"
 
@@ -220,11 +221,14 @@ def test_plan_says_what_is_left(place, commands, capsys):
 # Data
 
 
-def test_checked_chains_say_their_result_again():
+def test_chains_hesitate_the_longer_the_deeper_they_are(place):
     response = "<think>3#1+4#2-2;3;#1+4=7;#2-2=5;</think><answer>5</answer>"
-    assert claim_data.checked(response, 0) == response
-    again = "<think>3#1+4#2-2;3;#1+4=7;#2-2=5;5;5;</think><answer>5</answer>"
-    assert claim_data.checked(response, 2) == again
+    assert claim_data.hesitating(response, 0) == response
+    assert claim_data.hesitating(response, 2) == response.replace("</think>", "..</think>")
+    for one in read_examples(claim_data.hesitating_chains().make(place)):
+        low = 6 * (one.meta["depth"] - 2)
+        assert low <= one.response.count(".") < low + 6
+        assert accuracy_reward(one.response, one.answer)
 
 
 def test_a_mix_has_the_share_that_its_name_says():
@@ -243,7 +247,7 @@ def test_data_that_is_written_can_be_read(place):
     assert first.question.startswith("Answer: ") and Path(first.images[0]).exists()
     other = list(read_examples(claim_data.questions_of("L").make(place)))
     assert len(other) == 1600 and {one.domain for one in other} == {"L"}
-    worked = list(read_examples(claim_data.checked_chains().make(place)))
+    worked = list(read_examples(claim_data.hesitating_chains().make(place)))
     assert {one.meta["depth"] for one in worked} == {2, 3, 4, 5, 6}
     lessons = list(read_examples(claim_data.lessons(1).make(place)))
     assert lessons[0].domain == "G" and "</think>" in lessons[0].response
