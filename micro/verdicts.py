@@ -166,7 +166,7 @@ def head(*cells: str) -> list[str]:
 
 def overview(claims: tuple[Claim, ...], results: dict[str, dict]) -> list[str]:
     """Returns the lines of the table of all verdicts."""
-    lines = head("claim", "paper", "", "seeds", "verdict")
+    lines = head("claim", "paper", "what it says", "seeds", "verdict")
     for claim in claims:
         known = results[claim.name]
         link = f"[{claim.name}](#{claim.name})"
