@@ -6,6 +6,7 @@ Nothing is trained or sampled here: a stub stands where the commands would run.
 import json
 import math
 import random
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +16,21 @@ import pytest
 from data.datasets import read_examples
 from hub.errors import InputError
 from hub.options import MICRO_BASE, MICRO_DATA
-from micro import claim_data, claims, experiments, failures, further_claims, paper_claims, verdicts
+from micro import (
+    claim_data,
+    claims,
+    experiments,
+    failures,
+    further_claims,
+    paper_claims,
+    pretrain,
+    verdicts,
+)
 from micro.claim_parts import base, figure_of, gain, grpo, overall, row, sft
 from micro.experiments import Cell, Dataset, Place, Run, make_all, tasks_for
 from micro.verdicts import FAILS, HOLDS, MISSING, UNDECIDED, Bound, Claim, judge
 from micro.world import TEST_BUCKETS, bucket, draw_question
+from model import Qwen2_5_VL
 from rewards import accuracy_reward
 
 RESTATED = "#1+1#2+1#3+1#4+1#5+1"
@@ -254,6 +265,28 @@ def test_data_that_is_written_can_be_read(place):
     for one in (*other, *worked, *lessons):
         assert bucket(one.meta["form"]) not in TEST_BUCKETS
     assert claim_data.shipped("rl").path(place) == MICRO_DATA / "rl.jsonl"
+
+
+def test_a_base_of_another_width_that_sees_fewer_images(tmp_path, monkeypatch):
+    shares = []
+    for name in ("ALIGN_STEPS", "TEXT_STEPS", "MIXED_STEPS", "FINAL_STEPS"):
+        monkeypatch.setattr(pretrain, name, 1)
+    for name, value in {"BATCH": 4, "ALIGN_IMAGES": 2}.items():
+        monkeypatch.setattr(pretrain, name, value)
+    monkeypatch.setattr(pretrain, "report", lambda *_: {"nothing": {"measured": 0.0}})
+    make_row = pretrain.make_row
+
+    def note(rng, tokenizer, mix):
+        shares.append(mix.images)
+        return make_row(rng, tokenizer, mix)
+
+    monkeypatch.setattr(pretrain, "make_row", note)
+    options = ["--width", "64", "--image-share", "0.2", "--processes", "1", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *options])
+    pretrain.main()
+    assert shares == [0.0] * 4 + [0.2] * 8  # text, then mixed and final
+    model = Qwen2_5_VL.from_pretrained(tmp_path)
+    assert model.config.hidden_size == 64 and model.config.vision.out_hidden_size == 64
 
 
 # Failures
