@@ -8,7 +8,7 @@ SEED ?= 0
 SHELL = bash
 .SHELLFLAGS = -o pipefail -c
 
-.PHONY: reproduce med test gpu
+.PHONY: reproduce med claims claims-quick test gpu
 
 reproduce: .venv/installed
 	.venv/bin/python micro/reproduce.py --seed $(SEED)
@@ -18,6 +18,14 @@ med: .venv/installed runs/reproduce/grpo/model
 
 runs/reproduce/grpo/model: | .venv/installed
 	.venv/bin/python micro/reproduce.py --seed $(SEED)
+
+# Every claim of the paper on the micro world, into docs/claims.md: hours, and it goes on where it was
+# interrupted. make claims CLAIMS="--claim med --seeds 0 1" makes a part, CLAIMS=--plan says how long.
+claims: .venv/installed
+	.venv/bin/python micro/claims.py $(CLAIMS)
+
+claims-quick: .venv/installed
+	.venv/bin/python micro/claims.py --quick $(CLAIMS)
 
 test: .venv/installed
 	.venv/bin/python -m pytest -q tests

@@ -5,9 +5,15 @@ from pathlib import Path
 
 from data import Tokenizer
 
+WIDTH = 128  # of the shipped base: its hidden_size
+HEAD = 32  # the size of a head, at every width: mrope_section fits it
 
-def make_config(tokenizer: Tokenizer) -> dict:
-    """Returns the fields of a flat config.json. Some vocabulary rows (65 to 128) are padding."""
+
+def make_config(tokenizer: Tokenizer, width: int = WIDTH) -> dict:
+    """Returns the fields of a flat config.json. Some vocabulary rows (65 to 128) are padding.
+
+    `width` is the decoder's hidden size, a multiple of 64; the vision tower is always the same.
+    """
     return {
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
         "model_type": "qwen2_5_vl",
@@ -20,14 +26,14 @@ def make_config(tokenizer: Tokenizer) -> dict:
         "image_token_id": tokenizer.image_pad,
         "video_token_id": tokenizer.video_pad,
         "hidden_act": "silu",
-        "hidden_size": 128,
+        "hidden_size": width,
         "initializer_range": 0.02,
-        "intermediate_size": 352,
+        "intermediate_size": width * 11 // 4,
         "max_position_embeddings": 4096,
         "max_window_layers": 4,
-        "num_attention_heads": 4,
+        "num_attention_heads": width // HEAD,
         "num_hidden_layers": 4,
-        "num_key_value_heads": 2,
+        "num_key_value_heads": width // HEAD // 2,
         "rms_norm_eps": 1e-6,
         "rope_theta": 10000.0,
         "sliding_window": 4096,
@@ -43,7 +49,7 @@ def make_config(tokenizer: Tokenizer) -> dict:
             "intermediate_size": 256,
             "num_heads": 4,
             "in_chans": 3,
-            "out_hidden_size": 128,
+            "out_hidden_size": width,
             "patch_size": 14,
             "spatial_merge_size": 2,
             "spatial_patch_size": 14,

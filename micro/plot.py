@@ -1,7 +1,9 @@
-"""Draws the two figures of the README. Needs matplotlib: pip install matplotlib
+"""Draws the figures of the documents. Needs matplotlib: pip install matplotlib
 
-python micro/plot.py effect      # micro/results/seed-*.json -> micro/figures/effect.png
-python micro/plot.py why         # micro/results/why.json    -> micro/figures/why.png
+python micro/plot.py effect      # micro/results/seed-*.json       -> micro/figures/effect.png
+python micro/plot.py why         # micro/results/why.json          -> micro/figures/why.png
+python micro/plot.py dynamics    # micro/results/claims/dynamics.json
+python micro/plot.py transfer    # micro/results/claims/reading.json, size.json, variants.json
 """
 
 import json
@@ -13,8 +15,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from hub.errors import InputError
 from hub.options import ROOT, run_command
+from micro.claims import CURVE_STEPS
+from micro.further_claims import CHANCE, IMAGE_SHARES, WIDTHS
+from micro.paper_claims import PANELS
 from micro.reproduce import LIMIT, pooled
 from micro.study import RESULTS, load_results
+from micro.verdicts import mean_and_error
 
 FIGURES = ROOT / "micro" / "figures"
 SETTINGS = {
@@ -125,11 +131,105 @@ def plot_why() -> None:
     finish(figure, "why.png")
 
 
+def read_claim(name: str) -> dict[str, dict]:
+    """Returns what micro/claims.py has measured of a claim, by seed."""
+    path = RESULTS / "claims" / f"{name}.json"
+    if not path.exists():
+        raise InputError(f"{path}: not measured yet: make claims CLAIMS='--claim {name}'")
+    return json.loads(path.read_text())["seeds"]
+
+
+def plot_dynamics() -> None:
+    """Draws dynamics.png: a panel for each metric of GRPO, a line for each seed (paper: figure 5).
+
+    A point is the mean of CURVE_STEPS steps; where nothing was measured there is none.
+    """
+    seeds = read_claim("dynamics")
+    figure, axes = load_pyplot().subplots(2, 4, figsize=(13, 5))
+    for panel, (field, (title, factor)) in zip(axes.flat, PANELS.items()):
+        for seed, result in seeds.items():
+            points = result["curves"][field]
+            steps = [CURVE_STEPS * (i + 0.5) for i in range(len(points))]
+            values = [None if value is None else factor * value for value in points]
+            known = [(x, y) for x, y in zip(steps, values) if y is not None]
+            panel.plot(*zip(*known), linewidth=1.2, label=f"seed {seed}")
+        panel.set_title(title, fontsize=9)
+        panel.spines[["top", "right"]].set_visible(False)
+    axes[0][0].legend(fontsize=7)
+    for panel in axes[1]:
+        panel.set_xlabel("step")
+    finish(figure, "dynamics.png")
+
+
+BASE_MARKS = {"A image": "o", "L image": "s", "A text": "x"}
+
+
+def draw_reading(axes, seeds: dict[str, dict]) -> None:
+    """Draws accuracy on A after both stages against what the base reads; a dot is a base."""
+    tables = [result["table"] for result in seeds.values()]
+    for number, share in enumerate(IMAGE_SHARES):
+        read = [table[f"image_share {share}: base"]["reading"] for table in tables]
+        for column in ("A image", "A text"):
+            right = [table[f"image_share {share}: SFT + RL"][column] for table in tables]
+            label = f"{share:.0%} images: {column}"
+            axes.plot(read, right, BASE_MARKS[column], color=f"C{number}", label=label)
+    axes.plot([0, 100], [CHANCE, 100], ":", color="black", label="reading, else a guess")
+    axes.set_xlabel("images that the base reads without an error, %")
+
+
+def draw_size(axes, seeds: dict[str, dict]) -> None:
+    """Draws accuracy after both stages against the base's width; a dot is a base."""
+    tables = [result["table"] for result in seeds.values()]
+    for number, (column, mark) in enumerate(BASE_MARKS.items()):
+        points = [(w, table[f"width {w}: SFT + RL"][column]) for w in WIDTHS for table in tables]
+        means = [fmean(table[f"width {w}: SFT + RL"][column] for table in tables) for w in WIDTHS]
+        axes.plot(*zip(*points), mark, color=f"C{number}", label=column)
+        axes.plot(WIDTHS, means, "-", color=f"C{number}", linewidth=0.8)
+    axes.set_xticks(WIDTHS)
+    axes.set_xlabel("width of the base (hidden size)")
+
+
+def draw_variants(axes, seeds: dict[str, dict]) -> None:
+    """Draws what each variant of GRPO adds to the images of A and of L: mean +- standard error."""
+    tables = [result["table"] for result in seeds.values()]
+    names = [name for name in tables[0] if name != "SFT"]
+    for i, (column, colour) in enumerate({"A image": "#1f618d", "L image": "#7fb3d5"}.items()):
+        gains = [[t[name][column] - t["SFT"][column] for t in tables] for name in names]
+        means, errors = zip(*(mean_and_error(values) for values in gains))
+        places = [y + 0.2 * (2 * i - 1) for y in range(len(names))]
+        bars = None if len(tables) == 1 else errors
+        axes.barh(places, means, 0.38, xerr=bars, capsize=2, color=colour, label=column)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("points over SFT after 60 rollouts")
+
+
+def plot_transfer() -> None:
+    """Draws transfer.png: bases that read worse, bases of other sizes, variants of GRPO."""
+    figure, axes = load_pyplot().subplots(1, 3, figsize=(15, 4))
+    draw_reading(axes[0], read_claim("reading"))
+    draw_size(axes[1], read_claim("size"))
+    for panel in axes[:2]:
+        panel.set_ylabel("after SFT + RL, accuracy in %, k > 2")
+    draw_variants(axes[2], read_claim("variants"))
+    for panel in axes:
+        panel.legend(fontsize=7)
+        panel.spines[["top", "right"]].set_visible(False)
+    finish(figure, "transfer.png")
+
+
+FIGURES_BY_NAME = {
+    "effect": plot_effect,
+    "why": plot_why,
+    "dynamics": plot_dynamics,
+    "transfer": plot_transfer,
+}
+
+
 def main(argv: list[str]) -> None:
-    figures = {"effect": plot_effect, "why": plot_why}
-    if len(argv) != 1 or argv[0] not in figures:
-        raise InputError("say which figure: effect or why")
-    figures[argv[0]]()
+    if len(argv) != 1 or argv[0] not in FIGURES_BY_NAME:
+        raise InputError(f"say which figure: {', '.join(FIGURES_BY_NAME)}")
+    FIGURES_BY_NAME[argv[0]]()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python micro/pretrain.py --seed 0 --out micro/base          # 8 minutes on 2 idle CPU cores
     python micro/pretrain.py --seed 0 --chains none text both --out runs/bases    # three bases
+    python micro/pretrain.py --seed 0 --width 64 --out runs/narrow                # 192: a wide one
 
 The base can read text and images, knows every single step, and looks up any numbered operation or
 marked arrow; but the chains of thought that it has seen stop after two steps and answer with what
@@ -20,6 +21,7 @@ import random
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -43,7 +45,7 @@ from micro.conversations import (
     draw_any,
     make_row,
 )
-from micro.folder import make_config, write_side_files
+from micro.folder import WIDTH, make_config, write_side_files
 from micro.tokenizer import write_tokenizer
 from micro.world import (
     DOMAINS,
@@ -195,12 +197,7 @@ def train(
 
 
 def build(
-    rank: int,
-    processes: int,
-    seed: int,
-    counterfactual: float,
-    folders: dict[str, Path],
-    store: str,
+    rank: int, processes: int, seed: int, mix: Mix, width: int, folders: dict[str, Path], store: str
 ) -> None:
     """Runs one of the processes that build the bases together.
 
@@ -215,7 +212,7 @@ def build(
     rng = random.Random(f"pretrain {seed} {rank}")
     started = time.perf_counter()
     tokenizer = Tokenizer.from_pretrained(next(iter(folders.values())))
-    config = make_config(tokenizer)
+    config = make_config(tokenizer, width)
     model = Qwen2_5_VL(Config.from_dict(config)).train()
     initialise(model)
     # The stages that all bases share.
@@ -224,16 +221,15 @@ def build(
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.01)
     trunk = TEXT_STEPS + MIXED_STEPS
     common = {"batch": BATCH // processes, "tokenizer": tokenizer, "quiet": rank > 0}
-    mix = Mix(0.0, counterfactual=counterfactual)
-    train(model, optimizer, rng, steps=range(TEXT_STEPS), mix=mix, label="text", **common)
-    mix = Mix(IMAGE_SHARE, counterfactual=counterfactual)
+    on_text = replace(mix, images=0.0)
+    train(model, optimizer, rng, steps=range(TEXT_STEPS), mix=on_text, label="text", **common)
     train(model, optimizer, rng, steps=range(TEXT_STEPS, trunk), mix=mix, label="mixed", **common)
     # The final stage, once for each base, from the same state.
     final = range(trunk, trunk + FINAL_STEPS)
     for chains, folder in folders.items():
         branch = copy.deepcopy((model, optimizer, rng))
-        mix = Mix(IMAGE_SHARE, COMPLETE_SHARES[chains], counterfactual)
-        train(*branch, steps=final, mix=mix, label=f"final: {chains}", **common)
+        complete = replace(mix, complete=COMPLETE_SHARES[chains])
+        train(*branch, steps=final, mix=complete, label=f"final: {chains}", **common)
         if rank == 0:
             branch[0].save_pretrained(folder)
             write_side_files(folder, config)
@@ -359,6 +355,8 @@ def main() -> None:
     add("--chains", nargs="+", choices=COMPLETE_SHARES, default=["none"], help="of each base")
     add("--out", type=Path, default=MICRO_BASE, help="of several bases, a subfolder each")
     add("--counterfactual", type=float, default=COUNTERFACTUAL_SHARE, help="share of fragments")
+    add("--image-share", type=float, default=IMAGE_SHARE, help="share of the rows with an image")
+    add("--width", type=int, default=WIDTH, choices=(64, 128, 192), help="hidden size")
     add("--processes", type=int, default=2, help="another number gives other weights")
     args = parser.parse_args()
     folders = {args.chains[0]: args.out}
@@ -368,7 +366,9 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_tokenizer(folder)
     with tempfile.TemporaryDirectory() as temporary:
-        settings = (args.processes, args.seed, args.counterfactual, folders, f"{temporary}/store")
+        mix = Mix(args.image_share, counterfactual=args.counterfactual)
+        store = f"{temporary}/store"
+        settings = (args.processes, args.seed, mix, args.width, folders, store)
         if args.processes == 1:
             build(0, *settings)
         else:

@@ -510,13 +510,30 @@ def test_keep_0_writes_no_checkpoint_and_deletes_none(options):
     assert sorted(p.name for p in (out / "checkpoint").iterdir()) == ["step-000002"]
 
 
-def test_a_full_disk_while_saving_is_one_line(options, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"),
+    ],
+)
+def test_a_full_disk_while_saving_is_one_line(options, monkeypatch, error):
     def full(*_):
-        raise OSError(28, "No space left on device")
+        raise error
 
     run = begun(options(max_steps=1))
     monkeypatch.setattr(Run, "write", full)
-    with pytest.raises(InputError, match="step 1 cannot be saved .No space left on device"):
+    with pytest.raises(InputError, match="step 1 cannot be saved .*(No space|unexpected pos)"):
+        take_steps(run)
+
+
+def test_a_bug_while_saving_is_no_full_disk(options, monkeypatch):
+    def wrong(*_):
+        raise RuntimeError("shapes differ")
+
+    run = begun(options(max_steps=1))
+    monkeypatch.setattr(Run, "write", wrong)
+    with pytest.raises(RuntimeError, match="shapes differ"):
         take_steps(run)
 
 

@@ -349,9 +349,13 @@ class Run:
         """
         try:
             self.write()
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
+            # torch's archives say of a full disk that they are at an "unexpected pos".
+            if isinstance(error, RuntimeError) and "unexpected pos" not in str(error):
+                raise
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
             raise InputError(
-                f"{self.folder}: step {self.step} cannot be saved ({error.strerror or error}); "
+                f"{self.folder}: step {self.step} cannot be saved ({reason}); is the disk full? "
                 "--resume goes on from the last checkpoint"
             ) from None
 

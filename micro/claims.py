@@ -1,0 +1,156 @@
+"""What the paper claims, claim by claim, measured on the micro world: what holds, what does not.
+
+    python micro/claims.py                       # or: make claims. Hours; goes on where it stopped
+    python micro/claims.py --quick               # or: make claims-quick. One seed, half an hour
+    python micro/claims.py --claim med --seeds 0 1
+    python micro/claims.py --plan                # what there is to make, and how long that takes
+    python micro/claims.py --summary             # what micro/results/claims says, without running
+
+The claims are data (micro/paper_claims.py, micro/further_claims.py): each has a sentence, what
+would refute it, the models and test sets that it needs (micro/experiments.py), and bounds from
+which the verdict follows (micro/verdicts.py). A seed's table of a claim is written to
+micro/results/claims as soon as all that it needs is there. In the end this prints Markdown, and
+writes it to docs/claims.md; with --quick or --smoke both stay in the folder of the runs.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from statistics import fmean
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from hub.errors import InputError
+from hub.options import ROOT, run_command
+from micro.experiments import Place, Task, make_all, print_plan, provenance, tasks_for
+from micro.further_claims import FURTHER_CLAIMS
+from micro.paper_claims import PANELS, PAPER_CLAIMS, curve
+from micro.verdicts import Claim, Table, report, write_results
+from training.journal import git_commit, write_whole
+
+CLAIMS = (*PAPER_CLAIMS, *FURTHER_CLAIMS)
+RESULTS = ROOT / "micro" / "results" / "claims"
+PAGE = ROOT / "docs" / "claims.md"
+INTRODUCTION = """# The paper's claims, one by one
+
+Written by `python micro/claims.py`, from `micro/results/claims`. All on the micro world
+([micro/README.md](../micro/README.md)): A is the domain that is trained on, as text; L is alike
+with other symbols, G is of another kind. A seed has a base of its own. 500 questions a cell; greedy
+where nothing else is said. What would refute a claim was written down before it was measured. A
+bound holds or does not where the mean over seeds is more than two standard errors from it; else it
+is undecided.
+
+"""
+CURVE_STEPS = 5  # of GRPO, whose mean is one point of the picture
+
+
+def read_table(claim: Claim, seed: int, place: Place) -> Table:
+    """Returns a claim's table of a seed, from cells and runs that are all there."""
+    return {
+        name: {column: round(figure.read(place), 4) for column, figure in row.items()}
+        for name, row in claim.table(seed).items()
+    }
+
+
+def read_curves(claim: Claim, seed: int, place: Place) -> dict[str, list[float | None]]:
+    """Returns the curves of a claim's run, each point the mean of some steps.
+
+    A point is None where none of them has measured the field.
+    """
+    curves = {}
+    for field in PANELS:
+        values = curve(claim.curves(seed), place, field)
+        points = []
+        for start in range(0, len(values), CURVE_STEPS):
+            known = [v for v in values[start : start + CURVE_STEPS] if v is not None]
+            points.append(float(f"{fmean(known):.4g}") if known else None)
+        curves[field] = points
+    return curves
+
+
+def measured(claim: Claim, seed: int, place: Place, commit: str | None) -> dict:
+    """Returns what is written of a claim and a seed."""
+    result = provenance(commit) | {"table": read_table(claim, seed, place)}
+    if claim.curves:
+        result["curves"] = read_curves(claim, seed, place)
+    return result
+
+
+def choose(names: list[str] | None, quick: bool) -> tuple[Claim, ...]:
+    """Returns the claims of these names; without names, all that are measured."""
+    known = {claim.name: claim for claim in CLAIMS}
+    if names is None:
+        return tuple(claim for claim in CLAIMS if claim.in_quick or not quick)
+    for name in names:
+        if name not in known:
+            raise InputError(f"--claim {name}: there is no such claim; {', '.join(known)}")
+    return tuple(known[name] for name in names)
+
+
+Pairs = list[tuple[Claim, int]]  # with a seed
+
+
+def pair_up(claims: tuple[Claim, ...], seeds: list[int] | None) -> Pairs:
+    """Returns each claim with each of its seeds, seed by seed: the first is complete first."""
+    pairs = [(claim, seed) for claim in claims for seed in seeds or claim.seeds]
+    return sorted(pairs, key=lambda pair: pair[1])  # stable: the claims keep their order
+
+
+def plan(pairs: Pairs, place: Place) -> list[Task]:
+    return tasks_for([claim.needs(seed) for claim, seed in pairs], place)
+
+
+def measure(pairs: Pairs, place: Place, results: Path, cores: int) -> list[str]:
+    """Makes everything, and writes each table as soon as it can be read. Returns what failed."""
+    waiting = list(pairs)
+    commit = git_commit()
+
+    def write_complete() -> None:
+        for claim, seed in list(waiting):
+            if all(need.done(place) for need in claim.needs(seed)):
+                waiting.remove((claim, seed))
+                write_results(results, claim, seed, measured(claim, seed, place, commit))
+                print(f"measured: {claim.name}, seed {seed}", flush=True)
+
+    write_complete()
+    return make_all(plan(pairs, place), place, cores, write_complete)
+
+
+def main(argv: list[str]) -> None:
+    """Measures what is missing, and writes the report."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--claim", nargs="+", metavar="NAME", help=", ".join(claim.name for claim in CLAIMS))
+    add("--seeds", type=int, nargs="+", help="instead of those that each claim states")
+    add("--quick", action="store_true", help="seed 0, without the claims that need other bases")
+    add("--plan", action="store_true", help="list what there is to make, and stop")
+    add("--summary", action="store_true", help="from the results alone; runs nothing")
+    add("--smoke", action="store_true", help="two steps a run, 20 questions: does it all work?")
+    add("--out", type=Path, default=Path("runs/claims"), help="folder of the runs")
+    add("--cores", type=int, default=2, help="runs at the same time, of one thread each")
+    args = parser.parse_args(argv)
+    claims = choose(args.claim, args.quick)
+    place = Place(args.out / "smoke" if args.smoke else args.out, args.smoke)
+    apart = args.quick or args.smoke  # from the results that are committed
+    results = place.out / "results" if apart else RESULTS
+    page = place.out / "claims.md" if apart else PAGE
+
+    failed = []
+    if not args.summary:
+        pairs = pair_up(claims, [0] if args.quick and not args.seeds else args.seeds)
+        if args.plan:
+            print_plan(plan(pairs, place), place, args.cores)
+            return
+        failed = measure(pairs, place, results, args.cores)
+    # The page has every claim, whichever were asked for.
+    write_whole(page, (INTRODUCTION + report(CLAIMS, results)).encode())
+    print("\n" + report(claims, results))
+    print(f"{page} written")
+    if failed:
+        raise InputError(f"{len(failed)} failed: {'; '.join(failed)}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,213 @@
+"""Claims that go beyond the paper, in the same form: a remedy, and what the effect depends on.
+
+What would refute a claim was written down before it was measured (see micro/paper_claims.py).
+"""
+
+from collections.abc import Callable
+
+from micro.claim_data import shipped
+from micro.claim_parts import (
+    HEADLINE,
+    SIX,
+    Rows,
+    base,
+    figure_of,
+    gain,
+    grpo,
+    percent,
+    reading,
+    row,
+    sft,
+    x_reasoner,
+)
+from micro.failures import FAILURES
+from micro.paper_claims import MED_UNIT, SHARES, med
+from micro.reproduce import COLUMNS
+from micro.verdicts import Bound, Claim, Table
+
+
+def med_mixed(seed: int) -> Rows:
+    return med(seed, SHARES)
+
+
+def mixed_bounds() -> tuple[Bound, ...]:
+    bounds = []
+    for part, whole in SHARES:
+        name = f"Med SFT + RL, {part}/{whole} general"
+        for text, column, least in (("A text", "A text", -1), ("A image", "A image", -1),
+                                    ("G image", "G image", 40)):  # fmt: skip
+            figure = gain(name, "X-Reasoner", column)
+            bounds.append(Bound(f"{part}/{whole} mixed in: change on {text}", figure, least))
+    return tuple(bounds)
+
+
+MED_MIXED = Claim(
+    "med-mixed",
+    "not in the paper",
+    "Mixing general questions into both stages of Med prevents forgetting, and costs Med nothing.",
+    "with a share mixed in, text or images of A still lose more than 1 point, or images of G gain "
+    "less than 40. (The smallest share that passes is the remedy.)",
+    med_mixed,
+    mixed_bounds(),
+    (0, 1, 2, 3),
+    MED_UNIT,
+)
+
+
+# --- 9. Beyond the paper --------------------------------------------------------------------------
+
+IMAGE_SHARES = (0.6, 0.2, 0.05)  # of the base's pre-training; 0.6 is the shipped one's
+WIDTHS = (64, 128, 192)  # of the base; 128 is the shipped one's
+CHANCE = 10  # %, of a blind guess
+
+
+def by_base(seed: int, name: str, values: tuple, default) -> Rows:
+    rows = {}
+    for value in values:
+        options = {} if value == default else {name: value}
+        final = x_reasoner(seed, **options)
+        read = {"reading": figure_of(base(seed, **options), shipped("test_transcription"), reading)}
+        rows[f"{name} {value}: base"] = read | row(base(seed, **options))
+        rows[f"{name} {value}: SFT + RL"] = row(final)
+    return rows
+
+
+def reading_claim(seed: int) -> Rows:
+    return by_base(seed, "image_share", IMAGE_SHARES, 0.6)
+
+
+def over_prediction(share: float) -> Callable[[Table], float]:
+    """Returns what computes by how much images do better than reading times reasoning."""
+
+    def figure(t: Table) -> float:
+        read = t[f"image_share {share}: base"]["reading"] / 100
+        final = t[f"image_share {share}: SFT + RL"]
+        return final["A image"] - (read * final["A text"] + (1 - read) * CHANCE)
+
+    return figure
+
+
+READING = Claim(
+    "reading",
+    "not in the paper",
+    "What carries over to images is as much as the base can read: accuracy on images is reading "
+    "times reasoning, plus a guess for the rest.",
+    "for bases that have seen fewer images, images of A after both stages are more than 8 points "
+    "off (share of images read) x (accuracy on text) + (share not read) x 10%.",
+    reading_claim,
+    tuple(
+        Bound(f"{share:.0%} images: measured - predicted", over_prediction(share), -8, 8)
+        for share in IMAGE_SHARES
+    ),
+    unit="accuracy in %, k > 2; reading: whole strips of A read out without an error, in %",
+    in_quick=False,
+)
+
+
+def size(seed: int) -> Rows:
+    return by_base(seed, "width", WIDTHS, 128)
+
+
+def size_gain(width: int, column: str) -> Callable[[Table], float]:
+    return gain(f"width {width}: SFT + RL", f"width {width}: base", column)
+
+
+def share_of_text(width: int) -> Callable[[Table], float]:
+    """Returns what computes the gain on images in % of that on text (which is at least a point)."""
+    on_text, on_images = size_gain(width, "A text"), size_gain(width, "A image")
+    return lambda t: 100 * on_images(t) / max(1.0, on_text(t))
+
+
+SIZE = Claim(
+    "size",
+    "not in the paper",
+    "The effect does not need a certain size of base: narrower and wider ones show it as well.",
+    "at some width images of A gain less than 40 points, or less than 80% of what text gains.",
+    size,
+    (
+        *(Bound(f"width {w}: gain on A image", size_gain(w, "A image"), 40) for w in WIDTHS),
+        *(Bound(f"width {w}: images, % of text's gain", share_of_text(w), 80) for w in WIDTHS),
+    ),
+    unit="accuracy in %, k > 2; reading: whole strips of A read out without an error, in %",
+    in_quick=False,
+)
+
+# Of 60 rollouts, after which there is room left on images; each of 128 responses.
+VARIANTS = {
+    "no std normalisation": {"normalize_std": False},
+    "KL 1e-3": {"kl_coef": 1e-3},
+    "KL 1e-2": {"kl_coef": 1e-2},
+    "groups of 4": {"group_size": 4, "questions_per_step": 32},
+    "groups of 16": {"group_size": 16, "questions_per_step": 8},
+}
+# With one update a rollout the ratio is 1 and nothing is ever clipped. So clipping is compared with
+# four updates a rollout.
+UPDATES = {"updates_per_rollout": 4}
+CLIPS = {"4 updates, clip 0.28": UPDATES, "4 updates, clip 0.2": UPDATES | {"clip_eps_high": 0.2}}
+DEFAULT = "as shipped"
+
+
+def variants(seed: int) -> Rows:
+    start = sft(base(seed))
+    rows = {"SFT": row(start)}
+    for name, options in {DEFAULT: {}, **VARIANTS, **CLIPS}.items():
+        rows[name] = row(grpo(start, max_steps=60, **options))
+    return rows
+
+
+VARIANTS_CLAIM = Claim(
+    "variants",
+    "not in the paper",
+    "No knob of GRPO decides what images gain: each variant ends where the shipped options do.",
+    "a variant differs from the shipped options by more than 3 points on images of A (what does is "
+    "what matters); clip-higher is compared with 0.2 at four updates a rollout.",
+    variants,
+    (
+        *(
+            Bound(f"{name} - {DEFAULT}, A image", gain(name, DEFAULT, "A image"), -3, 3)
+            for name in VARIANTS
+        ),
+        Bound("clip 0.28 - clip 0.2, A image", gain(*CLIPS, "A image"), -3, 3),
+    ),
+    unit="accuracy in %, k > 2, after 60 rollouts of 128 answers",
+)
+
+# --- Where it fails -------------------------------------------------------------------------------
+
+COUNTED = ("stopped early", "went on")  # the steps are right, but not their number
+
+
+def failures(seed: int) -> Rows:
+    final = x_reasoner(seed)
+    return {
+        column: {
+            name: figure_of(final, shipped(COLUMNS[column]), percent("failures", name))
+            for name in FAILURES
+        }
+        for column in SIX
+    }
+
+
+def miscounted(column: str) -> Callable[[Table], float]:
+    """Returns what computes the share of failures in which only the number of steps is wrong."""
+
+    def figure(t: Table) -> float:
+        return 100 * sum(t[column][name] for name in COUNTED) / max(0.1, sum(t[column].values()))
+
+    return figure
+
+
+FAILURES_CLAIM = Claim(
+    "failures",
+    "not in the paper",
+    "Where L and G do not follow A, the steps are right and their number is wrong: what does not "
+    "carry over is when to stop.",
+    "on L or on G, text or images, less than 75% of the failures are chains of right steps that "
+    "stop early or go on (the others misread the question, or take a wrong step).",
+    failures,
+    tuple(Bound(f"right steps among the failures, {c}", miscounted(c), 75) for c in SIX[2:]),
+    HEADLINE,
+    "% of the questions with k > 2 that go wrong in each way, after SFT + RL",
+)
+
+FURTHER_CLAIMS = (MED_MIXED, READING, SIZE, VARIANTS_CLAIM, FAILURES_CLAIM)
