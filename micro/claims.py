@@ -37,7 +37,7 @@ Written by `python micro/claims.py`, from `micro/results/claims`. All on the mic
 ([micro/README.md](../micro/README.md)): A is the domain that is trained on, as text; L is alike
 with other symbols, G is of another kind. A seed has a base of its own. 500 questions a cell; greedy
 where nothing else is said. What would refute a claim was written down before it was measured; that
-of forced-exit after a look for a model that thinks without end, at 60 questions a cell (docs/log.md).
+of forced-exit after a look for a model that thinks without end, with 60 questions a cell (log.md).
 A bound holds or does not where the mean over seeds is more than two standard errors from it; else
 it is undecided.
 
