@@ -1,0 +1,562 @@
+"""Do released weights do here what they do in transformers? One command, one line of verdict.
+
+    python benchmarks/check_weights.py Qwen2.5-VL-3B-Instruct        # uses transformers, if it is here
+    python benchmarks/check_weights.py Qwen2.5-VL-3B-Instruct --peer PEER/bin/python
+    python benchmarks/check_weights.py Qwen2.5-VL-7B-Instruct --device cuda --json check.json
+
+For whoever has a folder of Qwen2.5-VL, X-Reasoner or a text-only Qwen2.5, and would confirm or
+refute us: send us the paragraph that is printed before the verdict. The peer's environment is made
+by `python -m venv PEER && PEER/bin/pip install torch transformers pillow` (4.56 or newer). It gets
+the memory after us, not beside us.
+
+What is looked at: every tensor's name and shape; the ids of a text, those of a conversation by the
+folder's own template, and the patches of a picture; the logits of that text and of a question about
+that picture; and the loss of one SFT example. The picture is drawn by a formula.
+
+CONFIRMED (exit code 0): all that could be compared agrees. REFUTED (1): something does not, or a
+tensor is missing, unexpected, misshapen or not finite. PLAUSIBLE (0): there was no transformers to
+compare with, but all tensors are right, and the model knows English; read its two answers. A folder
+that cannot be read at all is an error in one line (2). The bounds:
+
+* float32: no logit differs by more than 0.01, no loss by more than 0.0001. BOUNDS_MEASURED_32
+* bfloat16: here two right programs differ in every logit, so the distributions are compared: the
+  mean of KL(transformers || ours) is below 0.01 nats, the likeliest token is the same at 90% of the
+  places, and no loss differs by more than 0.02. BOUNDS_MEASURED_16
+* Patches differ by at most 0.02: newer versions of transformers resize with torchvision, which
+  rounds otherwise than PIL. Ids are equal.
+* Weights know English if the text's mean loss is below half of ln V, that of a blind guess.
+  BOUNDS_MEASURED_LOSS
+"""
+
+import gc
+import importlib.util
+import json
+import math
+import platform
+import resource
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.common import SHAPES, ask_peer, synchronize  # noqa: E402
+from data import (  # noqa: E402
+    Example,
+    ImageConfig,
+    Prompt,
+    Tokenizer,
+    check_vocabulary,
+    chat_prompt,
+    encode_example,
+    make_pack,
+    make_row,
+)
+from data.completions import SamplingParams  # noqa: E402
+from hub.config import Config  # noqa: E402
+from hub.device import DEVICE_HELP, DTYPES, in_gib, limit_threads, pick_device  # noqa: E402
+from hub.errors import InputError  # noqa: E402
+from hub.options import option, parse_options, run_command  # noqa: E402
+from hub.weights import (  # noqa: E402
+    assigned,
+    check_not_quantised,
+    opened,
+    published_name,
+    read_index,
+    weight_files,
+)
+from model import Qwen2_5_VL  # noqa: E402
+from sample import Sampler  # noqa: E402
+from sft import sft_loss  # noqa: E402
+from training.journal import git_commit  # noqa: E402
+
+# The beginning of Pride and Prejudice, which every language model has read, and a line to tokenise.
+TEXT = (
+    "It is a truth universally acknowledged, that a single man in possession of a good fortune, "
+    "must be in want of a wife. However little known the feelings or views of such a man may be on "
+    "his first entering a neighbourhood, this truth is so well fixed in the minds of the "
+    "surrounding families, that he is considered the rightful property of some one or other of "
+    "their daughters.\n1 2 3 4 5 6 7 8 9 10; 一二三四五六七八九十; def add(a, b): return a + b"
+)
+SYSTEM = "You are a helpful assistant."
+ASKED = "What is 17 + 25? Answer with the number."
+ASKED_OF_PICTURE = "Which shapes are in this picture, and which colours do they have?"
+LESSON = Example(
+    id="lesson",
+    question="A train goes 60 km in one hour. How far does it go in 3 hours?",
+    answer="180",
+    response="<think>In each hour it goes 60 km, so in 3 hours it goes 3 * 60 = 180 km.</think>\n"
+    "<answer>180</answer>",
+)
+
+# The bounds of the docstring.
+MAX_LOGIT = 0.01
+MAX_LOSS = {torch.float32: 1e-4, torch.bfloat16: 0.02}
+MAX_KL, MIN_TOP1 = 0.01, 0.9  # bfloat16
+MAX_PATCH = 0.02
+
+
+@dataclass
+class CheckOptions:
+    """Do released weights do here what they do in transformers?"""
+
+    folder: str = option(None, "model folder", positional=True)
+    peer: str = option("auto", "Python with transformers; auto: this one, if it has it; or none")
+    new_tokens: int = option(48, "of each greedy answer, at most", low=1)
+    device: str = option("auto", DEVICE_HELP)
+    dtype: str = option("auto", "of the weights; auto: bfloat16 on a GPU, else float32", choices=DTYPES)
+    json: str | None = option(None, "a file for all figures")
+
+
+def draw_picture() -> Image.Image:
+    """Returns a red disc and a blue square on a grey that grows lighter to the right.
+
+    Both sides are no multiples of 28, so that the picture must be resized.
+    """
+    width, height = 250, 190
+    pixels = bytearray()
+    for y in range(height):
+        for x in range(width):
+            if (x - 70) ** 2 + (y - 95) ** 2 < 45**2:
+                pixels += bytes((220, 30, 30))
+            elif 145 <= x < 225 and 55 <= y < 135:
+                pixels += bytes((30, 60, 220))
+            else:
+                pixels += bytes([155 + 100 * x // width] * 3)
+    return Image.frombytes("RGB", (width, height), bytes(pixels))
+
+
+# --- What the folder is ---
+
+
+def describe(folder: Path, config: Config) -> dict:
+    """Returns what a folder is, by its config and by the headers of its weights.
+
+    Raises InputError for weights that cannot be read or are quantised.
+    """
+    # 1. All names that are there, and which of them count.
+    index, files = read_index(folder), weight_files(folder)
+    check_not_quantised(files, index)
+    shapes, dtypes, ignored = {}, Counter(), []
+    for path in files:
+        with opened(path) as file:
+            kept = set(assigned(file, path, index))
+            ignored += [key for key in file.keys() if key not in kept]
+            for key in kept:
+                tensor = file.get_slice(key)
+                shapes[published_name(key)] = tensor.get_shape()
+                dtypes[tensor.get_dtype()] += 1
+
+    # 2. Beside those that the model needs.
+    with torch.device("meta"):
+        expected = Qwen2_5_VL(config).state_dict()
+    known = [name for name, shape in SHAPES.items() if fits(config, shape)]
+    return {
+        "folder": folder.resolve().name,
+        "type": "qwen2_5_vl" if config.vision is not None else "qwen2",
+        "decoder": known[0] if known else None,
+        "parameters": sum(tensor.numel() for tensor in expected.values()),
+        "dtypes": dict(dtypes),
+        "tied": config.tie_word_embeddings,
+        "files": len(files),
+        "bytes": sum(path.stat().st_size for path in files),
+        "tensors_expected": len(expected),
+        "tensors_right": sum(
+            shapes.get(name) == list(tensor.shape) for name, tensor in expected.items()
+        ),
+        "tensors_more": sorted(set(shapes) - set(expected)),  # a tied head, or else an error
+        "tensors_ignored": sorted(ignored),
+    }
+
+
+def fits(config: Config, shape: dict) -> bool:
+    """Returns whether a config's decoder has one of the shapes of benchmarks/common.py."""
+    names = ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size")
+    return all(getattr(config, name) == shape[name] for name in names)
+
+
+def print_description(about: dict, tokenizer: Tokenizer, config: Config, images) -> None:
+    decoder = f", the decoder of the {about['decoder']}" if about["decoder"] else ""
+    tied = "tied" if about["tied"] else "separate"
+    dtypes = ", ".join(f"{count} {dtype}" for dtype, count in about["dtypes"].items())
+    ignored = ", ".join(about["tensors_ignored"][:3]) or "none"
+    print(f"folder     {about['folder']}: {about['type']}{decoder}, {about['parameters']:,} parameters")
+    print(f"weights    {about['files']} file(s), {in_gib(about['bytes'])}; {dtypes}; head {tied}")
+    right, expected = about["tensors_right"], about["tensors_expected"]
+    print(f"tensors    {right} of {expected} there with their shapes; beside them", end=" ")
+    more = len(about["tensors_more"])
+    print(f"{more} more, {len(about['tensors_ignored'])} ignored ({ignored})")
+    print(f"tokenizer  ids up to {tokenizer.vocab_size - 1}, {config.vocab_size} rows of vocabulary", end="")
+    print(f"; stops at {' and '.join(map(str, tokenizer.stop_ids))}")
+    if images is not None:
+        print(f"images     of {images.min_pixels:,} to {images.max_pixels:,} pixels")
+
+
+# --- What it computes ---
+
+
+@dataclass
+class Inputs:
+    """What both programs get."""
+
+    text: list[int]
+    question: Prompt
+    picture: Prompt | None  # None for a text-only model
+    lesson: tuple[list[int], list[bool]]  # ids, and which of them are scored
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns them as the peer reads them (transformers_forward.py)."""
+        ids, scored = self.lesson
+        out = {
+            "text.ids": torch.tensor(self.text),
+            "lesson.ids": torch.tensor(ids),
+            "lesson.scored": torch.tensor(scored),
+        }
+        if self.picture is not None:
+            out["picture.ids"] = torch.tensor(self.picture.ids)
+            out["picture.grid"] = torch.tensor(self.picture.grids)
+            out["picture.patches"] = self.picture.pixel_values()
+        return out
+
+
+def conversation(text: str, picture: bool) -> list[dict]:
+    """Returns a question to the model, with or without an image before it."""
+    content = [{"type": "image"}, {"type": "text", "text": text}] if picture else text
+    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
+
+
+def make_inputs(tokenizer: Tokenizer, images: ImageConfig | None) -> Inputs:
+    picture = None
+    if images is not None:
+        asked = conversation(ASKED_OF_PICTURE, picture=True)
+        picture = chat_prompt(asked, [draw_picture()], tokenizer, images)
+    question = chat_prompt(conversation(ASKED, picture=False), [], tokenizer, ImageConfig())
+    lesson = encode_example(LESSON, tokenizer, style="train", max_length=4096)
+    return Inputs(tokenizer.encode(TEXT), question, picture, lesson)
+
+
+@torch.no_grad()
+def run_ours(model: Qwen2_5_VL, tokenizer: Tokenizer, inputs: Inputs, new_tokens: int) -> dict:
+    """Returns logits on the host, losses, greedy answers, and seconds. Takes the model apart."""
+    device = model.head_weight.device
+    seconds, logits = {}, {}
+
+    def timed(name: str, work):
+        synchronize(device)
+        started = time.perf_counter()
+        result = work()
+        synchronize(device)
+        seconds[name] = time.perf_counter() - started
+        return result
+
+    def forward(ids: list[int], **images) -> Tensor:
+        hidden = model(torch.tensor([ids], device=device), **images)
+        return model.logits(hidden)[0].float().cpu()
+
+    # 1. Logits [T, V] of the text, and its mean loss.
+    logits["text"] = timed("text", lambda: forward(inputs.text))
+    targets = torch.tensor(inputs.text[1:])
+    text_loss = F.cross_entropy(logits["text"][:-1], targets).item()
+
+    # 2. Of the picture.
+    if inputs.picture is not None:
+        images = {"image_grid_thw": inputs.picture.grids}
+        images["pixel_values"] = inputs.picture.pixel_values().to(device)
+        logits["picture"] = timed("picture", lambda: forward(inputs.picture.ids, **images))
+
+    # 3. The loss as in training: of a pack, through the head's own kernel.
+    row = make_row(*inputs.lesson)
+    pack = make_pack([row]).to(device)
+    lesson_loss = timed("lesson", lambda: sft_loss(model, pack)).item() / int(row.scored.sum())
+
+    # 4. What it says, for people to read.
+    sampler = Sampler(model, tokenizer, frozen=True)
+    prompts = [inputs.question] + ([inputs.picture] if inputs.picture else [])
+    params = SamplingParams(new_tokens, 0.0)
+    groups = timed("answers", lambda: sampler.generate(prompts, params))
+    answers = [group[0] for group in groups]
+    return {
+        "logits": logits,
+        "text_loss": text_loss,
+        "lesson_loss": lesson_loss,
+        "answers": [answer.text for answer in answers],
+        "answer_tokens": sum(len(answer.ids) for answer in answers),
+        "seconds": seconds,
+    }
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Returns the peak of a GPU's memory, or else of this process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+# --- The comparison ---
+
+
+def find_peer(peer: str) -> str | None:
+    """Returns the Python to run transformers with, None if there is none."""
+    if peer == "none":
+        return None
+    if peer == "auto":
+        return sys.executable if importlib.util.find_spec("transformers") else None
+    return peer
+
+
+def compare_logits(ours: Tensor, theirs: Tensor) -> dict:
+    """Returns how far logits [T, V] are from transformers': the largest difference, the mean of
+    KL(theirs || ours) in nats, and at which share of the places the likeliest token is the same."""
+    largest, kl, equal = 0.0, 0.0, 0
+    for mine, other in zip(ours.split(64), theirs.split(64)):
+        largest = max(largest, (mine - other).abs().max().item())
+        log_p, log_q = other.double().log_softmax(-1), mine.double().log_softmax(-1)
+        kl += (log_p.exp() * (log_p - log_q)).sum().item()
+        equal += (mine.argmax(-1) == other.argmax(-1)).sum().item()
+    return {"max_diff": largest, "mean_kl": kl / len(ours), "top1": equal / len(ours)}
+
+
+def run_theirs(peer: str, job: dict, inputs: Inputs, ours: dict, tokenizer: Tokenizer) -> dict:
+    """Returns transformers' report, with how far we are from it under "differences"."""
+    with tempfile.TemporaryDirectory() as temporary:
+        job["inputs"] = f"{temporary}/inputs.safetensors"
+        job["outputs"] = f"{temporary}/outputs.safetensors"
+        job["picture"] = None
+        save_file(inputs.tensors(), job["inputs"])
+        if inputs.picture is not None:
+            job["picture"] = f"{temporary}/picture.png"
+            draw_picture().save(job["picture"])
+        [theirs] = ask_peer(peer, "transformers_forward.py", job)
+        found = {}
+        with safe_open(job["outputs"], framework="pt") as file:
+            for name, logits in ours["logits"].items():
+                found[name] = compare_logits(logits, file.get_tensor(name))
+            if inputs.picture is not None and theirs["patches"] is None:
+                patches = file.get_tensor("patches") - inputs.picture.pixel_values()
+                found["patches"] = patches.abs().max().item()
+    found["loss"] = abs(ours["lesson_loss"] - theirs["losses"]["lesson"])
+    if isinstance(theirs["tokens"], list):
+        found["tokens_equal"] = theirs["tokens"] == inputs.text
+    if isinstance(theirs["chat"], list):
+        asked = (inputs.picture or inputs.question).ids
+        # An image is one token in the template; the processor then makes it as many as it needs.
+        pads = (tokenizer.image_pad, tokenizer.image_pad)
+        once = [token for token, last in zip(asked, [None, *asked]) if (token, last) != pads]
+        found["chat_equal"] = theirs["chat"] == once
+    return theirs | {"differences": found}
+
+
+def find_faults(differences: dict, dtype: torch.dtype) -> list[str]:
+    """Returns what is beyond the bounds, as text."""
+    faults = []
+    for name in ("text", "picture"):
+        if name not in differences:
+            continue
+        found = differences[name]
+        if dtype == torch.float32 and not found["max_diff"] <= MAX_LOGIT:
+            faults.append(f"logits of the {name} differ by up to {found['max_diff']:.2g}")
+        if dtype != torch.float32 and not found["mean_kl"] <= MAX_KL:
+            faults.append(f"logits of the {name} have a mean KL of {found['mean_kl']:.2g} nats")
+        if dtype != torch.float32 and found["top1"] < MIN_TOP1:
+            faults.append(f"likeliest tokens of the {name} agree at {found['top1']:.0%} only")
+    if not differences["loss"] <= MAX_LOSS[dtype]:
+        faults.append(f"the SFT loss differs by {differences['loss']:.2g}")
+    if differences.get("patches", 0.0) > MAX_PATCH:
+        faults.append(f"the picture's patches differ by up to {differences['patches']:.2g}")
+    if not differences.get("tokens_equal", True):
+        faults.append("the text has other ids")
+    if not differences.get("chat_equal", True):
+        faults.append("the conversation has other ids")
+    return faults
+
+
+def print_differences(theirs: dict) -> None:
+    found = theirs["differences"]
+    for name in ("text", "picture"):
+        if name in found:
+            each = found[name]
+            print(f"{name:<11}logits: max |diff| {each['max_diff']:.2g}, mean KL", end=" ")
+            print(f"{each['mean_kl']:.2g} nats, likeliest token the same at {each['top1']:.1%}")
+    print(f"SFT loss   {theirs['losses']['lesson']:.6f} there: differs by {found['loss']:.2g}")
+    print(f"inputs     text {said(found.get('tokens_equal'), theirs['tokens'])}", end="; ")
+    print(f"conversation {said(found.get('chat_equal'), theirs['chat'])}")
+    if "picture" in found:
+        patches = f"patches: not compared ({theirs['patches']})"
+        if "patches" in found:
+            patches = f"patches: max |diff| {found['patches']:.2g}"
+        print(f"           {patches}")
+
+
+def said(equal: bool | None, reason) -> str:
+    """Returns the outcome of comparing ids; `reason` says why there were none."""
+    if equal is None:
+        return f"ids: not compared ({reason})"
+    return "ids: equal" if equal else "ids: NOT equal"
+
+
+# --- The verdict ---
+
+
+def decide(ours: dict, theirs: dict | None, dtype: torch.dtype, vocab: int) -> tuple[str, str]:
+    """Returns the verdict, one of three words, and why."""
+    guess = math.log(vocab)
+    english = f"mean loss on English {ours['text_loss']:.2f} nats, a blind guess has {guess:.2f}"
+    knows_english = ours["text_loss"] < guess / 2
+    if theirs is not None:
+        faults = find_faults(theirs["differences"], dtype)
+        if theirs["loading"]:
+            faults.append(f"transformers lacks {', '.join(theirs['loading'][:3])}")
+        if faults:
+            return "REFUTED", "; ".join(faults)
+        reason = "all that was compared with transformers agrees"
+        return "CONFIRMED", reason if knows_english else f"{reason} (but {english})"
+    if not knows_english:
+        return "REFUTED", f"{english}: these weights are random, or are used wrongly here"
+    return "PLAUSIBLE", f"nothing to compare with, but all tensors are right; {english}"
+
+
+def machine(device: torch.device) -> str:
+    """Returns the device in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    capability = torch.backends.cpu.get_cpu_capability()
+    threads = torch.get_num_threads()
+    return f"{device.type} ({platform.machine()}, {capability}, {threads} threads)"
+
+
+def paragraph(report: dict) -> str:
+    """Returns the report in a few lines of Markdown, for an issue."""
+    folder, about, verdict = report["folder"], report["about"], report["verdict"]
+    lines = [
+        f"**check_weights: {verdict}** ({report['reason']}). `{folder['folder']}`: "
+        f"{folder['type']}, {folder['parameters']:,} parameters, {folder['tensors_right']} of "
+        f"{folder['tensors_expected']} tensors, {', '.join(folder['dtypes'])}, "
+        f"{'tied' if folder['tied'] else 'separate'} head, {folder['files']} file(s). "
+    ]
+    versions = f"torch {about['torch']}"
+    if "transformers" in report:
+        versions += f", transformers {report['transformers']['transformers']}"
+    lines.append(
+        f"Commit {about['commit']}, {about['date']}, {about['dtype']} on {about['device']}, "
+        f"{versions}. "
+    )
+    if "ours" in report:
+        ours = report["ours"]
+        lines.append(f"Text loss {ours['text_loss']:.4f}, SFT loss {ours['lesson_loss']:.6f}")
+    if "transformers" in report:
+        found = report["transformers"]["differences"]
+        lines.append(f" (differs by {found['loss']:.2g})")
+        for name in ("text", "picture"):
+            if name in found:
+                each = found[name]
+                lines.append(
+                    f"; {name} logits: max diff {each['max_diff']:.2g}, "
+                    f"KL {each['mean_kl']:.2g}, top-1 {each['top1']:.1%}"
+                )
+    if "ours" in report:
+        took = ", ".join(f"{name} {value:.2f}" for name, value in ours["seconds"].items())
+        lines.append(f". Seconds: {took}; peak {in_gib(ours['peak_bytes'])}.")
+    return "".join(lines)
+
+
+def check(options: CheckOptions) -> dict:
+    """Looks at everything, prints it as it comes, and returns the report."""
+    # 1. What it is. Whatever cannot be read is an error.
+    folder = Path(options.folder)
+    peer = find_peer(options.peer)
+    config = Config.from_pretrained(folder)
+    limit_threads(config)
+    device = pick_device(options.device)
+    name = options.dtype
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+    tokenizer = Tokenizer.from_pretrained(folder)
+    check_vocabulary(tokenizer, config)
+    images = ImageConfig.from_pretrained(folder) if config.vision is not None else None
+    about = {
+        "date": str(date.today()),
+        "commit": git_commit(),
+        "device": machine(device),
+        "dtype": name,
+        "torch": torch.__version__,
+    }
+    report = {"about": about, "folder": describe(folder, config)}
+    print_description(report["folder"], tokenizer, config, images)
+
+    # 2. All tensors. What is not as expected refutes us.
+    dtype = getattr(torch, name)
+    started = time.perf_counter()
+    try:
+        model = Qwen2_5_VL.from_pretrained(folder, device=device, dtype=dtype)
+    except InputError as error:
+        return report | {"verdict": "REFUTED", "reason": str(error)}
+    load_seconds = time.perf_counter() - started
+
+    # 3. Our side; then the memory is for the other.
+    inputs = make_inputs(tokenizer, images)
+    ours = run_ours(model, tokenizer, inputs, options.new_tokens)
+    ours["seconds"] = {"load": load_seconds} | ours["seconds"]
+    ours["peak_bytes"] = peak_bytes(device)
+    print_ours(ours, inputs)
+    del model
+    gc.collect()
+    torch.cuda.empty_cache()
+
+    # 4. Their side.
+    theirs = None
+    if peer is not None:
+        job = {
+            "model": str(folder),
+            "text": TEXT,
+            "chat": conversation(ASKED_OF_PICTURE if inputs.picture else ASKED, bool(images)),
+            "threads": torch.get_num_threads(),
+            "device": str(device),
+            "dtype": name,
+        }
+        print(f"\nBeside transformers ({peer}):", flush=True)
+        theirs = run_theirs(peer, job, inputs, ours, tokenizer)
+        print_differences(theirs)
+        report["transformers"] = theirs
+    del ours["logits"]
+    verdict, reason = decide(ours, theirs, dtype, config.vocab_size)
+    return report | {"ours": ours, "verdict": verdict, "reason": reason}
+
+
+def print_ours(ours: dict, inputs: Inputs) -> None:
+    seconds = ours["seconds"]
+    print(f"loaded     in {seconds['load']:.1f} s; peak of memory {in_gib(ours['peak_bytes'])}")
+    print(f"text       {len(inputs.text)} tokens in {seconds['text']:.2f} s", end=", ")
+    print(f"mean loss {ours['text_loss']:.4f} nats")
+    if inputs.picture is not None:
+        print(f"picture    {len(inputs.picture.ids)} tokens in {seconds['picture']:.2f} s")
+    scored = sum(inputs.lesson[1])
+    print(f"SFT loss   {ours['lesson_loss']:.6f} of {scored} tokens in {seconds['lesson']:.2f} s")
+    print(f"answers    {ours['answer_tokens']} tokens in {seconds['answers']:.2f} s")
+    for asked, answer in zip((ASKED, ASKED_OF_PICTURE), ours["answers"]):
+        print(f"  > {asked}\n  {answer}")
+
+
+def main(argv: list[str]) -> None:
+    options = parse_options(CheckOptions, argv)
+    report = check(options)
+    if options.json:
+        Path(options.json).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print(f"\n{paragraph(report)}\n\n{report['verdict']}: {report['reason']}")
+    if report["verdict"] == "REFUTED":
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run_command(main)
