@@ -57,8 +57,8 @@ from data import (  # noqa: E402
     ImageConfig,
     Prompt,
     Tokenizer,
-    check_vocabulary,
     chat_prompt,
+    check_vocabulary,
     encode_example,
     make_pack,
     make_row,
@@ -115,7 +115,9 @@ class CheckOptions:
     peer: str = option("auto", "Python with transformers; auto: this one, if it has it; or none")
     new_tokens: int = option(48, "of each greedy answer, at most", low=1)
     device: str = option("auto", DEVICE_HELP)
-    dtype: str = option("auto", "of the weights; auto: bfloat16 on a GPU, else float32", choices=DTYPES)
+    dtype: str = option(
+        "auto", "of the weights; auto: bfloat16 on a GPU, else float32", choices=DTYPES
+    )
     json: str | None = option(None, "a file for all figures")
 
 
@@ -191,13 +193,18 @@ def print_description(about: dict, tokenizer: Tokenizer, config: Config, images)
     tied = "tied" if about["tied"] else "separate"
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in about["dtypes"].items())
     ignored = ", ".join(about["tensors_ignored"][:3]) or "none"
-    print(f"folder     {about['folder']}: {about['type']}{decoder}, {about['parameters']:,} parameters")
+    print(
+        f"folder     {about['folder']}: {about['type']}{decoder}, {about['parameters']:,} parameters"
+    )
     print(f"weights    {about['files']} file(s), {in_gib(about['bytes'])}; {dtypes}; head {tied}")
     right, expected = about["tensors_right"], about["tensors_expected"]
     print(f"tensors    {right} of {expected} there with their shapes; beside them", end=" ")
     more = len(about["tensors_more"])
     print(f"{more} more, {len(about['tensors_ignored'])} ignored ({ignored})")
-    print(f"tokenizer  ids up to {tokenizer.vocab_size - 1}, {config.vocab_size} rows of vocabulary", end="")
+    print(
+        f"tokenizer  ids up to {tokenizer.vocab_size - 1}, {config.vocab_size} rows of vocabulary",
+        end="",
+    )
     print(f"; stops at {' and '.join(map(str, tokenizer.stop_ids))}")
     if images is not None:
         print(f"images     of {images.min_pixels:,} to {images.max_pixels:,} pixels")
