@@ -1,6 +1,6 @@
 """Do released weights do here what they do in transformers? One command, one line of verdict.
 
-    python benchmarks/check_weights.py Qwen2.5-VL-3B-Instruct        # uses transformers, if it is here
+    python benchmarks/check_weights.py Qwen2.5-VL-3B-Instruct      # transformers, if it is here
     python benchmarks/check_weights.py Qwen2.5-VL-3B-Instruct --peer PEER/bin/python
     python benchmarks/check_weights.py Qwen2.5-VL-7B-Instruct --device cuda --json check.json
 
@@ -29,13 +29,9 @@ that cannot be read at all is an error in one line (2). The bounds:
 """
 
 import gc
-import importlib.util
 import json
 import math
-import platform
-import resource
 import sys
-import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -44,25 +40,29 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import SHAPES, ask_peer, synchronize  # noqa: E402
-from data import (  # noqa: E402
-    Example,
-    ImageConfig,
-    Prompt,
-    Tokenizer,
-    chat_prompt,
-    check_vocabulary,
-    encode_example,
-    make_pack,
-    make_row,
+from benchmarks.agreement import (  # noqa: E402
+    ask_for_logits,
+    compare_logits,
+    find_faults,
+    find_peer,
+    machine,
+    peak_bytes,
 )
+from benchmarks.check_inputs import (  # noqa: E402
+    ASKED,
+    ASKED_OF_PICTURE,
+    TEXT,
+    Inputs,
+    conversation,
+    draw_picture,
+    make_inputs,
+)
+from benchmarks.common import SHAPES, synchronize  # noqa: E402
+from data import ImageConfig, Tokenizer, check_vocabulary, make_pack, make_row  # noqa: E402
 from data.completions import SamplingParams  # noqa: E402
 from hub.config import Config  # noqa: E402
 from hub.device import DEVICE_HELP, DTYPES, in_gib, limit_threads, pick_device  # noqa: E402
@@ -81,31 +81,6 @@ from sample import Sampler  # noqa: E402
 from sft import sft_loss  # noqa: E402
 from training.journal import git_commit  # noqa: E402
 
-# The beginning of Pride and Prejudice, which every language model has read, and a line to tokenise.
-TEXT = (
-    "It is a truth universally acknowledged, that a single man in possession of a good fortune, "
-    "must be in want of a wife. However little known the feelings or views of such a man may be on "
-    "his first entering a neighbourhood, this truth is so well fixed in the minds of the "
-    "surrounding families, that he is considered the rightful property of some one or other of "
-    "their daughters.\n1 2 3 4 5 6 7 8 9 10; 一二三四五六七八九十; def add(a, b): return a + b"
-)
-SYSTEM = "You are a helpful assistant."
-ASKED = "What is 17 + 25? Answer with the number."
-ASKED_OF_PICTURE = "Which shapes are in this picture, and which colours do they have?"
-LESSON = Example(
-    id="lesson",
-    question="A train goes 60 km in one hour. How far does it go in 3 hours?",
-    answer="180",
-    response="<think>In each hour it goes 60 km, so in 3 hours it goes 3 * 60 = 180 km.</think>\n"
-    "<answer>180</answer>",
-)
-
-# The bounds of the docstring.
-MAX_LOGIT = 0.01
-MAX_LOSS = {torch.float32: 1e-4, torch.bfloat16: 0.02}
-MAX_KL, MIN_TOP1 = 0.01, 0.9  # bfloat16
-MAX_PATCH = 0.02
-
 
 @dataclass
 class CheckOptions:
@@ -119,24 +94,6 @@ class CheckOptions:
         "auto", "of the weights; auto: bfloat16 on a GPU, else float32", choices=DTYPES
     )
     json: str | None = option(None, "a file for all figures")
-
-
-def draw_picture() -> Image.Image:
-    """Returns a red disc and a blue square on a grey that grows lighter to the right.
-
-    Both sides are no multiples of 28, so that the picture must be resized.
-    """
-    width, height = 250, 190
-    pixels = bytearray()
-    for y in range(height):
-        for x in range(width):
-            if (x - 70) ** 2 + (y - 95) ** 2 < 45**2:
-                pixels += bytes((220, 30, 30))
-            elif 145 <= x < 225 and 55 <= y < 135:
-                pixels += bytes((30, 60, 220))
-            else:
-                pixels += bytes([155 + 100 * x // width] * 3)
-    return Image.frombytes("RGB", (width, height), bytes(pixels))
 
 
 # --- What the folder is ---
@@ -193,9 +150,8 @@ def print_description(about: dict, tokenizer: Tokenizer, config: Config, images)
     tied = "tied" if about["tied"] else "separate"
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in about["dtypes"].items())
     ignored = ", ".join(about["tensors_ignored"][:3]) or "none"
-    print(
-        f"folder     {about['folder']}: {about['type']}{decoder}, {about['parameters']:,} parameters"
-    )
+    print(f"folder     {about['folder']}: {about['type']}{decoder}", end=", ")
+    print(f"{about['parameters']:,} parameters")
     print(f"weights    {about['files']} file(s), {in_gib(about['bytes'])}; {dtypes}; head {tied}")
     right, expected = about["tensors_right"], about["tensors_expected"]
     print(f"tensors    {right} of {expected} there with their shapes; beside them", end=" ")
@@ -211,46 +167,6 @@ def print_description(about: dict, tokenizer: Tokenizer, config: Config, images)
 
 
 # --- What it computes ---
-
-
-@dataclass
-class Inputs:
-    """What both programs get."""
-
-    text: list[int]
-    question: Prompt
-    picture: Prompt | None  # None for a text-only model
-    lesson: tuple[list[int], list[bool]]  # ids, and which of them are scored
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Returns them as the peer reads them (transformers_forward.py)."""
-        ids, scored = self.lesson
-        out = {
-            "text.ids": torch.tensor(self.text),
-            "lesson.ids": torch.tensor(ids),
-            "lesson.scored": torch.tensor(scored),
-        }
-        if self.picture is not None:
-            out["picture.ids"] = torch.tensor(self.picture.ids)
-            out["picture.grid"] = torch.tensor(self.picture.grids)
-            out["picture.patches"] = self.picture.pixel_values()
-        return out
-
-
-def conversation(text: str, picture: bool) -> list[dict]:
-    """Returns a question to the model, with or without an image before it."""
-    content = [{"type": "image"}, {"type": "text", "text": text}] if picture else text
-    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
-
-
-def make_inputs(tokenizer: Tokenizer, images: ImageConfig | None) -> Inputs:
-    picture = None
-    if images is not None:
-        asked = conversation(ASKED_OF_PICTURE, picture=True)
-        picture = chat_prompt(asked, [draw_picture()], tokenizer, images)
-    question = chat_prompt(conversation(ASKED, picture=False), [], tokenizer, ImageConfig())
-    lesson = encode_example(LESSON, tokenizer, style="train", max_length=4096)
-    return Inputs(tokenizer.encode(TEXT), question, picture, lesson)
 
 
 @torch.no_grad()
@@ -303,90 +219,35 @@ def run_ours(model: Qwen2_5_VL, tokenizer: Tokenizer, inputs: Inputs, new_tokens
     }
 
 
-def peak_bytes(device: torch.device) -> int:
-    """Returns the peak of a GPU's memory, or else of this process's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+# --- Beside transformers ---
 
 
-# --- The comparison ---
-
-
-def find_peer(peer: str) -> str | None:
-    """Returns the Python to run transformers with, None if there is none."""
-    if peer == "none":
-        return None
-    if peer == "auto":
-        return sys.executable if importlib.util.find_spec("transformers") else None
-    return peer
-
-
-def compare_logits(ours: Tensor, theirs: Tensor) -> dict:
-    """Returns how far logits [T, V] are from transformers': the largest difference, the mean of
-    KL(theirs || ours) in nats, and at which share of the places the likeliest token is the same."""
-    largest, kl, equal = 0.0, 0.0, 0
-    for mine, other in zip(ours.split(64), theirs.split(64)):
-        largest = max(largest, (mine - other).abs().max().item())
-        log_p, log_q = other.double().log_softmax(-1), mine.double().log_softmax(-1)
-        kl += (log_p.exp() * (log_p - log_q)).sum().item()
-        equal += (mine.argmax(-1) == other.argmax(-1)).sum().item()
-    return {"max_diff": largest, "mean_kl": kl / len(ours), "top1": equal / len(ours)}
-
-
-def run_theirs(peer: str, job: dict, inputs: Inputs, ours: dict, tokenizer: Tokenizer) -> dict:
+def compare(peer: str, folder: Path, about: dict, inputs: Inputs, ours: dict) -> dict:
     """Returns transformers' report, with how far we are from it under "differences"."""
-    with tempfile.TemporaryDirectory() as temporary:
-        job["inputs"] = f"{temporary}/inputs.safetensors"
-        job["outputs"] = f"{temporary}/outputs.safetensors"
-        job["picture"] = None
-        save_file(inputs.tensors(), job["inputs"])
-        if inputs.picture is not None:
-            job["picture"] = f"{temporary}/picture.png"
-            draw_picture().save(job["picture"])
-        [theirs] = ask_peer(peer, "transformers_forward.py", job)
-        found = {}
-        with safe_open(job["outputs"], framework="pt") as file:
-            for name, logits in ours["logits"].items():
-                found[name] = compare_logits(logits, file.get_tensor(name))
-            if inputs.picture is not None and theirs["patches"] is None:
-                patches = file.get_tensor("patches") - inputs.picture.pixel_values()
-                found["patches"] = patches.abs().max().item()
+    chat = conversation(ASKED_OF_PICTURE if inputs.picture else ASKED, bool(inputs.picture))
+    asked = ask_for_logits(
+        peer,
+        str(folder),
+        inputs.tensors(),
+        dtype=about["dtype"],
+        device=about["device"],
+        text=TEXT,
+        chat=chat,
+        picture=draw_picture() if inputs.picture else None,
+    )
+    found = {}
+    with asked as (theirs, file):
+        for name, logits in ours["logits"].items():
+            found[name] = compare_logits(logits, file.get_tensor(name))
+        if inputs.picture is not None and theirs["patches"] is None:
+            patches = file.get_tensor("patches") - inputs.picture.pixel_values()
+            found["patches"] = patches.abs().max().item()
     found["loss"] = abs(ours["lesson_loss"] - theirs["losses"]["lesson"])
     if isinstance(theirs["tokens"], list):
         found["tokens_equal"] = theirs["tokens"] == inputs.text
     if isinstance(theirs["chat"], list):
-        asked = (inputs.picture or inputs.question).ids
-        # An image is one token in the template; the processor then makes it as many as it needs.
-        pads = (tokenizer.image_pad, tokenizer.image_pad)
-        once = [token for token, last in zip(asked, [None, *asked]) if (token, last) != pads]
-        found["chat_equal"] = theirs["chat"] == once
+        found["chat_equal"] = theirs["chat"] == inputs.template_ids()
     return theirs | {"differences": found}
-
-
-def find_faults(differences: dict, dtype: torch.dtype) -> list[str]:
-    """Returns what is beyond the bounds, as text."""
-    faults = []
-    for name in ("text", "picture"):
-        if name not in differences:
-            continue
-        found = differences[name]
-        if dtype == torch.float32 and not found["max_diff"] <= MAX_LOGIT:
-            faults.append(f"logits of the {name} differ by up to {found['max_diff']:.2g}")
-        if dtype != torch.float32 and not found["mean_kl"] <= MAX_KL:
-            faults.append(f"logits of the {name} have a mean KL of {found['mean_kl']:.2g} nats")
-        if dtype != torch.float32 and found["top1"] < MIN_TOP1:
-            faults.append(f"likeliest tokens of the {name} agree at {found['top1']:.0%} only")
-    if not differences["loss"] <= MAX_LOSS[dtype]:
-        faults.append(f"the SFT loss differs by {differences['loss']:.2g}")
-    if differences.get("patches", 0.0) > MAX_PATCH:
-        faults.append(f"the picture's patches differ by up to {differences['patches']:.2g}")
-    if not differences.get("tokens_equal", True):
-        faults.append("the text has other ids")
-    if not differences.get("chat_equal", True):
-        faults.append("the conversation has other ids")
-    return faults
 
 
 def print_differences(theirs: dict) -> None:
@@ -416,7 +277,7 @@ def said(equal: bool | None, reason) -> str:
 # --- The verdict ---
 
 
-def decide(ours: dict, theirs: dict | None, dtype: torch.dtype, vocab: int) -> tuple[str, str]:
+def decide(ours: dict, theirs: dict | None, dtype: str, vocab: int) -> tuple[str, str]:
     """Returns the verdict, one of three words, and why."""
     guess = math.log(vocab)
     english = f"mean loss on English {ours['text_loss']:.2f} nats, a blind guess has {guess:.2f}"
@@ -434,15 +295,6 @@ def decide(ours: dict, theirs: dict | None, dtype: torch.dtype, vocab: int) -> t
     return "PLAUSIBLE", f"nothing to compare with, but all tensors are right; {english}"
 
 
-def machine(device: torch.device) -> str:
-    """Returns the device in words."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    capability = torch.backends.cpu.get_cpu_capability()
-    threads = torch.get_num_threads()
-    return f"{device.type} ({platform.machine()}, {capability}, {threads} threads)"
-
-
 def paragraph(report: dict) -> str:
     """Returns the report in a few lines of Markdown, for an issue."""
     folder, about, verdict = report["folder"], report["about"], report["verdict"]
@@ -456,7 +308,7 @@ def paragraph(report: dict) -> str:
     if "transformers" in report:
         versions += f", transformers {report['transformers']['transformers']}"
     lines.append(
-        f"Commit {about['commit']}, {about['date']}, {about['dtype']} on {about['device']}, "
+        f"Commit {about['commit']}, {about['date']}, {about['dtype']} on {about['machine']}, "
         f"{versions}. "
     )
     if "ours" in report:
@@ -495,7 +347,8 @@ def check(options: CheckOptions) -> dict:
     about = {
         "date": str(date.today()),
         "commit": git_commit(),
-        "device": machine(device),
+        "device": str(device),
+        "machine": machine(device),
         "dtype": name,
         "torch": torch.__version__,
     }
@@ -524,20 +377,12 @@ def check(options: CheckOptions) -> dict:
     # 4. Their side.
     theirs = None
     if peer is not None:
-        job = {
-            "model": str(folder),
-            "text": TEXT,
-            "chat": conversation(ASKED_OF_PICTURE if inputs.picture else ASKED, bool(images)),
-            "threads": torch.get_num_threads(),
-            "device": str(device),
-            "dtype": name,
-        }
         print(f"\nBeside transformers ({peer}):", flush=True)
-        theirs = run_theirs(peer, job, inputs, ours, tokenizer)
+        theirs = compare(peer, folder, about, inputs, ours)
         print_differences(theirs)
         report["transformers"] = theirs
     del ours["logits"]
-    verdict, reason = decide(ours, theirs, dtype, config.vocab_size)
+    verdict, reason = decide(ours, theirs, name, config.vocab_size)
     return report | {"ours": ours, "verdict": verdict, "reason": reason}
 
 

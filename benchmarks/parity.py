@@ -15,20 +15,17 @@ rounding (1e-4), both programs saw a tie.
 
 import json
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.check_weights import compare_logits, machine, peak_bytes  # noqa: E402
+from benchmarks.agreement import ask_for_logits, compare_logits, machine, peak_bytes  # noqa: E402
 from benchmarks.common import ask_peer  # noqa: E402
 from data import (  # noqa: E402
     Example,
@@ -195,7 +192,7 @@ def measure(options: ParityOptions) -> dict:
             "data": Path(options.data).name,
             "date": str(date.today()),
             "commit": git_commit(),
-            "device": machine(device),
+            "machine": machine(device),
             "dtype": options.dtype,
             "torch": torch.__version__,
             **about,
@@ -226,24 +223,13 @@ def compare_forward(
     inputs = {"text.ids": torch.tensor(ids)}
     for i, row in enumerate(rows):
         inputs[f"{i:04d}.ids"], inputs[f"{i:04d}.scored"] = row.ids.long(), row.scored
-    with tempfile.TemporaryDirectory() as temporary:
-        job = {
-            "model": options.folder,
-            "inputs": f"{temporary}/inputs.safetensors",
-            "outputs": f"{temporary}/outputs.safetensors",
-            "text": "",
-            "chat": [],
-            "picture": None,
-            "threads": torch.get_num_threads(),
-            "device": str(device),
-            "dtype": options.dtype,
-        }
-        save_file(inputs, job["inputs"])
-        [theirs] = ask_peer(options.peer, "transformers_forward.py", job)
+    asked = ask_for_logits(
+        options.peer, options.folder, inputs, device=str(device), dtype=options.dtype
+    )
+    with asked as (theirs, file):
         if theirs["loading"]:
             raise InputError(f"{options.folder}: transformers lacks {theirs['loading'][0]}")
-        with safe_open(job["outputs"], framework="pt") as file:
-            found = compare_logits(logits, file.get_tensor("text"))
+        found = compare_logits(logits, file.get_tensor("text"))
     losses = [theirs["losses"][f"{i:04d}"] for i in range(len(rows))]
     return found, losses, {"transformers": theirs["transformers"]}
 

@@ -11,6 +11,7 @@ import resource
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import transformers
@@ -74,10 +75,10 @@ def tokens(job: Job) -> list[int]:
 def chat(job: Job) -> list[int]:
     """Returns the conversation's ids by the folder's own template; an image is one token there."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(job.model)
-    template = tokenizer
-    if not tokenizer.chat_template:  # older folders have it in a file that is the processor's
-        template = transformers.AutoProcessor.from_pretrained(job.model)
-    rendered = template.apply_chat_template(job.chat, add_generation_prompt=True, tokenize=False)
+    older = Path(job.model) / "chat_template.json"  # a file that was the processor's
+    if not tokenizer.chat_template and older.exists():
+        tokenizer.chat_template = json.loads(older.read_text(encoding="utf-8"))["chat_template"]
+    rendered = tokenizer.apply_chat_template(job.chat, add_generation_prompt=True, tokenize=False)
     return tokenizer(rendered, add_special_tokens=False).input_ids
 
 
@@ -95,7 +96,7 @@ def attempt(make, job: Job):
     try:
         return make(job)
     except Exception as error:
-        return f"{type(error).__name__}: {error}".splitlines()[0]
+        return " ".join(f"{type(error).__name__}: {error}".split())[:80]
 
 
 def peak_bytes(device: str) -> int:
