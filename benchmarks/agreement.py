@@ -22,8 +22,8 @@ from torch import Tensor
 from benchmarks.common import ask_peer
 
 # The bounds; check_weights.py's docstring says why.
-MAX_LOGIT = 0.01  # float32
-MAX_KL, MIN_TOP1 = 0.01, 0.9  # bfloat16
+MAX_LOGIT = 0.002  # float32
+MAX_KL, MIN_TOP1 = 0.005, 0.9  # bfloat16
 MAX_LOSS = {"float32": 1e-4, "bfloat16": 0.02}
 MAX_PATCH = 0.02
 

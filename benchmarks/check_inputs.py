@@ -8,14 +8,17 @@ from torch import Tensor
 
 from data import Example, ImageConfig, Prompt, Tokenizer, chat_prompt, encode_example
 
-# The beginning of Pride and Prejudice, which every language model has read, and a line to tokenise.
-TEXT = (
+# The beginning of Pride and Prejudice, which language models have read, a line to be tokenised, and
+# the same passage once more: a model that looks back rightly can copy it.
+PASSAGE = (
     "It is a truth universally acknowledged, that a single man in possession of a good fortune, "
     "must be in want of a wife. However little known the feelings or views of such a man may be on "
     "his first entering a neighbourhood, this truth is so well fixed in the minds of the "
     "surrounding families, that he is considered the rightful property of some one or other of "
-    "their daughters.\n1 2 3 4 5 6 7 8 9 10; 一二三四五六七八九十; def add(a, b): return a + b"
+    "their daughters."
 )
+LINE = "1 2 3 4 5 6 7 8 9 10; 一二三四五六七八九十; def add(a, b): return a + b"
+TEXT = f"{PASSAGE}\n{LINE}\n{PASSAGE}"
 SYSTEM = "You are a helpful assistant."
 ASKED = "What is 17 + 25? Answer with the number."
 ASKED_OF_PICTURE = "Which shapes are in this picture, and which colours do they have?"

@@ -64,6 +64,7 @@ class ParityOptions:
     new_tokens: int = option(128, "of a continuation, at most", low=1)
     examples: int = option(20, "of SFT", low=1)
     pack_tokens: int = option(2048, "of our packs", low=1)
+    peer_batch: int = option(10, "questions that transformers continues at a time", low=1)
     device: str = option("auto", DEVICE_HELP)
     dtype: str = option("float32", "of the weights", choices=("float32", "bfloat16"))
     json: str | None = option(None, "a file for all figures")
@@ -209,7 +210,10 @@ def measure(options: ParityOptions) -> dict:
             "questions": len(prompts),
             "equal": len(prompts) - len(parted),
             "tokens": sum(map(len, ours)),
-            "seconds": {"ours": our_seconds, "transformers, one by one": their_seconds},
+            "seconds": {
+                "ours": our_seconds,
+                f"transformers in batches of {options.peer_batch}": their_seconds,
+            },
             "parted": parted,
         },
         "peak_bytes": peak_bytes(device),
@@ -241,7 +245,7 @@ def continue_theirs(
     tokenizer: Tokenizer,
     config: Config,
 ) -> tuple[list[list[int]], float]:
-    """Returns transformers' continuations and its seconds. One at a time: it knows no padding."""
+    """Returns transformers' continuations, padded on the left in their batches, and its seconds."""
     job = {
         "model": options.folder,
         "prompts": [prompt.ids for prompt in prompts],
@@ -251,7 +255,7 @@ def continue_theirs(
         "stop_ids": list(tokenizer.stop_ids),
         "suppressed_ids": tokenizer.never_sampled(config.vocab_size).tolist(),
         "pad_id": tokenizer.endoftext,
-        "batches": [1],
+        "batches": [options.peer_batch],
         "caches": ["dynamic"],
         "repeats": 1,
         "threads": torch.get_num_threads(),
