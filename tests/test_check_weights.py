@@ -32,20 +32,23 @@ def threads():
 
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory):
-    """A folder whose model knows the text by heart."""
+    """A folder whose model knows the text by heart, nearly."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
     folder = tiny.make_folder(tmp_path_factory.mktemp("learned") / "vl", "vl")
     model = Qwen2_5_VL.from_pretrained(folder).train()
     ids = torch.tensor([Tokenizer.from_pretrained(folder).encode(TEXT)])
-    optimizer = torch.optim.AdamW(model.decoder_weights().values(), lr=1e-2)
-    for _ in range(400):
+    optimizer = torch.optim.AdamW(model.decoder_weights().values(), lr=5e-3)
+    for _ in range(200):
         loss = F.cross_entropy(model.logits(model(ids))[0, :-1], ids[0, 1:])
-        if loss < 0.3:
+        if loss < 0.6:
             break
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert loss < 0.3, loss
+    assert loss < 0.6, loss
     model.save_pretrained(folder)
+    torch.set_num_threads(before)
     return folder
 
 
@@ -123,11 +126,11 @@ def roll_embedding(state):
     state["model.embed_tokens.weight"] = state["model.embed_tokens.weight"].roll(1, 0)
 
 
-def swap_norms(state):
+def turn_norm(state):
     state["model.norm.weight"] = -state["model.norm.weight"]
 
 
-@pytest.mark.parametrize("change", [roll_embedding, swap_norms])
+@pytest.mark.parametrize("change", [roll_embedding, turn_norm])
 def test_a_tensor_in_disorder_is_seen_without_transformers(learned, run, tmp_path, change):
     folder = altered(learned, tmp_path / "wrong", change)
     code, out, _ = run(check_weights, folder, "--peer", "none")
@@ -294,7 +297,6 @@ SIZES = "--tokens 100 --questions 2 --examples 3 --new-tokens 4 --pack-tokens 15
 
 
 def test_parity_beside_itself(learned, run, play, questions, tmp_path):
-    # First we learn our own continuations; then one of the other's leaves them.
     play(learned, ids=[[1], [2]])
     wanted = ["--data", questions, "--peer", "played", *SIZES, "--json", tmp_path / "out.json"]
     code, out, error = run(parity, learned, *wanted)
