@@ -22,14 +22,14 @@ that were damaged before, both programs say the same.
 The bounds lie between what two right programs differ by and what a mistake does. Both were measured
 on a real 0.5B (Qwen2.5-Coder-0.5B-Instruct, a CPU, torch 2.13, transformers 5.24):
 
-* float32: no logit differs by more than 0.002, no loss by more than 0.0001. Transformers' two ways
-  to attend (eager, sdpa) differ by 0.00002. A rope_theta that is wrong by 1% makes 0.014, an epsilon
-  of 1e-5 for 1e-6 0.36, one missing bias 0.72.
+* float32: no logit differs by more than 0.002, no loss by more than 0.0001. transformers' two ways
+  to attend (eager, sdpa) differ by 0.00002. A rope_theta that is wrong by 1% makes 0.014, an
+  epsilon of 1e-5 for 1e-6 0.36, one missing bias 0.72.
 * bfloat16: here right programs differ in every logit (those two ways by 0.5), so distributions are
-  compared: the mean of KL(transformers || ours) is below 0.005 nats, the likeliest token the same at
-  90% of the places, and no loss differs by more than 0.02. Those two ways have a mean KL of 0.001
-  and 97%; rope pairs that are wrong in one layer of 24 have 0.015. A wrong epsilon (0.001) or a
-  missing bias (0.002) is not seen, so take --dtype float32 wherever it fits (3B: 15 GB, 7B: 33 GB).
+  compared: the mean of KL(transformers || ours) is below 0.005 nats, the likeliest token the same
+  at 90% of the places, and no loss differs by more than 0.02. Those two ways have a mean KL of
+  0.001, and 97%. Rope pairs that are wrong in one layer of 24 make 0.015; a wrong epsilon (0.001)
+  or a missing bias (0.002) is not seen: take --dtype float32 where it fits (3B: 15 GB, 7B: 33 GB).
 * Patches differ by at most 0.02: transformers may resize with torchvision, which rounds otherwise
   than PIL. Ids are equal.
 * A model knows English if the text's mean loss is below half of ln V, that of a blind guess, and
