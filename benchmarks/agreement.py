@@ -64,6 +64,19 @@ def find_faults(differences: dict, dtype: str) -> list[str]:
     return faults
 
 
+def what_was_compared(differences: dict) -> list[str]:
+    """Returns the names of what the verdict is about."""
+    names = {
+        "text": "logits of a text",
+        "picture": "logits of a picture",
+        "loss": "an SFT loss",
+        "tokens_equal": "ids",
+        "chat_equal": "the chat template",
+        "patches": "the picture's patches",
+    }
+    return [words for name, words in names.items() if name in differences]
+
+
 # --- Who computes ---
 
 

@@ -6,8 +6,8 @@
 
 For whoever has a folder of Qwen2.5-VL, X-Reasoner or a text-only Qwen2.5, and would confirm or
 refute us: send us the paragraph that is printed before the verdict. The peer's environment is made
-by `python -m venv PEER && PEER/bin/pip install torch transformers pillow` (4.56 or newer). It gets
-the memory after us, not beside us.
+by `python -m venv PEER && PEER/bin/pip install torch transformers pillow` (TRIED). It
+gets the memory after us, not beside us.
 
 What is looked at: every tensor's name and shape; the ids of a text, those of a conversation by the
 folder's own template, and the patches of a picture; the logits of that text and of a question about
@@ -61,6 +61,7 @@ from benchmarks.agreement import (  # noqa: E402
     find_peer,
     machine,
     peak_bytes,
+    what_was_compared,
 )
 from benchmarks.check_inputs import (  # noqa: E402
     ASKED,
@@ -258,10 +259,9 @@ def compare(peer: str, folder: Path, about: dict, inputs: Inputs, ours: dict) ->
             patches = file.get_tensor("patches") - inputs.picture.pixel_values()
             found["patches"] = patches.abs().max().item()
     found["loss"] = abs(ours["lesson_loss"] - theirs["losses"]["lesson"])
-    if isinstance(theirs["tokens"], list):
-        found["tokens_equal"] = theirs["tokens"] == inputs.text
-    if isinstance(theirs["chat"], list):
-        found["chat_equal"] = theirs["chat"] == inputs.template_ids()
+    for name, ids in (("tokens", inputs.text), ("chat", inputs.template_ids())):
+        if isinstance(theirs[name], list):
+            found[f"{name}_equal"] = theirs.pop(name) == ids
     return theirs | {"differences": found}
 
 
@@ -273,8 +273,8 @@ def print_differences(theirs: dict) -> None:
             print(f"{name:<11}logits: max |diff| {each['max_diff']:.2g}, mean KL", end=" ")
             print(f"{each['mean_kl']:.2g} nats, likeliest token the same at {each['top1']:.1%}")
     print(f"SFT loss   {theirs['losses']['lesson']:.6f} there: differs by {found['loss']:.2g}")
-    print(f"inputs     text {said(found.get('tokens_equal'), theirs['tokens'])}", end="; ")
-    print(f"conversation {said(found.get('chat_equal'), theirs['chat'])}")
+    print(f"inputs     text {said(found.get('tokens_equal'), theirs.get('tokens'))}", end="; ")
+    print(f"conversation {said(found.get('chat_equal'), theirs.get('chat'))}")
     if "picture" in found:
         patches = f"patches: not compared ({theirs['patches']})"
         if "patches" in found:
@@ -306,7 +306,7 @@ def decide(ours: dict, theirs: dict | None, dtype: str, vocab: int) -> tuple[str
             faults.append(f"transformers lacks {', '.join(theirs['loading'][:3])}")
         if faults:
             return "REFUTED", "; ".join(faults)
-        reason = "all that was compared with transformers agrees"
+        reason = f"transformers agrees on {', '.join(what_was_compared(theirs['differences']))}"
         return "CONFIRMED", reason if knows_english else f"{reason} (but {english})"
     if not knows_english:
         return "REFUTED", f"{english}: these weights are random, or are used wrongly here"

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from benchmarks import agreement, check_weights, parity
-from benchmarks.check_inputs import TEXT, draw_picture
-from data import Prompt, Tokenizer
+from benchmarks.check_inputs import TEXT, draw_picture, make_inputs
+from data import ImageConfig, Prompt, Tokenizer
 from hub.options import run_command
 from model import Qwen2_5_VL
 
@@ -211,7 +211,8 @@ def test_what_agrees_is_confirmed(run, play, tmp_path, variant, dtype):
     code, out, _ = run(check_weights, folder, "--peer", "played", "--dtype", dtype)
     last = out.splitlines()[-1]
     assert code == 0 and last.startswith("CONFIRMED: ") and "but mean loss on English" in last, out
-    assert ("picture    logits: " in out) == variant.startswith("vl")
+    assert ("logits of a text, logits of a picture, an SFT loss" in last) == (variant[:2] == "vl")
+    assert "the chat template" not in last  # the folder has none
 
 
 def zero_bias(state):
@@ -246,6 +247,18 @@ def test_whatever_else_differs_is_refuted(learned, run, play, more, said):
     play(learned, **more)
     code, out, _ = run(check_weights, learned, "--peer", "played")
     assert code == 1 and out.splitlines()[-1].startswith(f"REFUTED: {said}"), out
+
+
+def test_ids_and_template_are_part_of_the_verdict(learned, run, play):
+    """The template has one image token, where the prompt has as many as the picture needs."""
+    tokenizer = Tokenizer.from_pretrained(learned)
+    inputs = make_inputs(tokenizer, ImageConfig.from_pretrained(learned))
+    asked = inputs.picture.ids
+    assert asked.count(tokenizer.image_pad) == 63
+    first = asked.index(tokenizer.image_pad)
+    play(learned, tokens=tokenizer.encode(TEXT), chat=asked[: first + 1] + asked[first + 63 :])
+    code, out, _ = run(check_weights, learned, "--peer", "played")
+    assert code == 0 and "an SFT loss, ids, the chat template" in out.splitlines()[-1], out
 
 
 def test_how_far_logits_are_apart():
