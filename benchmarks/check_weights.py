@@ -6,8 +6,8 @@
 
 For whoever has a folder of Qwen2.5-VL, X-Reasoner or a text-only Qwen2.5, and would confirm or
 refute us: send us the paragraph that is printed before the verdict. The peer's environment is made
-by `python -m venv PEER && PEER/bin/pip install torch transformers pillow` (TRIED). It
-gets the memory after us, not beside us.
+by `python -m venv PEER && PEER/bin/pip install torch transformers pillow` (tried
+with 4.57 and 5.24). It gets the memory after us, not beside us.
 
 What is looked at: every tensor's name and shape; the ids of a text, those of a conversation by the
 folder's own template, and the patches of a picture; the logits of that text and of a question about
@@ -296,8 +296,8 @@ def decide(ours: dict, theirs: dict | None, dtype: str, vocab: int) -> tuple[str
     """Returns the verdict, one of three words, and why."""
     guess = math.log(vocab)
     english = (
-        f"mean loss on English {ours['text_loss']:.2f} nats (a blind guess has {guess:.2f}), "
-        f"on its copy {ours['copy_loss']:.2f}"
+        f"mean loss on English {ours['text_loss']:.2f} nats, on its copy {ours['copy_loss']:.2f}, "
+        f"of a blind guess {guess:.2f}"
     )
     knows_english = ours["text_loss"] < guess / 2 and ours["copy_loss"] < MAX_COPY_LOSS
     if theirs is not None:
@@ -307,7 +307,7 @@ def decide(ours: dict, theirs: dict | None, dtype: str, vocab: int) -> tuple[str
         if faults:
             return "REFUTED", "; ".join(faults)
         reason = f"transformers agrees on {', '.join(what_was_compared(theirs['differences']))}"
-        return "CONFIRMED", reason if knows_english else f"{reason} (but {english})"
+        return "CONFIRMED", reason if knows_english else f"{reason}; but {english}"
     if not knows_english:
         return "REFUTED", f"{english}: these weights are random, or are used wrongly here"
     return "PLAUSIBLE", f"nothing to compare with, but all tensors are right; {english}"
@@ -317,7 +317,7 @@ def paragraph(report: dict) -> str:
     """Returns the report in a few lines of Markdown, for an issue."""
     folder, about, verdict = report["folder"], report["about"], report["verdict"]
     lines = [
-        f"**check_weights: {verdict}** ({report['reason']}). `{folder['folder']}`: "
+        f"**check_weights: {verdict}**: {report['reason']}. `{folder['folder']}`: "
         f"{folder['type']}, {folder['parameters']:,} parameters, {folder['tensors_right']} of "
         f"{folder['tensors_expected']} tensors, {', '.join(folder['dtypes'])}, "
         f"{'tied' if folder['tied'] else 'separate'} head, {folder['files']} file(s). "
@@ -326,7 +326,7 @@ def paragraph(report: dict) -> str:
     if "transformers" in report:
         versions += f", transformers {report['transformers']['transformers']}"
     lines.append(
-        f"Commit {about['commit']}, {about['date']}, {about['dtype']} on {about['machine']}, "
+        f"Commit {str(about['commit'])[:10]}, {about['date']}, {about['dtype']} on {about['machine']}, "
         f"{versions}. "
     )
     if "ours" in report:

@@ -119,7 +119,7 @@ def test_a_right_folder_is_plausible(learned, run, tmp_path):
     assert report["verdict"] == "PLAUSIBLE" and len(report["ours"]["answers"]) == 2
     assert report["ours"]["copy_loss"] < 1 and report["folder"]["tensors_expected"] == 81
     assert {"load", "text", "picture", "lesson", "answers"} == set(report["ours"]["seconds"])
-    assert f"**check_weights: PLAUSIBLE** ({report['reason']})" in out
+    assert f"**check_weights: PLAUSIBLE**: {report['reason']}" in out
 
 
 def roll_embedding(state):
