@@ -6,8 +6,8 @@
 
 For whoever has a folder of Qwen2.5-VL, X-Reasoner or a text-only Qwen2.5, and would confirm or
 refute us: send us the paragraph that is printed before the verdict. The peer's environment is made
-by `python -m venv PEER && PEER/bin/pip install torch transformers pillow` (tried
-with 4.57 and 5.24). It gets the memory after us, not beside us.
+by `python -m venv PEER && PEER/bin/pip install torch transformers pillow`; transformers 4.57 and
+5.24 were tried. It gets the memory after us, not beside us.
 
 What is looked at: every tensor's name and shape; the ids of a text, those of a conversation by the
 folder's own template, and the patches of a picture; the logits of that text and of a question about
@@ -326,8 +326,8 @@ def paragraph(report: dict) -> str:
     if "transformers" in report:
         versions += f", transformers {report['transformers']['transformers']}"
     lines.append(
-        f"Commit {str(about['commit'])[:10]}, {about['date']}, {about['dtype']} on {about['machine']}, "
-        f"{versions}. "
+        f"Commit {str(about['commit'])[:10]}, {about['date']}, {about['dtype']} on "
+        f"{about['machine']}, {versions}. "
     )
     if "ours" in report:
         ours = report["ours"]
