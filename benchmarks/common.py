@@ -118,6 +118,8 @@ def ask_peer(python: str, script: str, job: object) -> list[dict]:
         raise InputError(f"--peer {python}: {error.strerror}") from None
     except subprocess.CalledProcessError as error:
         complaint = (error.stderr.strip() or "failed").splitlines()[-1]
+        if error.returncode < 0:  # as by a system whose memory is full
+            complaint = f"was ended by signal {-error.returncode}"
         raise InputError(f"--peer {python}: {complaint}") from None
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
