@@ -177,7 +177,7 @@ def test_a_wrong_tensor_refutes_by_name(learned, run, tmp_path, change, said):
 @pytest.mark.parametrize(
     "name, content, said",
     [
-        ("config.json", None, "config.json: cannot be read"),
+        ("config.json", None, "config.json: no such file"),
         ("config.json", '{"model_type": "llama"}', "model_type 'llama' is not supported"),
         ("tokenizer.json", "{}", "tokenizer.json: malformed tokenizer"),
         ("preprocessor_config.json", "[]", "preprocessor_config.json: not a JSON object"),
