@@ -16,7 +16,7 @@ def is_uri(text: str) -> bool:
 def follow_uri(uri: str) -> bytes | str:
     """Returns the bytes that a data URI holds, or the path that a file URI names.
 
-    Raises InputError for an address on the web: nothing is downloaded.
+    Raises InputError for an address on the web, since nothing is downloaded, and for an empty path.
     """
     scheme, _, rest = uri.partition(":")
     if scheme.lower() == "data":
@@ -28,6 +28,8 @@ def follow_uri(uri: str) -> bytes | str:
     path = rest.removeprefix("//")
     if path.startswith("localhost/"):
         path = path.removeprefix("localhost")
+    if not path:
+        raise InputError("a file URI must name a file")
     return path if os.path.exists(path) else unquote(path)
 
 

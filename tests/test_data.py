@@ -432,7 +432,7 @@ def test_bad_images_are_refused_by_name(tmp_path, name):
         ("data:image/png;base64,A", "data URI: image cannot be read"),
         ("DATA:,%FF%00", "data URI: not an image of a known format"),
         ("file:///no/such/a.png", "file:///no/such/a.png: image cannot be read (No such file"),
-        ("file://", "file://: image cannot be read (No such file"),
+        ("file://", "file://: a file URI must name a file"),
         ("https://a.org/b.png", "https://a.org/b.png: images are not downloaded"),
         ("x" * 5000, f"{'x' * 80}...: image cannot be read (File name too long)"),
         ("data:image/png;base64,aGVsbG8=", "data URI: not an image"),
