@@ -160,6 +160,7 @@ def fits(config: Config, shape: dict) -> bool:
 
 
 def print_description(about: dict, tokenizer: Tokenizer, config: Config, images) -> None:
+    """Prints what the folder is: model, tensors, tokenizer, image settings."""
     decoder = f", the decoder of the {about['decoder']}" if about["decoder"] else ""
     tied = "tied" if about["tied"] else "separate"
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in about["dtypes"].items())
@@ -266,6 +267,7 @@ def compare(peer: str, folder: Path, about: dict, inputs: Inputs, ours: dict) ->
 
 
 def print_differences(theirs: dict) -> None:
+    """Prints how far our logits and loss are from those of transformers."""
     found = theirs["differences"]
     for name in ("text", "picture"):
         if name in found:

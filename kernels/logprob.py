@@ -67,6 +67,7 @@ class ChunkedLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, masked_ids, rows):
+        """Returns log-probs and entropies [N] of hidden states [N, C] and the head [V, C]."""
         ctx.temperature, ctx.masked_ids, ctx.rows, ctx.kept = temperature, masked_ids, rows, None
         log_probs, entropies, log_sums = [], [], []
         for some_hidden, some_targets in zip(hidden.split(rows), targets.split(rows)):
@@ -92,6 +93,7 @@ class ChunkedLogProbs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream, _):
+        """Returns the gradients of hidden states and head, for that of the log-probs [N]."""
         hidden, weight, targets, log_sums = ctx.saved_tensors
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None

@@ -89,6 +89,7 @@ BUDGETS = (60, 70, 80, 90, 100, 140)  # tokens of thought; a whole one takes 73 
 
 
 def forced_exit(seed: int) -> Rows:
+    """Returns accuracy and share of endless answers at several budgets, forced to exit or not."""
     # Chains that hesitate, cut at a length at which those with k = 5 and 6 never show an end. This
     # is one of several models that were tried, on seed 0 and 60 questions a cell (docs/log.md).
     run = sft(base(seed), hesitating_chains(), max_length=120)
@@ -166,6 +167,7 @@ SAME_TOKENS = 520  # SFT steps of 6,000 tokens that see as many as both stages d
 
 
 def stages(seed: int) -> Rows:
+    """Returns the cells of base, SFT, RL, and both, at equal steps and at equal tokens."""
     start = base(seed)
     runs = {
         "base": start,
@@ -234,6 +236,7 @@ SAMPLES = Claim(
 
 
 def masked(seed: int) -> Rows:
+    """Returns accuracy with and without images, and on what is not always solved without."""
     runs = {"base": base(seed), "SFT + RL": x_reasoner(seed)}
     hidden = (("mask_images", True), ("runs", 3), ("temperature", 0.3))
     rows: Rows = {name: {} for name in runs}
@@ -292,6 +295,7 @@ SHARES = ((1, 8), (1, 4), (1, 2))  # of general questions, mixed in
 
 
 def med(seed: int, shares=()) -> Rows:
+    """Returns the cells before and after Med, also with shares of general questions mixed in."""
     start = x_reasoner(seed)
     teacher = sft(base(seed), lessons(seed), max_steps=20)
     sampling = (("n", 4), ("temperature", 1), ("max_new_tokens", 160))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 import tiny
 from data import ImageConfig, InputError, Tokenizer, load_image
@@ -108,8 +109,11 @@ def test_a_file_is_no_model_folder(tmp_path):
 
 def test_an_adapter_beside_weights_changes_nothing(tmp_path):
     tiny.make_folder(tmp_path)
+    before = Qwen2_5_VL.from_pretrained(tmp_path).state_dict()
     (tmp_path / "adapter_config.json").write_text("{}")
     load(tmp_path)
+    after = Qwen2_5_VL.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)
 
 
 @pytest.mark.parametrize("eos", [[], [270, 271], None, 0])
@@ -152,9 +156,11 @@ def test_a_folder_of_links_into_a_cache_and_a_read_only_one_load(tmp_path):
         path.chmod(0o444)
         (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
     snapshot.chmod(0o555)
-    Qwen2_5_VL.from_pretrained(snapshot)
+    linked = Qwen2_5_VL.from_pretrained(snapshot).state_dict()
     load(snapshot)
     snapshot.chmod(0o755)
+    direct = Qwen2_5_VL.from_pretrained(tmp_path / "blobs").state_dict()
+    assert all(torch.equal(linked[name], direct[name]) for name in direct)
 
 
 @pytest.mark.parametrize(
