@@ -40,7 +40,7 @@ from functools import partial
 
 from answers.formulas import Node
 from answers.parsing import Answer, parse_answer, parse_sentence, parse_truth
-from answers.trees import agree_in_any_order, plain_number, relations_agree, trees_agree
+from answers.trees import agree_in_any_order, factors, plain_number, trees_agree
 from answers.typography import MAX_CHARS
 from answers.values import Budget
 
@@ -53,24 +53,20 @@ def answers_agree(one: Answer, other: Answer, budget: Budget) -> bool:
         return False
     # 1. A line or a curve: y = 2x + 3, a name and a value, against the relation 2x - y + 3 = 0.
     for named, relation in ((one, other), (other, one)):
-        is_named = named.name not in ("", relation.name) and named.value[0] not in ("list", "chain")
-        if is_named and relation.value[0] == "chain" and "=" in relation.value[2]:
+        if named.name and relation.value[0] == "chain" and set(relation.value[2]) == {"="}:
             line = "chain", (("var", named.name), named.value), ("=",)
-            return relations_agree(line, relation.value, budget)
+            return trees_agree(line, relation.value, budget)
     # 2. Units and names must be the same if both sides have them.
-    if one.unit != other.unit and (one.unit and other.unit or "base " in one.unit + other.unit):
+    if one.unit and other.unit and one.unit != other.unit:
         return False
-    if one.name != other.name and one.name and other.name:
+    if one.name and other.name and one.name != other.name:
         return False
-    sizes = {answer.value[0] == "size" for answer in (one, other)}
-    if len(sizes) > 1 and (one.unit if one.value[0] == "size" else other.unit):
+    counts = [len(factors(side.value)) for side in (one, other)]
+    if one.unit and counts[0] > 1 >= counts[1] or other.unit and counts[1] > 1 >= counts[0]:
         return False  # a 3 x 5 matrix is not 15
-    # 3. The values. The list 2, 3 is the pair (2, 3), but not the interval 2 < x < 3.
-    if other.value[0] == "list":
-        one, other = other, one
-    if one.value[0] == "list":
-        interval = other.value[0] == "seq" and re.fullmatch("[a-z]", other.name)
-        return not interval and _list_agrees(one.value[1], other.value, budget)
+    # 3. The values.
+    if "list" in (one.value[0], other.value[0]):
+        return _lists_agree(one, other, budget)
     if trees_agree(one.value, other.value, budget):
         return True
     # 4. 50% is also 0.5, and 180 degrees are also pi.
@@ -83,35 +79,40 @@ def _as_ratio(answer: Answer) -> Node:
     return ratios.get(answer.unit, answer.value)
 
 
-def _list_agrees(items: tuple[Answer, ...], value: Node, budget: Budget) -> bool:
+def _lists_agree(one: Answer, other: Answer, budget: Budget) -> bool:
     r"""Returns whether a list agrees with what another answer has for a value. Four kinds do:
 
     a list     1, 2              2, 1                 in any order, also x = 1, x = 2
-               x = 1, y = 2      y = 2, x = 1         by name, if all have names
-               x = 1, y = 2      1, 2                 in order, if one side has several names
+               x = 1, y = 2      y = 2, x = 1         by name, and without names in this order
     a set      1, 2              \{2, 1\}             in any order
     a union    (0, 1), (2, 3)    (2, 3) \cup (0, 1)   in any order
     a tuple    1, 2              (1, 2)               in order, by name x = 1, y = 2
     """
-    kind = value[0]
-    if kind == "list":
-        others = value[1]
-    elif kind in ("set", "union") or kind == "seq" and (value[1] == "()" or len(value[2]) > 2):
-        others = tuple(Answer(node, str(node)) for node in value[-1])
-    else:
+    kinds = {one.value[0], other.value[0]}
+    sides = [_items(one), _items(other)]
+    if None in sides:
         return False
-    names, other_names = ([item.name for item in side] for side in (items, others))
-    several = any(len(set(side) - {""}) > 1 for side in (names, other_names))
-    if several and kind in ("set", "union"):
-        return False
-    if kind == "seq" and any(names) and names != sorted(set(names)):
-        return False
+    names = [[item.name for item in side] for side in sides]
+    several = any(len(set(side) - {""}) > 1 for side in names)
     agree = partial(answers_agree, budget=budget)
-    if several and all(names + other_names):
-        items, others = (sorted(side, key=lambda item: item.name) for side in (items, others))
-    elif kind != "seq" and not (several and any(names) != any(other_names)):
-        return agree_in_any_order(items, others, agree)
-    return len(items) == len(others) and all(map(agree, items, others))
+    if kinds == {"list"} and not several or kinds & {"set", "union"}:
+        return not several and agree_in_any_order(*sides, agree)
+    if any(names[0] + names[1]) and not several:
+        return False
+    if "seq" in kinds or all(names[0] + names[1]):
+        sides = [sorted(side, key=lambda item: item.name) for side in sides]
+    return len(sides[0]) == len(sides[1]) and all(map(agree, *sides))
+
+
+def _items(answer: Answer) -> tuple[Answer, ...] | None:
+    """Returns the answers in a list, set, union or tuple; None for an interval and all else."""
+    kind, *_, items = answer.value
+    if kind == "list":
+        return items
+    is_interval = kind == "seq" and len(items) < 3 and answer.value[1] != "()"
+    if kind not in ("set", "union", "seq") or is_interval or re.fullmatch("[a-z]", answer.name):
+        return None
+    return tuple(Answer(item, str(item)) for item in items)
 
 
 def is_equivalent(predicted: str, truth: str, budget: Budget | None = None) -> bool:

@@ -19,22 +19,24 @@ MAX_DEPTH = 24  # of brackets, fractions and powers in one another
 
 # ("num", 3), ("var", "x"), ("const", "pi"), ("+", left, right), ("call", "sin", x), ("set", items)
 Node = tuple
+INFINITY = ("const", "infty")
+MINUS_INFINITY = ("neg", INFINITY)
 
-_RELATIONS = {"=", "<", ">", "<=", ">=", "!=", "approx"}
+_RELATIONS = {"=", "<", ">", "<=", ">=", "!=", "approx", "in"}
 # How tightly a sign binds what stands beside it.
 _INFIX = dict.fromkeys(_RELATIONS, 1)
-_INFIX |= {"over": 2, "choose": 2, "cup": 3, ":": 4, "+": 5, "-": 5, "pm": 5, "mp": 5}
-_INFIX |= {"*": 6, "/": 6, "^": 8}
-_GROUPED = ("num", "call", "neg", "+", "-", "*", "/", "^")  # and no letter: [x] may be a floor
-_CLOSING = {"lfloor": "rfloor", "lceil": "rceil", "|": "|"}
-_OPENS_FACTOR = ("(", "[", "{", r"\{", "frac", "binom", "lfloor", "lceil")
-_MATRICES = {"array"} | {p + name for p in ("", *"pbB") for name in ("matrix", "smallmatrix")}
+_INFIX |= {"over": 2, "choose": 2, "cup": 3, ":": 4, "+": 5, "-": 5, "*": 6, "/": 6, "^": 8}
+_CLOSING = {"(": ")]", "[": ")]", "{": "}", r"\{": r"\}"}
 END = ("end", "")
 
 
 def parse_formula(text: str) -> Node:
     """Returns the tree of a formula. Raises NotMaths."""
-    return Parser(tokenise(text)).parse()
+    parser = Parser(tokenise(text))
+    tree = parser.expression(0)
+    if parser.peek() != END:
+        raise NotMaths
+    return tree
 
 
 def _number(text: str) -> Node:
@@ -52,14 +54,6 @@ class Parser:
         self.tokens = [*tokens, END]
         self.place = 0
         self.depth = 0
-        self.in_bars = False
-
-    def parse(self) -> Node:
-        """Returns the tree of all tokens."""
-        tree = self.expression(0)
-        if self.peek() != END:
-            raise NotMaths
-        return tree
 
     def peek(self, ahead: int = 0) -> Token:
         return self.tokens[self.place + ahead]
@@ -120,12 +114,8 @@ class Parser:
     def begins_factor(self) -> bool:
         """Returns whether what comes next multiplies what stands before it, without a sign."""
         kind, value = self.peek()
-        if value == "|":  # 2|x|
-            return not self.in_bars
         if kind == "sign":
-            return value in _OPENS_FACTOR
-        if self.peek(-1) == ("sign", "|") and ("sign", "|") in self.tokens[self.place :]:
-            raise NotMaths  # |2|x|-1| may be read in two ways
+            return value in (*_CLOSING, "frac", "binom")
         if kind != "num":
             return kind != "end"
         # Of numbers 3!7!, (2)3, \pi 2, x2^3 and x^2 3^2 are products; 2 3, x2 and S3 are not.
@@ -138,38 +128,26 @@ class Parser:
         """Returns an operand: a number, a name, a function, or what a sign or a bracket opens."""
         kind, value = self.take()
         if kind == "num":
-            return self.mixed(_number(value))
+            return _number(value)
         if kind in ("var", "const"):
-            return self.name(kind, value)
+            return kind, value
         if kind == "function":
-            return self.function(value)
+            return self.root() if value == "sqrt" else self.function(value)
         if value in ("-", "+"):
             if self.peek()[1] in ("-", "+"):  # --5
                 raise NotMaths
             operand = self.expression(_INFIX["-"])
             return ("neg", operand) if value == "-" else operand
-        if value in ("pm", "mp"):
-            return value, ("num", 0), self.expression(_INFIX["-"])
-        if value in ("(", "[", "{", r"\{"):
-            return self.bracket(value)
         if value in _CLOSING:
-            outside = self.in_bars
-            self.in_bars = value == "|"
-            inside = self.expression(0)
-            self.in_bars = outside
-            if not self.next_is(_CLOSING[value]):
-                raise NotMaths
-            return "call", "abs" if value == "|" else value, inside
+            return self.bracket(value)
         if value == "frac":
             return "/", self.argument(), self.argument()
         if value == "binom":
             return "call", "binom", self.argument(), self.argument()
-        if value.startswith("begin{"):
-            return self.matrix(value.split("{")[1].rstrip("}"))
         if value == "emptyset":
             return "set", ()
         if value == "mathbb" and self.argument() == ("var", "R"):
-            return "seq", "()", (("neg", ("const", "infty")), ("const", "infty"))
+            return "seq", "()", (MINUS_INFINITY, INFINITY)
         raise NotMaths
 
     def postfix(self, node: Node) -> Node:
@@ -183,45 +161,6 @@ class Parser:
                 node = ("call", "degrees", node)
             else:
                 return node
-
-    def mixed(self, whole: Node) -> Node:
-        r"""Returns 3\frac12 and 3 1/2 as sums, any other number as it is.
-
-        An improper fraction behind a number is nothing that we understand.
-        """
-        start = self.place
-        # 1. What follows the number: a fraction in either way of writing, or something else.
-        kinds = [kind for kind, _ in self.tokens[start : start + 3]]
-        if self.next_is("frac"):
-            fraction = self.argument(), self.argument()
-        elif kinds == ["num", "sign", "num"] and self.peek(1)[1] == "/":
-            self.place += 3
-            fraction = _number(self.tokens[start][1]), _number(self.tokens[start + 2][1])
-        else:
-            return whole
-        if not all(part[0] == "num" and type(part[1]) is int for part in (whole, *fraction)):
-            self.place = start  # 3\frac{x}{2} is a product
-            return whole
-        # 2. 3\frac12 is 7/2.
-        top, bottom = fraction[0][1], fraction[1][1]
-        if not 0 <= top < bottom:
-            raise NotMaths
-        return "num", whole[1] + Fraction(top, bottom)
-
-    def name(self, kind: str, name: str) -> Node:
-        """Returns a letter with its subscript and primes: x, x_1, x_{max}, f'."""
-        start = self.place
-        # f(0) is no product, and neither is I(0); n(n + 1) is one.
-        inside = self.tokens[start : start + 3]
-        if [value for _, value in inside[::2]] == ["(", ")"]:
-            self.place += 3 * (inside[1][0] == "num" or name in "fghFGHP")
-        if self.next_is("_") and self.take() == ("sign", "{"):
-            while self.take() != ("sign", "}"):
-                pass
-        while self.next_is("'"):
-            pass
-        suffix = [value for _, value in self.tokens[start : self.place] if value not in "{}"]
-        return ("var", name + "".join(suffix)) if suffix else (kind, name)
 
     def script(self) -> Node:
         """Returns an exponent: a group, or a single factor with its sign and its own exponent."""
@@ -245,20 +184,17 @@ class Parser:
         return _number(value[0])
 
     def function(self, name: str) -> Node:
-        r"""Returns a function's call: \sin^2 x, \log_2 8, \sqrt[3]{2}.
+        r"""Returns a function's call: \sin^2 x, \log_2 8, \tan^{-1} 1.
 
         A bracket or group is the whole argument, else the factors that follow.
         """
-        if name == "sqrt":
-            return self.root()
         # 1. Behind the name a power and a base, in either order: \log^2_3, \log_3^2.
-        power = None
-        base = None
-        for _ in range(2):
-            if power is None and self.next_is("^"):
-                power = self.script()
-            elif base is None and self.next_is("_"):
-                base = self.script()
+        power = self.script() if self.next_is("^") else None
+        base = (self.script(),) if self.next_is("_") else ()
+        if base and self.next_is("^"):
+            power = self.script()
+        if base and name != "log":  # \sin_2 x
+            raise NotMaths
         # 2. The argument.
         if self.peek() in (("sign", "("), ("sign", "{")):
             argument = self.postfix(self.prefix())
@@ -270,75 +206,36 @@ class Parser:
         if power == ("neg", ("num", 1)):
             return "call", "arc" + name, argument
         if name == "lg":
-            name, base = "log", ("num", 10)
-        call = ("call", name, argument) if base is None else ("call", name, argument, base)
+            name, base = "log", (("num", 10),)
+        call = ("call", name, argument, *base)
         return call if power is None else ("^", call, power)
 
     def root(self) -> Node:
         r"""Returns \sqrt{2}, \sqrt[3]{2} or \sqrt 12 (TeX would take the 1 only; people do not)."""
-        degree = self.bracket("[") if self.next_is("[") else None
-        if degree and degree[0] == "seq":  # [n]
-            degree = degree[2][0]
-        kind, value = self.peek()
-        if kind == "num":
-            self.place += 1
-            argument = _number(value)
-        else:
-            argument = self.prefix()
-        return ("call", "root", argument, degree) if degree else ("call", "sqrt", argument)
+        degree = self.bracket("[")[-1] if self.next_is("[") else ()
+        argument = _number(self.take()[1]) if self.peek()[0] == "num" else self.prefix()
+        return "call", "sqrt", argument, *degree
 
     def bracket(self, opening: str) -> Node:
-        r"""Returns what a bracket holds, behind its opening: (a), (a, b), [a, b), {a}, \{a, b\}."""
-        # 1. The items.
-        before = self.tokens[self.place - 2] if self.place > 1 else END
-        outside = self.in_bars
-        self.in_bars = False
+        r"""Returns what a bracket holds, behind its opening: (a), (a, b), [a, b), {a}, \{a, b\}.
+
+        An interval may begin with ( and end with ].
+        """
         items = []
         while self.peek()[1] not in (")", "]", "}", r"\}"):
             items.append(self.expression(0))
             if not (self.next_is(",") or self.next_is(";")):
                 break
-        # 2. A brace is closed by its like; an interval may begin with ( and end with ].
         _, closing = self.take()
-        self.in_bars = outside
-        if closing not in {"{": ("}",), r"\{": (r"\}",)}.get(opening, (")", "]")):
+        if closing not in _CLOSING[opening]:
             raise NotMaths
-        # 3. Other brackets group as well: 2[x + 1], and 2\{x + 1\} beside a factor or a power.
-        if len(items) == 1 and items[0][0] in _GROUPED and opening + closing in ("[]", r"\{\}"):
-            beside = before[0] in ("num", "var", "const") or before[1] in (")", "]", "}", "*", "/")
-            if (
-                beside
-                or opening == "["
-                or self.peek()[1] in ("^", "*", "/")
-                or self.begins_factor()
-            ):
-                return items[0]
-        # 4. A set, a group or something in brackets, or else a tuple or an interval.
         if opening == r"\{" or opening == "{" and len(items) > 1:
             return "set", tuple(items)
-        if len(items) == 1 and (opening + closing in ("()", "{}") or items[0][0] == "matrix"):
-            return items[0]
         if not items:
             raise NotMaths
-        if all(item[:2] == ("seq", "[]") for item in items) and opening + closing == "[]":
-            return "matrix", tuple(item[2] for item in items)  # [[1, 2], [3, 4]]
+        # A single item in round brackets is itself, and so is a matrix in any.
+        if len(items) == 1 and (opening + closing in ("()", "{}") or items[0][:2] == ("seq", "[]")):
+            if opening == "[" and items[0][2][0][0] != "seq":
+                return "seq", "[]", tuple(items)
+            return items[0]
         return "seq", opening + closing, tuple(items)
-
-    def matrix(self, name: str) -> Node:
-        r"""Returns \begin{pmatrix} a & b \\ c & d \end{pmatrix}, behind its \begin{..}.
-
-        Its rows must be of equal length.
-        """
-        rows = [[]]
-        end = f"end{{{name}}}"
-        while not self.next_is(end):
-            rows[-1].append(self.expression(0))
-            if self.next_is("row"):
-                rows.append([])
-            elif not self.next_is("&") and self.peek() != ("sign", end):
-                raise NotMaths
-        # Behind the last \\ an empty row was begun.
-        rows = [tuple(row) for row in rows if row]
-        if name not in _MATRICES or len(set(map(len, rows))) != 1:
-            raise NotMaths
-        return "matrix", tuple(rows)

@@ -1,7 +1,9 @@
-r"""From a tree of formulas.py to its value: exact as long as it can be, else a float with a bound.
+r"""From a tree of formulas.py to its value: an exact fraction, or a decimal of 60 digits.
 
-Standard library only. A float carries a bound on its error, which every operation lets grow; so
-"equal" can be told from "close". Numbers and the work done are capped, so every call is short.
+Standard library only. What is rational is computed exactly. Roots, pi, sines and the like have 60
+digits, of which the last 15 are not believed: two values that differ only there are equal, and a
+sum that leaves nothing else is 0. A sum that would lose a term has no value, e^{100} + 1. Numbers
+are real: i is a letter like any other. Numbers and the work done are capped, so calls are short.
 
 >>> half, x = ("/", ("num", 1), ("num", 2)), ("var", "x")
 >>> Evaluator({"x": Fraction(3, 4)}, Budget())(("+", half, x))
@@ -11,216 +13,228 @@ Fraction(5, 4)
 True
 """
 
-import cmath
+import decimal
 import math
 import operator
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 from fractions import Fraction
 
 from answers.formulas import Node
 
 MAX_BITS = 2**15  # of an exact number: 2019^{2020} has 22,178
 MAX_WORK = 2**19  # of one comparison: 64 for each node it visits, and the bits of exact numbers
-EPSILON = 2.3e-16  # a float's relative rounding error
-MAX_ERROR = 1e-3  # of a float: in a larger one another term could hide, as the 1 of e^{100} + 1
+MAX_ANGLE = 10**6  # in radians: whole turns that are taken off a larger angle cost it digits
+NOISE = Decimal("1e-45")  # a relative difference that says nothing
+LOST = Decimal("1e-30")  # a term that is smaller by this would be lost in a sum
+
+_DIGITS = decimal.Context(
+    prec=60, traps=[decimal.InvalidOperation, decimal.DivisionByZero, decimal.Overflow]
+)
+_PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494459230781640628620")
+
+Value = int | Fraction | Decimal
 
 
 class NoValue(Exception):
     """The tree has no value there: out of its domain, of unknown kind, or too large."""
 
 
-# What an evaluation may raise. ArithmeticError: overflow, 1/0; ValueError: a domain's border.
-NO_VALUE = (NoValue, ArithmeticError, ValueError, RecursionError)
+# What an evaluation may raise. ArithmeticError: overflow, 1/0.
+NO_VALUE = (NoValue, ArithmeticError, RecursionError)
 
 
-# --- Exact numbers, and floats with a bound on their error ----------------------------------------
-
-
-@dataclass(frozen=True)
-class Approx:
-    """A float or complex number that is within `error` of the true value."""
-
-    value: float | complex
-    error: float
-
-
-Value = int | Fraction | Approx
+# --- Arithmetic: exact as long as it can be -------------------------------------------------------
 
 
 def _exact(*values: Value) -> bool:
-    return not any(isinstance(value, Approx) for value in values)
+    return not any(isinstance(value, Decimal) for value in values)
 
 
-def approximate(value: Value) -> Approx:
-    """Returns a value as a float with its error. Raises OverflowError beyond a float's range."""
-    if isinstance(value, Approx):
+def as_decimal(value: Value) -> Decimal:
+    """Returns a value with 60 digits."""
+    if isinstance(value, Decimal):
         return value
-    number = float(value)
-    return Approx(number, abs(number) * EPSILON)
-
-
-def _real(value: Value) -> Approx:
-    """Returns a real value as a float. Raises NoValue for a complex one."""
-    number = approximate(value)
-    if isinstance(number.value, complex):
-        raise NoValue
-    return number
+    with decimal.localcontext(_DIGITS):
+        return Decimal(value.numerator) / value.denominator
 
 
 def values_agree(one: Value, other: Value) -> bool:
-    """Returns whether exact values are equal, or others are within (8 times) their errors."""
+    """Returns whether exact values are equal, or others but for their last digits."""
     if _exact(one, other):
         return one == other
-    try:
-        a, b = approximate(one), approximate(other)
-        return abs(a.value - b.value) <= 8 * (a.error + b.error)
-    except OverflowError:  # an exact number beyond a float's range
-        return False
+    one, other = as_decimal(one), as_decimal(other)
+    with decimal.localcontext(_DIGITS):
+        return abs(one - other) <= NOISE * max(abs(one), abs(other))
 
 
-def _apply(function: Callable, *arguments: Value) -> Value:
-    """Returns a function's value: what exact numbers give is exact, else see `_bounded`."""
-    return function(*arguments) if _exact(*arguments) else _bounded(function, *arguments)
+def middle(a: Value, b: Value) -> Value:
+    """Returns a number between two numbers."""
+    with decimal.localcontext(_DIGITS):
+        return _quotient(_sum(a, b), 2)
 
 
-_STEP = 64  # in errors: a step that is not lost between two neighbouring floats
-
-
-def _bounded(function: Callable, *arguments: Value) -> Approx:
-    """Returns a function's value as a float, with a bound on its error.
-
-    The bound is how far the value moves when each argument moves by its own error (a step of 64
-    errors, divided by 64), and the rounding of the value itself. Raises NoValue where too little is
-    left but rounding errors, tan(pi/2).
-    """
-    numbers = [approximate(argument) for argument in arguments]
-    points = [number.value for number in numbers]
-    value = function(*points)
-    error = 2 * EPSILON * abs(value)
-    for place, number in enumerate(numbers):
-        moved = points.copy()
-        moved[place] += _STEP * number.error
-        try:
-            there = function(*moved)
-        except ValueError:  # the border of the domain: arcsin(1)
-            moved[place] -= 2 * _STEP * number.error
-            there = function(*moved)
-        error += abs(there - value) / _STEP
-    if not error <= MAX_ERROR or 1e-6 < error > 1e-6 * abs(value):  # NaN is not <= anything
+def _sum(a: Value, b: Value) -> Value:
+    """Returns a + b, 0 if only noise is left. Raises NoValue if one would vanish in the other."""
+    if _exact(a, b):
+        return a + b
+    a, b = as_decimal(a), as_decimal(b)
+    smaller, larger = sorted((abs(a), abs(b)))
+    if 0 < smaller < LOST * larger:
         raise NoValue
-    return Approx(value, error)
+    return a + b if abs(a + b) > NOISE * larger else 0
+
+
+def _product(a: Value, b: Value) -> Value:
+    return a * b if _exact(a, b) else as_decimal(a) * as_decimal(b)
 
 
 def _quotient(a: Value, b: Value) -> Value:
-    """Returns a / b. Raises NoValue, or ZeroDivisionError, where b may be zero."""
-    if _exact(a, b):
-        return Fraction(a) / b
-    divisor = approximate(b)
-    if abs(divisor.value) <= _STEP * divisor.error:
-        raise NoValue
-    return _bounded(operator.truediv, a, b)
+    return Fraction(a) / b if _exact(a, b) else as_decimal(a) / as_decimal(b)
 
 
-def _power(base: Value, exponent: Value, real: bool) -> Value:
+def _power(base: Value, exponent: Value) -> Value:
     """Returns a power: exact for whole exponents, and for rational ones where the root is."""
-    # 1. Real or complex exponents. Real ones need a base that is surely positive.
     if not _exact(exponent):
-        if not isinstance(exponent.value, complex) and _real(base).value <= _real(base).error:
+        if base <= 0:
             raise NoValue
-        return _bounded(operator.pow, base, exponent)
-    # 2. x^(2/3) is the square of the cube root.
-    if exponent.denominator > 1:
-        return _power(_root(base, exponent.denominator, real), exponent.numerator, real)
-    # 3. Whole exponents.
+        return as_decimal(base) ** exponent
+    if exponent.denominator > 1:  # x^(2/3) is the square of the cube root
+        return _power(_root(base, exponent.denominator), exponent.numerator)
     exponent = int(exponent)
-    if exponent == 0 and approximate(base).value == 0:
+    if base == 0 and exponent <= 0:
         raise NoValue
-    if exponent < 0:
-        return _quotient(1, _power(base, -exponent, real))
     if not _exact(base):
-        return _bounded(lambda number: number**exponent, base)
-    # 4. ... of exact numbers. Powers of 0 and 1 stay small; others are refused when too large.
+        return base**exponent
+    # Exact powers of 0 and 1 stay small; others are refused when too large.
     bits = max(base.numerator.bit_length(), base.denominator.bit_length())
-    if exponent * bits > MAX_BITS:
+    if abs(exponent) * bits > MAX_BITS:
         if base not in (-1, 0, 1):
             raise NoValue
-        exponent = 2 - exponent % 2
-    return base**exponent
+        exponent %= 2
+    return Fraction(base) ** exponent
 
 
-def _root(base: Value, degree: Value, real: bool) -> Value:
-    r"""Returns the degree-th root, exact where it is rational: \sqrt[3]{-8} is -2.
-
-    Of a negative number it is the real root, or else the principal one (NoValue if `real`).
-    """
+def _root(base: Value, degree: Value) -> Value:
+    r"""Returns the real root, exact where it is rational: \sqrt[3]{-8} is -2."""
     if not _exact(degree) or degree.denominator > 1 or not 1 <= degree <= 1000:
         raise NoValue
-    # 1. Exactly: the roots of numerator and denominator.
+    if base < 0:
+        if degree % 2 == 0:
+            raise NoValue
+        return -_root(-base, degree)
     if _exact(base):
-        if base < 0 and degree % 2:
-            return _apply(operator.neg, _root(-base, degree, real))
-        top, bottom = (_integer_root(abs(part), degree) for part in base.as_integer_ratio())
-        if base >= 0 and top is not None and bottom is not None:
-            return Fraction(top, bottom) if bottom > 1 else top
-        # A float cannot tell \sqrt{10^{16} + 1} from 10^8, nor sqrt(p / q) = sqrt(p q) / q.
-        whole = abs(base.numerator) * base.denominator ** (degree - 1) if degree < 5 else 0
-        near = math.isqrt(whole) if degree == 2 else round(whole ** (1 / degree))
-        if any(abs(whole - root**degree) * 2**46 < whole for root in (near, near + 1)):
-            raise NoValue
-    # 2. As a float.
-    number = approximate(base)
-    if not isinstance(number.value, complex) and number.value < 0:
-        if real:
-            raise NoValue
-        number = Approx(complex(number.value), number.error)
-    return _bounded(lambda value: value ** (1 / degree), number)
+        top, bottom = (_whole_root(part, int(degree)) for part in base.as_integer_ratio())
+        if top is not None and bottom is not None:
+            return Fraction(top, bottom)
+    return _decimal_root(as_decimal(base), degree)
 
 
-def _integer_root(number: int, degree: int) -> int | None:
+def _decimal_root(base: Decimal, degree: int) -> Decimal:
+    return base.sqrt() if degree == 2 else base ** (1 / Decimal(int(degree)))
+
+
+def _whole_root(number: int, degree: int) -> int | None:
     """Returns the exact root of a number >= 0, None if there is none (or none that we find)."""
-    root = math.isqrt(number) if degree == 2 else round(number ** (1 / degree))
+    root = int(_decimal_root(Decimal(number), degree).to_integral_value()) if number else 0
     return root if root**degree == number else None
 
 
-def _whole(name: str, x: Value, k: Value = 0) -> int:
-    """Returns the value of a function to whole numbers, or of x >= 0 and k >= 0 that are whole."""
-    if name in ("lfloor", "lceil"):
-        rounding = math.floor if name == "lfloor" else math.ceil
-        if _exact(x):
-            return rounding(x)
-        # A float has a floor unless it may lie on either side of a whole number.
-        number = _real(x)
-        low, high = (rounding(number.value + 8 * sign * number.error) for sign in (-1, 1))
-        if low == high:
-            return low
-    elif _exact(x, k) and x.denominator == k.denominator == 1 and x >= 0 and k >= 0:
-        x, k = int(x), int(k)
-        if name == "factorial" and x <= 2500:
-            return math.factorial(x)
-        if name == "binom" and min(k, abs(x - k)) * x.bit_length() <= MAX_BITS:
-            return math.comb(x, k)
+# --- Functions ------------------------------------------------------------------------------------
+
+
+def _sine(x: Decimal) -> Decimal:
+    """Returns the sine by its Taylor series, of the angle without whole turns."""
+    if abs(x) > MAX_ANGLE:
+        raise NoValue
+    x = x.remainder_near(2 * _PI)
+    term = total = x
+    place = 1
+    while abs(term) > Decimal("1e-62"):
+        place += 2
+        term *= -x * x / (place * (place - 1))
+        total += term
+    return total if abs(total) > NOISE else Decimal(0)
+
+
+def _cosine(x: Decimal) -> Decimal:
+    return _sine(x + _PI / 2)
+
+
+def _logarithm(x: Decimal) -> Decimal:
+    if x <= 0:
+        raise NoValue
+    value = x.ln()
+    return value if abs(value) > NOISE else Decimal(0)
+
+
+def _arctangent(x: Decimal) -> Decimal:
+    """Returns the arctangent by its Taylor series, of an angle that was halved four times."""
+    for _ in range(4):
+        x /= 1 + (1 + x * x).sqrt()
+    power = total = x
+    place = 1
+    while abs(power) > Decimal("1e-62"):
+        place += 2
+        power *= -x * x
+        total += power / place
+    return 16 * total
+
+
+def _arcsine(x: Decimal) -> Decimal:
+    return 2 * _arctangent(x / (1 + (1 - x * x).sqrt()))
+
+
+_FUNCTIONS: dict[str, Callable[[Decimal], Decimal]] = {
+    "exp": Decimal.exp,
+    "ln": _logarithm,
+    "sin": _sine,
+    "cos": _cosine,
+    "tan": lambda x: _sine(x) / _cosine(x),
+    "cot": lambda x: _cosine(x) / _sine(x),
+    "sec": lambda x: 1 / _cosine(x),
+    "csc": lambda x: 1 / _sine(x),
+    "arcsin": _arcsine,
+    "arccos": lambda x: as_decimal(_sum(_PI / 2, -_arcsine(x))),
+    "arctan": _arctangent,
+    "arccot": lambda x: _PI / 2 - _arctangent(x),
+    "degrees": lambda x: x * _PI / 180,
+}
+
+
+def _rounded(name: str, x: Value) -> int:
+    """Returns floor or ceil; none of what may lie on either side of a whole number."""
+    rounding = math.floor if name == "floor" else math.ceil
+    if not _exact(x) and values_agree(x, x.to_integral_value()):
+        raise NoValue
+    return rounding(x)
+
+
+def _counted(name: str, n: Value, k: Value = 0) -> int:
+    """Returns n! or n over k, for whole numbers that are not negative."""
+    if not _exact(n, k) or n.denominator > 1 or k.denominator > 1 or n < 0 or k < 0:
+        raise NoValue
+    n, k = int(n), int(k)
+    if name == "factorial" and n <= 2500:
+        return math.factorial(n)
+    if name == "binom" and min(k, abs(n - k)) * n.bit_length() <= MAX_BITS:
+        return math.comb(n, k)
     raise NoValue
 
 
-def _smooth(library) -> dict[str, Callable]:
-    """Returns the functions of a number, made from math's or, for complex ones, from cmath's."""
-    direct = ("sin", "cos", "tan", "sinh", "cosh", "tanh", "exp")
-    return {
-        **{name: getattr(library, name) for name in direct},
-        **{"arc" + name: getattr(library, "a" + name) for name in ("sin", "cos", "tan")},
-        "ln": library.log,
-        "cot": lambda x: 1 / library.tan(x),
-        "sec": lambda x: 1 / library.cos(x),
-        "csc": lambda x: 1 / library.sin(x),
-        "arccot": lambda x: math.pi / 2 - library.atan(x),
-    }
+# --- Trees ----------------------------------------------------------------------------------------
 
-
-_REAL_FUNCTIONS, _COMPLEX_FUNCTIONS = _smooth(math), _smooth(cmath)
-_CONSTANTS = {"pi": Approx(math.pi, 2e-16), "e": Approx(math.e, 2e-16), "i": Approx(1j, 0.0)}
-_ARITHMETIC = {"+": operator.add, "-": operator.sub, "*": operator.mul, "neg": operator.neg}
+_CONSTANTS = {"pi": _PI, "e": _DIGITS.exp(Decimal(1))}
+_ARITHMETIC = {
+    "+": _sum,
+    "-": lambda a, b: _sum(a, -b),
+    "*": _product,
+    "/": _quotient,
+    "^": _power,
+    "neg": operator.neg,
+}
 
 
 @dataclass
@@ -229,11 +243,10 @@ class Budget:
 
     left: int = MAX_WORK
 
-    def spend(self, value: Value) -> None:
+    def spend(self, node: Node, value: Value) -> None:
         """Pays for a node and its value. Raises NoValue if the value or the work is too much."""
-        parts = (value.numerator, value.denominator) if _exact(value) else ()
-        bits = sum(part.bit_length() for part in parts)
-        self.left -= 64 + bits
+        bits = value.numerator.bit_length() + value.denominator.bit_length() if _exact(value) else 0
+        self.left -= bits + (64 if _exact(value) or node[0] not in ("call", "^") else 2048)
         if bits > 2 * MAX_BITS or self.left < 0:
             raise NoValue
 
@@ -242,8 +255,7 @@ class Budget:
 class Evaluator:
     """Values of trees at one point: {variable: number}.
 
-    With variables, roots and logarithms of negative numbers have no value; without, they are
-    complex. Infinity has none: infinity + 1 would equal infinity, and 1 / infinity nothing.
+    Infinity has no value: infinity + 1 would equal infinity, and 1 / infinity nothing.
 
     log_base: what log means without a base: 10, or None for e.
     """
@@ -254,29 +266,8 @@ class Evaluator:
 
     def __call__(self, node: Node) -> Value:
         """Returns the tree's value. Raises one of NO_VALUE if it has none."""
-        kind = node[0]
-        if kind == "num":
-            value = node[1]
-        elif kind == "var":
-            value = self.point[node[1]]
-        elif kind == "const" and node[1] in _CONSTANTS:
-            value = _CONSTANTS[node[1]]
-        elif kind in _ARITHMETIC:
-            value = _apply(_ARITHMETIC[kind], *map(self, node[1:]))
-        elif kind == "/":
-            value = _quotient(self(node[1]), self(node[2]))
-        elif kind == "^":
-            value = _power(self(node[1]), self(node[2]), real=bool(self.point))
-        elif kind == "call":
-            value = self.call(node[1], *map(self, node[2:]))
-        elif kind == "size":
-            value = math.prod(node[1])
-        elif kind == "ratio" and len(node[1]) == 2:
-            value = _quotient(*map(self, node[1]))
-        else:
-            raise NoValue
-        self.budget.spend(value)
-        return value
+        with decimal.localcontext(_DIGITS):
+            return self.value(node)
 
     def value_or_none(self, node: Node) -> Value | None:
         """Returns the tree's value, None if it has none."""
@@ -285,29 +276,44 @@ class Evaluator:
         except NO_VALUE:
             return None
 
+    def value(self, node: Node) -> Value:
+        kind = node[0]
+        if kind == "num":
+            value = node[1]
+        elif kind == "var" and node[1] in self.point:
+            value = self.point[node[1]]
+        elif kind == "const" and node[1] in _CONSTANTS:
+            value = _CONSTANTS[node[1]]
+        elif kind in _ARITHMETIC:
+            value = _ARITHMETIC[kind](*map(self.value, node[1:]))
+        elif kind == "call":
+            value = self.call(node[1], *map(self.value, node[2:]))
+        elif kind == "ratio" and len(node[1]) == 2:
+            value = _quotient(*map(self.value, node[1]))
+        elif kind in ("set", "seq") and len(node[-1]) == 1 and node[-1][0][0] not in ("set", "var"):
+            value = self.value(node[-1][0])  # brackets that group: 2[x + 1]
+        else:
+            raise NoValue
+        self.budget.spend(node, value)
+        return value
+
     def call(self, name: str, x: Value, *others: Value) -> Value:
         """Returns a function's value. Roots, logarithms and binomials may have two arguments."""
-        if name in ("sqrt", "root"):
-            return _root(x, *(others or (2,)), real=bool(self.point))
+        if name == "sqrt":
+            return _root(x, *(others or (2,)))
         if name == "log":
             (base,) = others or (self.log_base,)
-            if base is None:
-                return self.call("ln", x)
-            if _real(base).value <= 0:  # \log_0 x, \log_{-1} x
-                raise NoValue
-            return _quotient(self.call("ln", x), self.call("ln", base))
-        if name in ("lfloor", "lceil", "factorial", "binom"):
-            return _whole(name, x, *others)
-        if name == "degrees":
-            return _quotient(_apply(operator.mul, x, _CONSTANTS["pi"]), 180)
+            value = _logarithm(as_decimal(x))
+            return value if base is None else value / _logarithm(as_decimal(base))
+        if name in ("floor", "ceil"):
+            return _rounded(name, x)
+        if name in ("factorial", "binom"):
+            return _counted(name, x, *others)
         if name == "abs":
-            return _apply(abs, x)
-        if others or name not in _REAL_FUNCTIONS:  # \sin_2 x
+            return abs(x)
+        if others or name not in _FUNCTIONS:  # \sin_2 x
             raise NoValue
-        number = approximate(x).value
-        # Without variables ln(-1) is i pi.
-        is_complex = isinstance(number, complex) or name == "ln" and number < 0 and not self.point
-        return _bounded((_COMPLEX_FUNCTIONS if is_complex else _REAL_FUNCTIONS)[name], x)
+        return _FUNCTIONS[name](as_decimal(x))
 
 
 def random_points(names: frozenset[str]) -> Iterator[dict[str, Value]]:
