@@ -2,15 +2,9 @@ r"""Are two final answers the same? Standard library only.
 
 A reward is asked millions of times about whatever a policy comes up with, and the policy learns
 whatever it accepts. So nothing is evaluated but what formulas.py understands, within caps that make
-every call short. Three steps:
-
-1. `parse_answer` (parsing.py): a text becomes an `Answer`: a list of answers, or a formula with a
-   unit or a name (x = 5), or else just a text.
-2. `answers_agree`: units and names must agree first; lists are matched with lists, sets and tuples.
-3. `trees_agree` (trees.py): what is left are trees, which are compared by kind and by value.
-
-What cannot be parsed or evaluated (sums, ellipses, 2^{2^{2018}}) is compared as a normalised string
-or tree.
+every call short. parsing.py makes of a text a list of answers, or a formula with a unit or a name
+(x = 5); here units, names and lists are compared, in trees.py the formulas, by kind and by value.
+What cannot be parsed or evaluated (sums, ellipses, 2^{2^{2018}}) is compared as a text or tree.
 
 >>> is_equivalent(r"\frac{1}{\sqrt{2}}", r"\sqrt2/2"), is_equivalent("(x+1)^2", "x^2 + 2x + 1")
 (True, True)
@@ -56,14 +50,13 @@ def answers_agree(one: Answer, other: Answer, budget: Budget) -> bool:
         if named.name and relation.value[0] == "chain" and set(relation.value[2]) == {"="}:
             line = "chain", (("var", named.name), named.value), ("=",)
             return trees_agree(line, relation.value, budget)
-    # 2. Units and names must be the same if both sides have them.
+    # 2. Units and names must be the same if both sides have them. A 3 x 5 matrix is not 15.
     if one.unit and other.unit and one.unit != other.unit:
         return False
     if one.name and other.name and one.name != other.name:
         return False
-    counts = [len(factors(side.value)) for side in (one, other)]
-    if one.unit and counts[0] > 1 >= counts[1] or other.unit and counts[1] > 1 >= counts[0]:
-        return False  # a 3 x 5 matrix is not 15
+    if any(side.unit and len(factors(side.value)) > 1 for side in (one, other)):
+        return one.value == other.value
     # 3. The values.
     if "list" in (one.value[0], other.value[0]):
         return _lists_agree(one, other, budget)
@@ -83,10 +76,11 @@ def _lists_agree(one: Answer, other: Answer, budget: Budget) -> bool:
     r"""Returns whether a list agrees with what another answer has for a value. Four kinds do:
 
     a list     1, 2              2, 1                 in any order, also x = 1, x = 2
-               x = 1, y = 2      y = 2, x = 1         by name, and without names in this order
+               x = 1, y = 2      y = 2, x = 1         by name, if all have names
+               x = 1, y = 2      1, 2                 in order, if one side has several names
     a set      1, 2              \{2, 1\}             in any order
     a union    (0, 1), (2, 3)    (2, 3) \cup (0, 1)   in any order
-    a tuple    1, 2              (1, 2)               in order, by name x = 1, y = 2
+    a tuple    1, 2              (1, 2)               in order, of names by the alphabet
     """
     kinds = {one.value[0], other.value[0]}
     sides = [_items(one), _items(other)]
@@ -95,7 +89,7 @@ def _lists_agree(one: Answer, other: Answer, budget: Budget) -> bool:
     names = [[item.name for item in side] for side in sides]
     several = any(len(set(side) - {""}) > 1 for side in names)
     agree = partial(answers_agree, budget=budget)
-    if kinds == {"list"} and not several or kinds & {"set", "union"}:
+    if kinds & {"set", "union"} or kinds == {"list"} and not several:
         return not several and agree_in_any_order(*sides, agree)
     if any(names[0] + names[1]) and not several:
         return False
@@ -109,7 +103,7 @@ def _items(answer: Answer) -> tuple[Answer, ...] | None:
     kind, *_, items = answer.value
     if kind == "list":
         return items
-    is_interval = kind == "seq" and len(items) < 3 and answer.value[1] != "()"
+    is_interval = kind == "seq" and len(items) < 3 and answer.value[1] not in ("()", "")
     if kind not in ("set", "union", "seq") or is_interval or re.fullmatch("[a-z]", answer.name):
         return None
     return tuple(Answer(item, str(item)) for item in items)
@@ -123,10 +117,7 @@ def is_equivalent(predicted: str, truth: str, budget: Budget | None = None) -> b
     calls may share one budget.
     """
     texts = [as_text(predicted), as_text(truth)]
-    if len(texts[0]) > MAX_CHARS or len(texts[1]) > MAX_CHARS:
-        return False
-    if budget is None:
-        budget = Budget()
+    budget = budget or Budget()
     one, other = parse_answer(texts[0]), parse_truth(texts[1])
     if one is None or other is None:
         return False
@@ -141,9 +132,8 @@ def is_equivalent(predicted: str, truth: str, budget: Budget | None = None) -> b
     if (one.value[0] == "list") == (other.value[0] == "list"):
         return False
     for respelled in (_parted, _decimal):
-        pair = [respelled(text) for text in texts]
-        one, other = map(parse_answer, pair)
-        if pair != texts and one and other and answers_agree(one, other, budget):
+        one, other = (parse_answer(respelled(text)) for text in texts)
+        if one and other and answers_agree(one, other, budget):
             return True
     return False
 
@@ -177,15 +167,13 @@ def rounds_to(answer: str, truth: str, decimals: int) -> bool:
 
     This is MathVista's rule for decimal numbers (its evaluation/calculate_score.py).
     """
-    one, other = parse_answer(answer), parse_truth(truth)
-    if one is None or other is None or one.name or other.name:
+    sides = parse_answer(answer), parse_truth(truth)
+    if None in sides or any(side.name for side in sides):
         return False
-    if one.unit and other.unit and one.unit != other.unit:
+    numbers = [plain_number(side.value) for side in sides]
+    if None in numbers or len({side.unit for side in sides} - {""}) > 1:
         return False
-    numbers = [plain_number(side.value) for side in (one, other)]
-    if None in numbers or max(map(abs, numbers)) >= 10**15:
-        return False
-    return round(float(numbers[0]), decimals) == round(float(numbers[1]), decimals)
+    return round(numbers[0], decimals) == round(numbers[1], decimals)
 
 
 def as_text(value: object) -> str:

@@ -13,8 +13,7 @@ import re
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from answers.formulas import Node, parse_formula
-from answers.tokens import ENGLISH, THOUSANDS, NotMaths
+from answers.formulas import ENGLISH, THOUSANDS, Node, NotMaths, is_product, parse_formula
 from answers.trees import plain_number, trees_agree, variables
 from answers.typography import plain
 from answers.units import changes, unit_of
@@ -42,10 +41,11 @@ _PIECES = re.compile(rf"{THOUSANDS}|[(\[{{)\]}},;]|\b(?:and|or)\b")
 _SIGNED_SET = re.compile(r"\\\{([^{}]*\\pm[^{}]*)\\\}")
 # What a letter may be, which may go without saying: 2k, k \in \mathbb{Z}; 2k (k > 0).
 _DOMAIN = re.compile(
-    r"(?<=[^\s,])(?:,? \(?|,|\()(?:(?:where|for|with) )?(?:any |all |every )?\\?([a-z]) ?"
-    r"(?:\\in ?(?:\\mathbb)? ?\{?([NZR])\}?((?:[_^]?\{?[*+]\}?)?)|(?:is |are )?(?:an? |any )?"
-    r"((?:positive |non-?negative |natural )?)(?:integer|whole number|number)s?|(> ?0))\)?$"
+    r"(?<=[^\s,])(?:[, ]+\(?|\()(?:(?:where|for|with) )?(?:any |all |every )?\\?[a-z] ?"
+    r"(?:\\in ?(?:\\mathbb)? ?\{?[NZR]\}?[_^{}*+]*|> ?0|(?:is |are )?(?:an? |any )?"
+    r"(?:positive |non-?negative |natural )?(?:integer|whole number|number)s?)\)?$"
 )
+_POSITIVE = re.compile("N|[*+>]|positive|negative|natural")
 
 
 def _canonical(text: str) -> str:
@@ -89,21 +89,19 @@ def _parse(text: str) -> Answer | None:
         return None
     canonical = _canonical(text)
     domain = _DOMAIN.search(text)
-    if domain:
-        text = text[: domain.start()].strip()
-        letters = "".join(filter(None, domain.groups()[1:]))
-        unit = letters if letters in ("", "Z", "R") else "N"
-        answer = _parse_parts(text, canonical)
-        return replace(answer, unit=unit or "Z") if answer.value else answer
-    return _parse_parts(text, canonical)
+    if not domain:
+        return _list(text, canonical)
+    unit = "k in N" if _POSITIVE.search(domain[0]) else "k in Z"
+    return replace(_list(text[: domain.start()], canonical), unit=unit)
 
 
-def _parse_parts(text: str, canonical: str) -> Answer:
+def _list(text: str, canonical: str) -> Answer:
+    """Returns the answer in a text, which is a list if commas or words part it."""
     parts = _split(text)
     if len(parts) == 1:
         return _single(parts[0], canonical)
     # All parts of a list must be maths: "Yes, 3" is a text, and so is "A, B".
-    answers = [_single(part) for part in parts]
+    answers = [_single(part, _canonical(part)) for part in parts]
     values = [answer.value for answer in answers]
     if None in values or all(value[0] == "var" for value in values):
         return Answer(None, canonical)
@@ -137,31 +135,28 @@ _TAIL = re.compile(
 )
 _INTEGER = re.compile(r"[-+]?(?:[0-9]+|[1-9][0-9]{0,2}(?:,[0-9]{3})+)")
 # What looks like a number and is none: the date 2023-01-01, the range or score 3-5, 120/80 mmHg,
-# the time 7:30 pm, a unit within a chain (x = 3 cm = 8 m).
+# the times 7:30 pm and 7:05, a unit within a chain (x = 3 cm = 8 m).
 _NO_NUMBER = re.compile(
-    r"[0-9]{1,4}([-/])[0-9]{1,2}\1[0-9]{2,4}|[0-9]+(?: ?- ?[0-9]+)+|[0-9]+ ?/ ?[0-9]+(?: ?mm ?Hg)"
+    r"[0-9]{1,4}([-/])[0-9]{1,2}\1[0-9]{2,4}|[0-9]+(?: ?- ?[0-9]+)+|[0-9]+ ?/ ?[0-9]+ ?mm ?Hg"
     r"|[0-9:]+ [ap]m|[0-9]+:0[0-9]|.*= ?[0-9.,]+ ?[a-zA-Z]+(?:\^\{?[23]\}?)? ?(?:=|\\approx).*"
 )
 _CLOCK = re.compile(r"([01]?[0-9]|2[0-3]):([0-5][0-9])(?::[0-5][0-9])?")
 _TRIG_CALL = re.compile("sin|cos|tan|cot|sec|csc")
-# The words of "the area = 9".
-_WORDY_NAME = re.compile(r"(?:the )?([a-zA-Z]{3,}) ?=(?!=)")
+_WORDY_NAME = re.compile(r"(?:the )?([a-zA-Z]{3,}) ?=(?!=) ?")  # the area = 9
 
 
-def _single(text: str, canonical: str = "") -> Answer:
+def _single(text: str, canonical: str) -> Answer:
     """Returns the answer in a text that is no list."""
-    canonical = canonical or _canonical(text)
     if _INTEGER.fullmatch(text):  # most answers
         return Answer(("num", int(text.replace(",", ""))), canonical)
     # 1. A date is compared as it is written, and so is a time of day: 4:20 is no ratio, 3:5 is.
     clock = _CLOCK.fullmatch(text) if ":" in text else None
     if _NO_NUMBER.fullmatch(text) or clock and math.gcd(int(clock[1]), int(clock[2])) > 1:
         return Answer(None, canonical)
-    # 2. The words before a value go.
     words = _WORDY_NAME.match(text)
-    if words and not changes(words[1]):
-        text = text[words.end() :].strip()
-    # 3. A formula with a unit behind it. "S3 gallop" is no number of gallops.
+    if words and not changes(words[1]) and not is_product(words[1]):
+        text = text[words.end() :]
+    # 2. A formula with a unit behind it. "S3 gallop" is no number of gallops.
     match = _TAIL.fullmatch(text)
     unit = unit_of(match[3], glued=not match[2]) if match else None
     if unit is not None and not (unit == "degree" and _TRIG_CALL.search(text)):
@@ -169,7 +164,7 @@ def _single(text: str, canonical: str = "") -> Answer:
         answer = _formula(re.sub(again, "", match[1]), canonical, unit)
         if answer.value and (answer.value[0] == "chain" or not variables(answer.value)):
             return answer
-    # 4. A formula or else a text.
+    # 3. A formula or else a text.
     return _formula(text, canonical)
 
 
@@ -193,22 +188,15 @@ def _spelled(node: Node) -> str:
         return node[1]
     if kind not in ("call", "+", "/", "ratio", "seq"):
         return ""
-    parts = node[2:] if kind == "call" else node[1:] if kind in ("+", "/") else node[-1]
-    if not all(map(_spelled, parts)):
-        return ""
-    names = ",".join(map(_spelled, parts))
-    if node[:2] == ("call", "abs"):
-        return names if names.isupper() or names == "z" else ""
-    is_quantity = (
-        kind in ("ratio", "seq")
-        or kind == "call"
-        and node[1] in ("sin", "cos", "tan")
-        or kind == "/"
-        and names.isupper()
-        or kind == "+"
-        and all("a" <= name[0] <= "w" for name in names.split(","))
-    )
-    return f"{node[1] if kind == 'call' else kind}({names})" if is_quantity else ""
+    sign, parts = (node[1], node[2:]) if kind == "call" else (kind, node[1:])
+    names = ",".join(map(_spelled, parts if kind in ("call", "+", "/") else node[-1]))
+    fits = {
+        "+": not re.search("^[A-Zx-z]|,[A-Zx-z]", names),  # x + y = 4 is a relation
+        "/": names.isupper(),
+        "call": sign in ("sin", "cos", "tan") or sign == "abs" and re.fullmatch("[A-Z]+|z", names),
+    }
+    is_name = fits.get(kind, True) and not re.search("^,|,,|,$|^$", names)
+    return f"{sign}({names})" if is_name else ""
 
 
 def _named(tree: Node) -> tuple[str, Node]:
@@ -300,7 +288,7 @@ def parse_sentence(text: str) -> Answer | None:
         if not _WORDS.fullmatch(before) or changes(before) or _NO_STATEMENT.search(before):
             continue
         # "72 clips in April and May" is no list.
-        for answer in (_parse(rest) if before else None, _single(rest)):
+        for answer in (_parse(rest) if before else None, _single(rest, rest)):
             if answer and answer.value and answer.value[0] != "var":
                 return answer
     return None

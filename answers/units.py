@@ -8,7 +8,7 @@
 
 import re
 
-from answers.tokens import is_product
+from answers.formulas import is_product
 
 
 def _aliases(table: str) -> dict[str, str]:

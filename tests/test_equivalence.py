@@ -8,11 +8,10 @@ from fractions import Fraction
 
 import pytest
 
-from answers import equivalence, formulas, parsing, tokens, trees, typography, units, values
+from answers import equivalence, formulas, parsing, trees, typography, units, values
 from answers.equivalence import answers_agree, is_equivalent
-from answers.formulas import parse_formula
+from answers.formulas import NotMaths, parse_formula
 from answers.parsing import parse_answer
-from answers.tokens import NotMaths
 from answers.trees import variables
 from answers.typography import MAX_CHARS, plain
 from answers.values import MAX_BITS, Budget, Evaluator, NoValue, as_decimal, values_agree
@@ -310,6 +309,6 @@ def test_limits():
 
 
 def test_examples_in_the_docstring():
-    for module in (tokens, formulas, values, trees, parsing, equivalence, typography, units):
+    for module in (formulas, values, trees, parsing, equivalence, typography, units):
         result = doctest.testmod(module)
         assert result.attempted >= 2 and result.failed == 0
