@@ -3,7 +3,7 @@
 import re
 from functools import lru_cache
 
-from answers.equivalence import is_equivalent, same_text
+from answers.equivalence import is_equivalent
 from answers.typography import plain
 from answers.values import Budget
 
@@ -12,7 +12,6 @@ _LETTER = re.compile(  # the letter, what sets it off from a text, the text
     r"( -+>? | ?→|[)\]]{0,2} ?[.:;,]?) ?(.*)"
 )
 _LETTER_LAST = re.compile(r"(.+?),? (?:\(|option |which is )(?:option )?([A-P])\)?")
-_NOT_ANOTHER = re.compile(r"(.+?)(?:, not|,? rather than|,? instead of| \(not) \(?(.+?)\)*")
 # Other letters among words: A, (a), option a; but not the article of "A dog".
 _OTHER_LETTERS = re.compile(
     r"""\b([A-P])\b(?! (?!or\b|and\b)[a-z])"""
@@ -52,11 +51,6 @@ def choose(answer: str, options: dict[str, str]) -> str | None:
     if len(exact) == 1:
         return exact[0]  # row 2
     budget = Budget()
-    match = _NOT_ANOTHER.fullmatch(text)  # B, not A
-    others = (_same_texts(match[2], options) or [match[2]]) if match else []
-    if match and others[0] in options:
-        chosen = choose(match[1], options)
-        return None if chosen in others else chosen
     match = _LETTER_LAST.fullmatch(text)
     if match and match[2] in options and is_equivalent(match[1], options[match[2]], budget):
         return match[2]  # row 3
@@ -89,8 +83,11 @@ def _spelling(text: str) -> str:
 def _same_texts(text: str, options: dict[str, str]) -> list[str]:
     """Returns the letters of the options with this text; if there are any, with its very case."""
     spelling = _spelling(text)
-    cased = [key for key, option in options.items() if spelling and _spelling(option) == spelling]
-    return cased or [key for key, option in options.items() if same_text(text, option)]
+    if not spelling:
+        return []
+    cased = [key for key, option in options.items() if _spelling(option) == spelling]
+    folded = spelling.casefold()
+    return cased or [key for key in options if _spelling(options[key]).casefold() == folded]
 
 
 def _names_any(words: str, options: dict[str, str], budget: Budget) -> bool:

@@ -156,12 +156,6 @@ def _decimal(text: str) -> str:
     return match[1].replace(".", "").replace(",", ".") + match[2] if match else text
 
 
-def same_text(answer: str, option: str) -> bool:
-    """Returns whether two texts are equal but for spaces, typography and case."""
-    one, other = parse_answer(answer), parse_truth(option)
-    return one is not None and other is not None and one.text == other.text
-
-
 def rounds_to(answer: str, truth: str, decimals: int) -> bool:
     """Returns whether the answer, rounded, is the truth, rounded: 3.14159 is 3.14 to 2 decimals.
 

@@ -33,35 +33,30 @@ Token = tuple[str, str]  # its kind (num, var, const, function or sign) and its 
 THOUSANDS = r"[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])"
 _DECIMAL = rf"(?:(?:{THOUSANDS}|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)"
 _TRIG = ("sin", "cos", "tan", "cot", "sec", "csc")
-_FUNCTIONS = {"ln", "log", "lg", "exp", "sqrt", "abs", "floor", "ceil"}
-_FUNCTIONS |= {prefix + name for name in _TRIG for prefix in ("", "arc")}
-_FUNCTION = "|".join(sorted(_FUNCTIONS | {"pi"}, key=len, reverse=True))
+_FUNCTIONS = ["ln", "log", "lg", "exp", "sqrt", *("arc" + name for name in _TRIG), *_TRIG]
+_GREEK = """alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau
+    upsilon phi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell""".split()
+_SIGNS = "frac binom over choose cup in approx mathbb emptyset".split()
+# Each command that we know, and what kind of token it is.
+_KINDS = dict.fromkeys([*_FUNCTIONS, "abs", "floor", "ceil"], "function")
+_KINDS |= dict.fromkeys(_GREEK, "var") | dict.fromkeys(_SIGNS, "sign")
+_KINDS |= {"pi": "const", "infty": "const"}
+_FUNCTION = "|".join([*_FUNCTIONS, "pi"])
 # f(0) is no product, and neither are f^{-1}(x), I(0) and the y(t) of y(t) = 2t; n(n + 1) is one.
 _CALL = r"[fghFGHPE](?:'+|\^\{-1\})?\s?\([^(),]*\)|[a-zA-Z]\((?:[0-9]+\)|[a-z]\)(?=\s?=))"
 # A word that begins with a function's name ends there if at most two letters follow: sinx, lnab.
 _TOKEN = re.compile(
     rf"""(?P<num>{_DECIMAL}(?:[eE][-+]?[0-9]{{1,3}}(?![0-9A-Za-z.]))?)
     |(?P<call>(?<![a-zA-Z\\])(?:{_CALL}))
-    |(?P<command>\\(?:[a-zA-Z]+|.))
+    |(?P<sign>\\[{{}}]|<=|>=|!=|[-+*/^=<>(){{}}\[\],;:!°])|\\(?P<command>[a-zA-Z]+)
     |(?P<word>[A-Za-z](?=sqrt(?![A-Za-z]))
         |(?:{_FUNCTION})(?=[^A-Za-z]|[A-Za-z]{{0,2}}(?![A-Za-z]))|[A-Za-z]+)
     |(?P<suffix>_(?:\{{[^{{}}]*\}}|\\?[A-Za-z0-9])|'+)
-    |(?P<sign><=|>=|!=|[-+*/^=<>(){{}}\[\],;:!°])|(?P<space>\s+)|(?P<other>.)""",
+    |(?P<space>\s+)|(?P<other>.)""",
     re.VERBOSE | re.DOTALL,
 )
-# The commands that are signs, each by the name that formulas.py has for it.
-_SIGNS = {name: name for name in "frac binom over choose cup in approx mathbb emptyset".split()}
-_SIGNS |= {"times": "*", "cdot": "*", "ast": "*", "div": "/", "colon": ":", "{": r"\{", "}": r"\}"}
-_SIGNS |= {"le": "<=", "leq": "<=", "leqslant": "<=", "leqq": "<=", "lt": "<", "gt": ">"}
-_SIGNS |= {"ge": ">=", "geq": ">=", "geqslant": ">=", "geqq": ">=", "ne": "!=", "neq": "!="}
-_SIGNS |= {"simeq": "approx", "varnothing": "emptyset"}
-_NAMES = {"tg": "tan", "ctg": "cot", "cosec": "csc"}
-GREEK = set(
-    """alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau
-    upsilon phi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell""".split()
-)
 _WORDS = {word: ("num", str(number)) for word, number in NUMBERS.items()}
-_WORDS |= {"infinity": ("const", "infty"), "and": ("sign", ","), "or": ("sign", ",")}
+_WORDS |= {"infinity": ("const", "infty")}
 ENGLISH = set("no on is it of to in up as at we he so do go us if an am pm by my me be or".split())
 # A run of capitals is one name, as are symbols of elements: HTH is not THH, AB no product of A, B.
 _NAME_OF_LETTERS = re.compile("[A-Z]{2,}|(?:[A-Z][a-z]?){2,}")
@@ -78,7 +73,7 @@ def is_product(word: str) -> bool:
 def _word(word: str) -> list[Token]:
     """Returns a run of letters as a function, a number word, or a product. Raises NotMaths."""
     if word in _FUNCTIONS or word == "pi":
-        return [_command(word)]
+        return [(_KINDS[word], word)]
     if word.lower() in _WORDS:
         return [_WORDS[word.lower()]]
     is_name = _NAME_OF_LETTERS.fullmatch(word)
@@ -87,20 +82,6 @@ def _word(word: str) -> list[Token]:
     if is_name:
         return [("var", word)]
     return [("const" if letter == "e" else "var", letter) for letter in word]
-
-
-def _command(name: str) -> Token:
-    """Returns the token of a LaTeX command, given without its backslash. Raises NotMaths."""
-    name = _NAMES.get(name, name)
-    if name in _FUNCTIONS:
-        return "function", name
-    if name in ("pi", "infty"):
-        return "const", name
-    if name in GREEK:
-        return "var", name
-    if name in _SIGNS:
-        return "sign", _SIGNS[name]
-    raise NotMaths
 
 
 def _suffix(tokens: list[Token], suffix: str) -> None:
@@ -125,7 +106,7 @@ def tokenise(text: str) -> list[Token]:
         # The group that matched says what it is; spaces are passed over.
         kind, value = match.lastgroup, match[0]
         if kind == "sign":
-            depth += (value in "([") - (value in ")]")
+            depth += (value in ("(", "[", r"\{")) - (value in (")", "]", r"\}"))
             tokens.append((kind, value))
         elif kind == "num":  # (1,234) is a pair
             for part in value.split(",") if depth > 0 else [value.replace(",", "")]:
@@ -135,12 +116,11 @@ def tokenise(text: str) -> list[Token]:
             tokens += _word(value)
         elif kind == "call":
             tokens.append(("var", value.replace(" ", "")))
-        elif kind == "command":
-            tokens.append(_command(value[1:]))
-            depth += (value == r"\{") - (value == r"\}")
+        elif kind == "command" and match[kind] in _KINDS:
+            tokens.append((_KINDS[match[kind]], match[kind]))
         elif kind == "suffix":
             _suffix(tokens, value)
-        elif kind == "other":
+        elif kind != "space":
             raise NotMaths
     return tokens
 
@@ -337,6 +317,8 @@ class Parser:
             return "call", "arc" + name, argument
         if name == "lg":
             name, base = "log", (("num", 10),)
+        elif name == "log" and not base:
+            name = "ln"
         call = ("call", name, argument, *base)
         return call if power is None else ("^", call, power)
 

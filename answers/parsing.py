@@ -17,7 +17,7 @@ from answers.formulas import ENGLISH, THOUSANDS, Node, NotMaths, is_product, par
 from answers.trees import plain_number, trees_agree, variables
 from answers.typography import plain
 from answers.units import changes, unit_of
-from answers.values import MAX_WORK, Budget, Evaluator, as_decimal
+from answers.values import MAX_WORK, Budget, as_decimal, value_of
 
 
 @dataclass(frozen=True)
@@ -225,7 +225,7 @@ def _named(tree: Node) -> tuple[str, Node]:
 
 
 def _last_value(terms: tuple[Node, ...], signs: tuple[str, ...], is_named: bool) -> Node | None:
-    """Returns the last exact number of a chain: 4 of x + 1 = 3 + 1 = 4, 2/3 of 2/3 = 0.67.
+    """Returns the last exact number of a chain: 4 of x + 1 = 3 + 1 = 4, 2/3 of 2/3 \approx 0.67.
 
     Returns None if two of its numbers differ, by more than rounding, or for a relation: x + y = 4.
     """
@@ -246,12 +246,9 @@ def _last_value(terms: tuple[Node, ...], signs: tuple[str, ...], is_named: bool)
 
 
 def _is_rounding(node: Node, rounded: Node, decimals: int, budget: Budget) -> bool:
-    """Returns whether a decimal is a number cut off or rounded behind its last digit.
-
-    decimals: how many the decimal must have at least.
-    """
-    digits, number = plain_number(rounded), Evaluator({}, budget).value_or_none(node)
-    if digits is None or number is None:
+    """Returns whether a number with so many decimals or more is a value, rounded or cut off."""
+    number, digits = value_of(node, budget), plain_number(rounded)
+    if number is None or digits is None:
         return False
     places = next((n for n in range(12) if digits * 10**n % 1 == 0), 12)
     left_out = abs(as_decimal(number)) - abs(as_decimal(digits))

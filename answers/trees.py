@@ -14,20 +14,12 @@ point says nothing.
 (True, False)
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from decimal import Decimal
 from fractions import Fraction
 
 from answers.formulas import INFINITY, MINUS_INFINITY, Node
-from answers.values import (
-    NO_VALUE,
-    Budget,
-    Evaluator,
-    Value,
-    as_decimal,
-    random_points,
-    values_agree,
-)
+from answers.values import Budget, Value, as_decimal, random_points, value_of, values_agree
 
 
 def trees_agree(one: Node, other: Node, budget: Budget) -> bool:
@@ -85,34 +77,21 @@ def agree_in_any_order(ones: Iterable, others: Iterable, agree: Callable) -> boo
 
 
 def _values_at_points(
-    trees: list[Node], names: frozenset[str], budget: Budget, log_base: int | None = None
-) -> Iterator[list[Value]]:
-    """Yields the trees' values at each random point where all of them have one.
+    trees: list[Node], names: frozenset[str], budget: Budget
+) -> list[list[Value]]:
+    """Returns the trees' values at each random point where all of them have one.
 
     The points have a coordinate for each name; without names there is one point only.
     """
-    for point in random_points(names):
-        values = [Evaluator(point, budget, log_base).value_or_none(tree) for tree in trees]
-        if None not in values:
-            yield values
+    values = [[value_of(tree, budget, point) for tree in trees] for point in random_points(names)]
+    return [at_point for at_point in values if None not in at_point]
 
 
 def _scalars_agree(one: Node, other: Node, budget: Budget) -> bool:
-    """Returns whether two values are equal wherever both have one: at three points at least.
-
-    log has base e or 10, whichever fits.
-    """
+    """Returns whether two values are equal wherever both have one: at three points at least."""
     names = variables(one) | variables(other)
-    for log_base in (None, 10) if "'log'" in str((one, other)) else (None,):
-        seen = 0
-        for values in _values_at_points([one, other], names, budget, log_base):
-            if not values_agree(*values):
-                break
-            seen += 1
-        else:
-            if seen >= (3 if names else 1):
-                return True
-    return False
+    values = _values_at_points([one, other], names, budget)
+    return len(values) >= (3 if names else 1) and all(values_agree(*pair) for pair in values)
 
 
 # --- Relations: by the numbers that they allow, or else link by link ------------------------------
@@ -154,21 +133,24 @@ def _regions_agree(one: Node, other: Node, budget: Budget) -> bool:
     for difference, _ in (link for side in sides for links in side for link in links):
         # One side is x or |x|, the other a number.
         ends = [end[2] if end[:2] == ("call", "abs") else end for end in difference[1:]]
-        numbers = [Evaluator({}, budget).value_or_none(end) for end in ends if not variables(end)]
+        numbers = [value_of(end, budget) for end in ends if not variables(end)]
         if ("var", name) not in ends or len(numbers) != 1 or numbers[0] is None:
             return False
         bounds += [as_decimal(numbers[0]), -as_decimal(numbers[0])]
     bounds = sorted(bounds) or [Decimal(0)]
     between = [(low + high) / 2 for low, high in zip(bounds, bounds[1:])]
     for number in (*bounds, *between, bounds[0] - 1, bounds[-1] + 1):
-        evaluate = Evaluator({name: number}, budget)
-        try:
-            allowed = [
-                any(all(_HOLDS[sign](evaluate(tree)) for tree, sign in links) for links in side)
-                for side in sides
+        allowed = []
+        for side in sides:
+            values = [
+                [(value_of(tree, budget, {name: number}), sign) for tree, sign in links]
+                for links in side
             ]
-        except NO_VALUE:
-            return False
+            if any(value is None for links in values for value, _ in links):
+                return False
+            allowed.append(
+                any(all(_HOLDS[sign](value) for value, sign in links) for links in values)
+            )
         if allowed[0] != allowed[1]:
             return False
     return True

@@ -71,7 +71,12 @@ _COMMANDS |= {"lor": " or ", "vee": " or ", "land": " and ", "wedge": " and ", "
 _COMMANDS |= {"rangle": ")", "lbrace": r"\{", "rbrace": r"\}", "R": r"\mathbb{R}", "cr": r"\\"}
 _COMMANDS |= {"quad": " ", "qquad": " ", "tabularnewline": r"\\", "prime": "'"}
 _COMMANDS |= {"lfloor": r"\floor(", "lceil": r"\ceil(", "rfloor": ")", "rceil": ")"}
-_COMMANDS |= {"dbinom": r"\binom", "tbinom": r"\binom"}
+_COMMANDS |= {"dbinom": r"\binom", "tbinom": r"\binom", "simeq": r"\approx"}
+_COMMANDS |= {"varnothing": r"\emptyset", "tg": r"\tan", "ctg": r"\cot", "colon": ":", "div": "/"}
+_COMMANDS |= dict.fromkeys(("times", "cdot", "ast"), "*")
+_COMMANDS |= {"lt": "<", "gt": ">"} | dict.fromkeys(("ne", "neq"), "!=")
+_COMMANDS |= dict.fromkeys(("le", "leq", "leqslant", "leqq"), "<=")
+_COMMANDS |= dict.fromkeys(("ge", "geq", "geqslant", "geqq"), ">=")
 
 
 def _unwrapped(text: str) -> str:
@@ -154,14 +159,12 @@ _SMALL = """zero one two three four five six seven eight nine ten eleven twelve 
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 NUMBERS = {word: number for number, word in enumerate(_SMALL)}
 NUMBERS |= {word: 10 * number for number, word in enumerate(_TENS, 2)}
-_ZEROS = {"thousand": 3, "million": 6, "billion": 9}
-_WORD = re.compile("[a-zA-Z]{4}")
 _NUMBER_WORDS = _rules(
-    (
-        rf"(?i)\b({'|'.join(_TENS)})[- ]({'|'.join(_SMALL[1:10])})\b",
-        lambda match: str(NUMBERS[match[1].lower()] + NUMBERS[match[2].lower()]),
-    ),
-    (rf"(?i)(?<=[0-9]) ?({'|'.join(_ZEROS)})\b", lambda match: f"*10^{_ZEROS[match[1].lower()]}"),
+    # thirty-five -> thirty+five, 3 million -> 3*10^6
+    (rf"(?i)\b({'|'.join(_TENS)})[- ](?=(?:{'|'.join(_SMALL[1:10])})\b)", r"\1+"),
+    (r"(?i)(?<=[0-9]) ?thousand\b", "*10^3"),
+    (r"(?i)(?<=[0-9]) ?million\b", "*10^6"),
+    (r"(?i)(?<=[0-9]) ?billion\b", "*10^9"),
 )
 _PREAMBLE = re.compile(  # So the final answer is: 5 -> 5, I choose B -> B, and = 5 -> 5
     r"(?i)^(?:(?:so|thus|hence|therefore|then|finally|and)\b,? ?)*"
@@ -258,8 +261,8 @@ def plain(text: str) -> str:
     # 5. 12 345 is a number, 2 x 3 a product, twenty-five is 25, 3 million is 3*10^6.
     if _THOUSANDS.fullmatch(text):
         return text.replace(" ", "").replace(",", ".")
-    text = re.sub(r"(?<=[0-9]) ?(?:x| by ) ?(?=[0-9])", r" \\times ", text)
-    for pattern, replacement in _NUMBER_WORDS if _WORD.search(text) else ():
+    text = re.sub(r"(?<=[0-9]) ?(?:x| by ) ?(?=[0-9])", "*", text)
+    for pattern, replacement in _NUMBER_WORDS:
         text = pattern.sub(replacement, text)
     # 6. What stands around the answer goes: "the answer is", stars, a full stop, brackets.
     text = _PREAMBLE.sub("", text.strip("*_` ").rstrip("\\ ")).strip("*_` ")

@@ -6,15 +6,16 @@ sum that leaves nothing else is 0. A sum that would lose a term has no value, e^
 are real: i is a letter like any other. Numbers and the work done are capped, so calls are short.
 
 >>> half, x = ("/", ("num", 1), ("num", 2)), ("var", "x")
->>> Evaluator({"x": Fraction(3, 4)}, Budget())(("+", half, x))
+>>> value_of(("+", half, x), Budget(), {"x": Fraction(3, 4)})
 Fraction(5, 4)
 >>> root = ("call", "sqrt", ("num", 2))
->>> values_agree(Evaluator({}, Budget())(("*", root, root)), 2)
+>>> values_agree(value_of(("*", root, root), Budget()), 2)
 True
 """
 
 import decimal
 import math
+import operator
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -39,10 +40,6 @@ Value = int | Fraction | Decimal
 
 class NoValue(Exception):
     """The tree has no value there: out of its domain, of unknown kind, or too large."""
-
-
-# What an evaluation may raise. ArithmeticError: overflow, 1/0.
-NO_VALUE = (NoValue, ArithmeticError, RecursionError)
 
 
 # --- Arithmetic: exact as long as it can be -------------------------------------------------------
@@ -84,11 +81,6 @@ def _sum(a: Value, b: Value) -> Value:
     return a + b
 
 
-def _product(a: Value, b: Value) -> Value:
-    a, b = _alike(a, b)
-    return a * b
-
-
 def _quotient(a: Value, b: Value) -> Value:
     a, b = _alike(a, b)
     return a / b if isinstance(a, Decimal) else Fraction(a) / b
@@ -122,16 +114,10 @@ def _root(base: Value, degree: Value = 2) -> Value:
         raise NoValue
     if base < 0:
         return -_root(-base, degree)
-    if not isinstance(base, Decimal):
-        parts = base.as_integer_ratio()
-        roots = [int(_decimal_root(Decimal(part), degree).to_integral_value()) for part in parts]
-        if all(root**degree == part for root, part in zip(roots, parts)):
-            return Fraction(*roots)
-    return _decimal_root(as_decimal(base), degree)
-
-
-def _decimal_root(base: Decimal, degree: Value) -> Decimal:
-    return base.sqrt() if degree == 2 or not base else base ** (1 / Decimal(int(degree)))
+    x = as_decimal(base)
+    root = x.sqrt() if degree == 2 or x == 0 else x ** (1 / Decimal(int(degree)))
+    nearest = Fraction(root).limit_denominator(10**9)
+    return nearest if not isinstance(base, Decimal) and nearest**degree == base else root
 
 
 # --- Functions ------------------------------------------------------------------------------------
@@ -168,12 +154,31 @@ def _arcsine(x: Decimal) -> Decimal:
     return 2 * _arctangent(x / (1 + (1 - x * x).sqrt()))
 
 
-def _logarithm(x: Decimal, base: Value | None = None) -> Decimal:
-    """Returns the logarithm, by default the natural one. Base 1 divides by zero."""
+def _logarithm(x: Decimal) -> Decimal:
     if x <= 0:
         raise NoValue
-    value = x.ln() if abs(x - 1) > NOISE else Decimal(0)
-    return value if base is None else value / _logarithm(as_decimal(base))
+    return x.ln() if abs(x - 1) > NOISE else Decimal(0)
+
+
+def _floor(x: Value) -> int:
+    """Returns the floor. A decimal that may lie on either side of a whole number has none."""
+    if isinstance(x, Decimal) and values_agree(x, x.to_integral_value()):
+        raise NoValue
+    return math.floor(x)
+
+
+def _factorial(n: Value) -> int:
+    if isinstance(n, Decimal) or n.denominator > 1 or not 0 <= n <= 2500:
+        raise NoValue
+    return math.factorial(int(n))
+
+
+def _binomial(n: Value, k: Value) -> int:
+    if isinstance(n, Decimal) or isinstance(k, Decimal) or n % 1 or k % 1 or min(n, k) < 0:
+        raise NoValue
+    if min(k, abs(n - k)) * n.numerator.bit_length() > MAX_BITS:
+        raise NoValue
+    return math.comb(int(n), int(k))
 
 
 _SMOOTH: dict[str, Callable[[Decimal], Value]] = {
@@ -190,30 +195,26 @@ _SMOOTH: dict[str, Callable[[Decimal], Value]] = {
     "arctan": _arctangent,
     "degrees": lambda x: x * _PI / 180,
 }
-
-
-def _counted(name: str, n: Value, k: Value = 0) -> int:
-    """Returns n! or n over k, for whole numbers that are not negative."""
-    if isinstance(n, Decimal) or isinstance(k, Decimal) or n % 1 or k % 1 or n < 0 or k < 0:
-        raise NoValue
-    n, k = int(n), int(k)
-    if name == "factorial" and n <= 2500:
-        return math.factorial(n)
-    if name == "binom" and min(k, abs(n - k)) * n.bit_length() <= MAX_BITS:
-        return math.comb(n, k)
-    raise NoValue
+# Every sign and function that has a value.
+_VALUES: dict[str, Callable[..., Value]] = {
+    "+": _sum,
+    "-": lambda a, b: _sum(a, -b),
+    "*": lambda a, b: operator.mul(*_alike(a, b)),
+    "/": _quotient,
+    "^": _power,
+    "neg": operator.neg,
+    "abs": abs,
+    "sqrt": _root,
+    "log": lambda x, base: _logarithm(as_decimal(x)) / _logarithm(as_decimal(base)),
+    "floor": _floor,
+    "ceil": lambda x: -_floor(-x),
+    "factorial": _factorial,
+    "binom": _binomial,
+    **{name: lambda x, f=function: f(as_decimal(x)) for name, function in _SMOOTH.items()},
+}
 
 
 # --- Trees ----------------------------------------------------------------------------------------
-
-_ARITHMETIC = {
-    "+": _sum,
-    "-": lambda a, b: _sum(a, -b),
-    "*": _product,
-    "/": _quotient,
-    "^": _power,
-    "neg": lambda a: -a,
-}
 
 
 @dataclass
@@ -225,84 +226,48 @@ class Budget:
 
     left: int = MAX_WORK
 
-    def spend(self, kind: str, value: Value) -> None:
+    def spend(self, node: Node, value: Value) -> None:
         """Pays for a node. Raises NoValue if its value or the work is too much."""
-        if isinstance(value, Decimal):
-            self.left -= 2048 if kind in ("call", "^") else 64
-        else:
-            bits = value.numerator.bit_length() + value.denominator.bit_length()
-            self.left -= 64 + bits
-            if bits > 2 * MAX_BITS:
-                raise NoValue
-        if self.left < 0:
+        is_exact = not isinstance(value, Decimal)
+        bits = value.numerator.bit_length() + value.denominator.bit_length() if is_exact else 0
+        self.left -= 64 + bits if is_exact or node[0] not in ("call", "^") else 2048
+        if bits > 2 * MAX_BITS or self.left < 0:
             raise NoValue
 
 
-@dataclass
-class Evaluator:
-    """Values of trees at one point: {variable: number}.
+def value_of(node: Node, budget: Budget, point: dict[str, Value] | None = None) -> Value | None:
+    """Returns a tree's value at a point, {variable: number}; None if it has none.
 
-    Infinity has no value: infinity + 1 would equal infinity, and 1 / infinity nothing.
-
-    log_base: what log means without a base: 10, or None for e.
+    Infinity has none: infinity + 1 would equal infinity, and 1 / infinity nothing.
     """
-
-    point: dict[str, Value]
-    budget: Budget
-    log_base: int | None = None
-
-    def __call__(self, node: Node) -> Value:
-        """Returns the tree's value. Raises one of NO_VALUE if it has none."""
-        if self.budget.left < 0:
-            raise NoValue
-        with decimal.localcontext(_DIGITS):
-            return self.value(node)
-
-    def value_or_none(self, node: Node) -> Value | None:
-        """Returns the tree's value, None if it has none."""
-        try:
-            return self(node)
-        except NO_VALUE:
+    try:
+        if budget.left < 0:
             return None
+        with decimal.localcontext(_DIGITS):
+            return _value(node, budget, point or {})
+    except (NoValue, ArithmeticError, RecursionError):  # ArithmeticError: overflow, 1/0
+        return None
 
-    def value(self, node: Node) -> Value:
-        kind = node[0]
-        if kind == "num":
-            return node[1]
-        if kind == "var" and node[1] in self.point:
-            return self.point[node[1]]
-        if kind == "const" and node[1] in _CONSTANTS:
-            return _CONSTANTS[node[1]]
-        if kind in _ARITHMETIC:
-            value = _ARITHMETIC[kind](*map(self.value, node[1:]))
-        elif kind == "call":
-            value = self.call(node[1], *map(self.value, node[2:]))
-        elif kind == "ratio" and len(node[1]) == 2:
-            value = _quotient(*map(self.value, node[1]))
-        elif kind in ("set", "seq") and len(node[-1]) == 1 and node[-1][0][0] not in ("set", "var"):
-            value = self.value(node[-1][0])  # brackets that group: 2[x + 1]
-        else:
-            raise NoValue
-        self.budget.spend(kind, value)
-        return value
 
-    def call(self, name: str, x: Value, *others: Value) -> Value:
-        """Returns a function's value. Roots, logarithms and binomials may have two arguments."""
-        if name == "sqrt":
-            return _root(x, *others)
-        if name in ("factorial", "binom"):
-            return _counted(name, x, *others)
-        if name == "abs":
-            return abs(x)
-        if name in ("floor", "ceil"):
-            if isinstance(x, Decimal) and values_agree(x, x.to_integral_value()):
-                raise NoValue  # it may lie on either side of a whole number
-            return math.floor(x) if name == "floor" else math.ceil(x)
-        if name == "log":
-            return _logarithm(as_decimal(x), *(others or (self.log_base,)))
-        if name not in _SMOOTH:
-            raise NoValue
-        return _SMOOTH[name](as_decimal(x))
+def _value(node: Node, budget: Budget, point: dict[str, Value]) -> Value:
+    kind, *parts = node
+    if kind == "num":
+        return node[1]
+    if kind == "var" and node[1] in point:
+        return point[node[1]]
+    if kind == "const" and node[1] in _CONSTANTS:
+        return _CONSTANTS[node[1]]
+    if kind == "ratio" and len(node[1]) == 2:
+        kind, parts = "/", node[1]
+    elif kind == "call":
+        kind, *parts = parts
+    elif kind in ("set", "seq") and len(node[-1]) == 1 and node[-1][0][0] not in ("set", "var"):
+        return _value(node[-1][0], budget, point)  # brackets that group: 2[x + 1]
+    if kind not in _VALUES:
+        raise NoValue
+    value = _VALUES[kind](*[_value(part, budget, point) for part in parts])
+    budget.spend(node, value)
+    return value
 
 
 def random_points(names: frozenset[str]) -> Iterator[dict[str, Value]]:
