@@ -108,7 +108,7 @@ def _repeating(match: re.Match) -> str:
 
 
 def _rules(*rules: tuple) -> list[tuple[re.Pattern, object]]:
-    return [(re.compile(pattern), replacement) for pattern, replacement in rules]
+    return [(re.compile(pattern), becomes) for pattern, becomes in rules]
 
 
 _LATEX = _rules(
@@ -150,23 +150,28 @@ _LATEX = _rules(
 
 # --- Words and signs of plain text ----------------------------------------------------------------
 
-_RELATIONS = {":=": "=", "=/=": "!=", "<>": "!=", "=<": "<=", "==": "="}
-_RELATION = re.compile("|".join(_RELATIONS))
-_LINE = re.compile(r"\s*(?:[a-z] ?= ?)?[^\s=&,]+\s*")  # x = 3
-_BOLD = re.compile(r"(?<![\w)])\*\*([^*]+)\*\*(?!\w)")
 _SMALL = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen
     fifteen sixteen seventeen eighteen nineteen""".split()
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 NUMBERS = {word: number for number, word in enumerate(_SMALL)}
 NUMBERS |= {word: 10 * number for number, word in enumerate(_TENS, 2)}
-_NUMBER_WORDS = _rules(
-    # thirty-five -> thirty+five, 3 million -> 3*10^6
-    (rf"(?i)\b({'|'.join(_TENS)})[- ](?=(?:{'|'.join(_SMALL[1:10])})\b)", r"\1+"),
-    (r"(?i)(?<=[0-9]) ?thousand\b", "*10^3"),
-    (r"(?i)(?<=[0-9]) ?million\b", "*10^6"),
-    (r"(?i)(?<=[0-9]) ?billion\b", "*10^9"),
+_LINE = re.compile(r"\s*(?:[a-z] ?= ?)?[^\s=&,]+\s*")  # x = 3
+_THOUSANDS = re.compile("[1-9][0-9]{0,2}(?: [0-9]{3})+(?:[.,][0-9]+)?")
+_FIRST = _rules(
+    # x := 5 -> x = 5, x <> 5 -> x != 5
+    (r":=|==", "="),
+    (r"=/=|<>", "!="),
+    (r"=<", "<="),
+    # A pair of dollars encloses a formula; a single one is money.
+    (r"\\\$", "¤"),
+    (r"^([^$]*)\$(?=[^$]*$)", r"\1¤"),
+    (r"\\([%&])", r"\1"),
+    (r"\$", " "),
+    # **bold** loses its stars, then 2**3 is a power.
+    (r"(?<![\w)])\*\*([^*]+)\*\*(?!\w)", r"\1"),
+    (r"(?<=[\w)]) ?\*\* ?(?=[\w(-])", "^"),
 )
-_PREAMBLE = re.compile(  # So the final answer is: 5 -> 5, I choose B -> B, and = 5 -> 5
+_PREAMBLE = (
     r"(?i)^(?:(?:so|thus|hence|therefore|then|finally|and)\b,? ?)*"
     r"(?:(?:(?:the|my|our) )?(?:(?:final|correct|best|right|only|most likely) )*"
     r"(?:answer|option|choice|solution|diagnosis|value) ?"
@@ -174,8 +179,6 @@ _PREAMBLE = re.compile(  # So the final answer is: 5 -> 5, I choose B -> B, and 
     r"|I(?:'d| would| will)? (?:choose|pick|select|go with) ){0,2}"
     r"(?:(?:\\approx|approximately|about|=) ?)?"
 )
-_THOUSANDS = re.compile("[1-9][0-9]{0,2}(?: [0-9]{3})+(?:[.,][0-9]+)?")
-_SINGLE = re.compile(r"\(([^(),]*)\)")  # (B) and (-3), but not the pair (1,234)
 
 
 def _mixed(match: re.Match) -> str:
@@ -184,25 +187,35 @@ def _mixed(match: re.Match) -> str:
     return f"({whole}+{top}/{bottom})" if int(top) < int(bottom) else f"{whole} {top}/{bottom}"
 
 
+def _bars(match: re.Match) -> str:
+    r"""Returns a text with \abs(x) for |x|, unless bars may be read in two ways: |2|x|-1|."""
+    parts = match[0].split("|")
+    if len(parts) % 2 == 0 or any(part.strip()[:1].isalnum() for part in parts[2:-1:2]):
+        return match[0]
+    return "".join(f"\\abs({part})" if i % 2 else part for i, part in enumerate(parts))
+
+
 _LAST = _rules(
+    # 2 x 3 -> 2*3, thirty-five -> thirty+five, 3 million -> 3*10^6
+    (r"(?<=[0-9]) ?(?:x| by ) ?(?=[0-9])", "*"),
+    (rf"(?i)\b({'|'.join(_TENS)})[- ](?=(?:{'|'.join(_SMALL[1:10])})\b)", r"\1+"),
+    (r"(?i)(?<=[0-9]) ?thousand\b", "*10^3"),
+    (r"(?i)(?<=[0-9]) ?million\b", "*10^6"),
+    (r"(?i)(?<=[0-9]) ?billion\b", "*10^9"),
+    # So the final answer is: 5. -> 5, I choose B -> B, and = 5 -> 5
+    (r"^[*_` ]+|[*_` \\]+$", ""),
+    (_PREAMBLE, ""),
+    (r"^[*_` ]+|(?<![.,;*_` ])[.,;*_` ]+(?<!\.\.\.)$", ""),
     # B is correct -> B, x in [0, 1] -> x \in [0, 1], {x | x > 3} -> x > 3
-    (
-        r"(?i) is (?:the )?(?:(?:correct|right|best|only|most likely)"
-        r"(?: (?:answer|option|choice|solution|diagnosis))?|answer)$",
-        "",
-    ),
+    (r"(?i) is (?:the )?(?:(?:correct|right|best|only|most likely)(?: [a-z]+)?|answer)$", ""),
     (r"^([a-zA-Z]) in (?=[(\[{\\])", r"\1 \\in "),
     (
-        r"^\\?\{ ?([a-zA-Z])(?: ?\\in ?\\mathbb ?\{?R\}?)? ?(?:\\mid|\||:) ?"
-        r"([^{}]*\1[^{}]*?)\\?\}$",
+        r"^\\?\{ ?([a-zA-Z])(?: ?\\in ?[^{}:|]*\{R\})? ?(?:\\mid|\||:) ?([^{}]*\1[^{}]*?)\\?\}$",
         r"\2",
     ),
     # 3\frac12 -> (3+1/2), $5 -> 5 $, 9 (apples) -> 9 apples, "5" -> 5
-    (
-        r"(?<![\w.,^/])([0-9]+)(?: ?\\frac ?(?:\{([0-9]+)\}|([0-9])) ?(?:\{([0-9]+)\}|([0-9]))"
-        r"| ([0-9]+) ?/ ?([0-9]+)(?![0-9.!^]))",
-        _mixed,
-    ),
+    (r"(?<![\w.,^/])([0-9]+) ?\\frac ?(?:\{([0-9]+)\}|([0-9])) ?(?:\{([0-9]+)\}|([0-9]))", _mixed),
+    (r"(?<![\w.,^/])([0-9]+) ([0-9]+) ?/ ?([0-9]+)(?![0-9.!^])", _mixed),
     (r"([¤€£¥₹]) ?([0-9](?:[0-9.,]*[0-9])?(?:\*10\^[369])?)", r"\2 \1"),
     (r"(?<=[0-9}]) ?\(([a-zA-Z][a-z]{2,}(?: [a-z]+)*|[ck]?m(?:\^[23])?|kg)\)$", r" \1"),
     (r"""^(["'])([^"']+)\1$""", r"\2"),
@@ -213,20 +226,12 @@ _LAST = _rules(
     (r"^0?([0-9]{1,2}:[0-9]{2})(?: am)?(?=$| pm)", r"\1"),
     # \pmod{7} -> mod 7, 2/3 (about 0.67) -> 2/3 \approx 0.67
     (r" ?\(? ?\\?[pb]?mod ?\{? ?([0-9]+) ?\}?\)?$", r" mod \1"),
-    (
-        r" \(?(?:or )?(?:\\approx|approx(?:imately|\.)?|about) ?([0-9]*\.[0-9]+)\)?$",
-        r" \\approx \1",
-    ),
+    (r" \(?(?:or )?(?:\\approx|approx(?:imately)?|about) ?([0-9]*\.[0-9]+)\)?$", r" \\approx \1"),
     (r"(?i)^(?:[a-z] (?:is|\\in) )?(?:(?:all|any) )?(?:real numbers?|reals)$", r"\\mathbb{R}"),
+    # (B) -> B and (-3) -> -3, but not the pair (1,234)
+    (r"^\(([^(),]*)\)$", r"\1"),
+    (r"^[^|]*\|.+$", _bars),
 )
-
-
-def _bars(text: str) -> str:
-    r"""Returns a text with \abs(x) for |x|, unless bars may be read in two ways: |2|x|-1|."""
-    parts = text.split("|")
-    if len(parts) % 2 == 0 or any(part.strip()[:1].isalnum() for part in parts[2:-1:2]):
-        return text
-    return "".join(f"\\abs({part})" if i % 2 else part for i, part in enumerate(parts))
 
 
 def plain(text: str) -> str:
@@ -236,7 +241,6 @@ def plain(text: str) -> str:
     """
     if len(text) > MAX_CHARS:
         return ""
-    # 1. Unicode becomes ASCII or LaTeX.
     if not text.isascii():
         text = _ascii(text)
         if len(text) > MAX_CHARS:  # some signs stand for many letters
@@ -244,34 +248,16 @@ def plain(text: str) -> str:
     lines = [line for line in text.split("\n") if line.strip()]
     if len(lines) > 1 and all(map(_LINE.fullmatch, lines)):
         text = ", ".join(lines)
-    text = _RELATION.sub(lambda match: _RELATIONS[match[0]], " ".join(text.split()))
-    text = text.replace("\\$", "¤").replace("\\%", "%").replace("\\&", "&")
-    # 2. A pair of dollars encloses a formula; a single one is money.
-    if "$" in text:
-        text = " ".join(text.replace("$", "¤" if text.count("$") == 1 else " ").split())
-    # 3. **bold** loses its stars, then 2**3 is a power.
-    if "**" in text:
-        text = re.sub(r"(?<=[\w)]) ?\*\* ?(?=[\w(-])", "^", _BOLD.sub(r"\1", text))
-    # 4. LaTeX loses what is for the eye only.
-    if "\\" in text or "~" in text or "{," in text or "{:}" in text:
+    for pattern, becomes in _FIRST:
+        text = pattern.sub(becomes, text)
+    text = " ".join(text.split())
+    if "\\" in text or "~" in text or "{" in text:
         text = _unwrapped(text)
-        for pattern, replacement in _LATEX:
-            text = pattern.sub(replacement, text)
-        text = " ".join(text.split())
-    # 5. 12 345 is a number, 2 x 3 a product, twenty-five is 25, 3 million is 3*10^6.
-    if _THOUSANDS.fullmatch(text):
+        for pattern, becomes in _LATEX:
+            text = pattern.sub(becomes, text)
+    text = " ".join(text.split())
+    if _THOUSANDS.fullmatch(text):  # 12 345,6
         return text.replace(" ", "").replace(",", ".")
-    text = re.sub(r"(?<=[0-9]) ?(?:x| by ) ?(?=[0-9])", "*", text)
-    for pattern, replacement in _NUMBER_WORDS:
-        text = pattern.sub(replacement, text)
-    # 6. What stands around the answer goes: "the answer is", stars, a full stop, brackets.
-    text = _PREAMBLE.sub("", text.strip("*_` ").rstrip("\\ ")).strip("*_` ")
-    if not text.endswith("..."):
-        text = text.rstrip(".,; ")
-    if text.isdigit():
-        return text
-    # 7. One way to write 7:30 pm, 9 (apples), x in [0, 1], (5), |x|.
-    for pattern, replacement in _LAST:
-        text = pattern.sub(replacement, text)
-    single = _SINGLE.fullmatch(text)
-    return _bars(single[1].strip() if single else text)
+    for pattern, becomes in () if text.isdigit() else _LAST:
+        text = pattern.sub(becomes, text)
+    return text.strip()
