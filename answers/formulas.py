@@ -36,7 +36,7 @@ _TRIG = ("sin", "cos", "tan", "cot", "sec", "csc")
 _FUNCTIONS = ["ln", "log", "lg", "exp", "sqrt", *("arc" + name for name in _TRIG), *_TRIG]
 _GREEK = """alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau
     upsilon phi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell""".split()
-_SIGNS = "frac binom over choose cup in approx mathbb emptyset".split()
+_SIGNS = "frac binom cup in approx mathbb emptyset".split()
 # Each command that we know, and what kind of token it is.
 _KINDS = dict.fromkeys([*_FUNCTIONS, "abs", "floor", "ceil"], "function")
 _KINDS |= dict.fromkeys(_GREEK, "var") | dict.fromkeys(_SIGNS, "sign")
@@ -135,7 +135,7 @@ MINUS_INFINITY = ("neg", INFINITY)
 _RELATIONS = {"=", "<", ">", "<=", ">=", "!=", "approx", "in"}
 # How tightly a sign binds what stands beside it.
 _INFIX = dict.fromkeys(_RELATIONS, 1)
-_INFIX |= {"over": 2, "choose": 2, "cup": 3, ":": 4, "+": 5, "-": 5, "*": 6, "/": 6, "^": 8}
+_INFIX |= {"cup": 3, ":": 4, "+": 5, "-": 5, "*": 6, "/": 6, "^": 8}
 _CLOSING = {"(": ")]", "[": ")]", "{": "}", r"\{": r"\}"}
 END = ("end", "")
 
@@ -217,9 +217,7 @@ class Parser:
             name = "union" if sign == "cup" else "ratio"
             terms = left[1] if left[0] == name else (left,)
             return name, (*terms, right)
-        if sign == "choose":
-            return "call", "binom", left, right
-        return "/" if sign == "over" else sign, left, right
+        return sign, left, right
 
     def begins_factor(self) -> bool:
         """Returns whether what comes next multiplies what stands before it, without a sign."""
@@ -251,12 +249,12 @@ class Parser:
         if value in _CLOSING:
             return self.bracket(value)
         if value == "frac":
-            return "/", self.argument(), self.argument()
+            return "/", self.prefix(), self.prefix()
         if value == "binom":
-            return "call", "binom", self.argument(), self.argument()
+            return "call", "binom", self.prefix(), self.prefix()
         if value == "emptyset":
             return "set", ()
-        if value == "mathbb" and self.argument() == ("var", "R"):
+        if value == "mathbb" and self.prefix() == ("var", "R"):
             return "seq", "()", (MINUS_INFINITY, INFINITY)
         raise NotMaths
 
@@ -279,19 +277,6 @@ class Parser:
         self.next_is("+")
         base = self.postfix(self.prefix())
         return ("^", base, self.script()) if self.next_is("^") else base
-
-    def argument(self) -> Node:
-        r"""Returns what TeX takes for an argument: a group, or a single sign; so \frac12 is 1/2."""
-        kind, value = self.peek()
-        if kind != "num":
-            return self.prefix()
-        if len(value) == 1:
-            self.place += 1
-        elif value.isdigit():
-            self.tokens[self.place] = (kind, value[1:])
-        else:
-            raise NotMaths
-        return _number(value[0])
 
     def function(self, name: str) -> Node:
         r"""Returns a function's call: \sin^2 x, \log_2 8, \tan^{-1} 1.

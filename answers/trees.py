@@ -96,23 +96,7 @@ def _scalars_agree(one: Node, other: Node, budget: Budget) -> bool:
 
 # --- Relations: by the numbers that they allow, or else link by link ------------------------------
 
-Link = tuple[Node, str]  # a difference and its relation to 0: a > b is (b - a, "<")
-_MIRRORED = {">": "<", ">=": "<="}
-_HOLDS = {
-    "<": lambda value: value < 0,
-    "<=": lambda value: value <= 0,
-    "!=": lambda value: value != 0,
-}
-
-
-def _links(terms: tuple[Node, ...], signs: tuple[str, ...]) -> list[Link]:
-    """Returns the links of a chain: a < b and b <= c of a < b <= c."""
-    links = []
-    for left, right, sign in zip(terms, terms[1:], signs):
-        if sign in _MIRRORED:
-            left, right, sign = right, left, _MIRRORED[sign]
-        links.append((("-", left, right), sign))
-    return links
+_FAR = Decimal("1e99")  # infinity: farther than any number that is asked
 
 
 def _regions_agree(one: Node, other: Node, budget: Budget) -> bool:
@@ -125,57 +109,70 @@ def _regions_agree(one: Node, other: Node, budget: Budget) -> bool:
     of them, and beyond them.
     """
     names = variables(one) | variables(other) or {"x"}
-    (name,) = names if len(names) == 1 else ("",)
-    sides = [_alternatives(node, name) for node in (one, other)]
-    if not name or None in sides:
+    if len(names) > 1:
         return False
-    bounds = []
-    for difference, _ in (link for side in sides for links in side for link in links):
-        # One side is x or |x|, the other a number.
-        ends = [end[2] if end[:2] == ("call", "abs") else end for end in difference[1:]]
-        numbers = [value_of(end, budget) for end in ends if not variables(end)]
-        if ("var", name) not in ends or len(numbers) != 1 or numbers[0] is None:
-            return False
-        bounds += [as_decimal(numbers[0]), -as_decimal(numbers[0])]
-    bounds = sorted(bounds) or [Decimal(0)]
+    (name,) = names
+    ends = [_end(term, name, 0, budget) for term in _terms(one) + _terms(other)]
+    if None in ends:
+        return False
+    bounds = {bound for end in ends if abs(end) != _FAR for bound in (end, -end)}
+    bounds = sorted(bounds | {Decimal(0)})
     between = [(low + high) / 2 for low, high in zip(bounds, bounds[1:])]
-    for number in (*bounds, *between, bounds[0] - 1, bounds[-1] + 1):
-        allowed = []
-        for side in sides:
-            values = [
-                [(value_of(tree, budget, {name: number}), sign) for tree, sign in links]
-                for links in side
-            ]
-            if any(value is None for links in values for value, _ in links):
-                return False
-            allowed.append(
-                any(all(_HOLDS[sign](value) for value, sign in links) for links in values)
-            )
-        if allowed[0] != allowed[1]:
-            return False
-    return True
+    numbers = (*bounds, *between, bounds[0] - 1, bounds[-1] + 1)
+    return all(_allows(one, name, x, budget) == _allows(other, name, x, budget) for x in numbers)
 
 
-def _alternatives(node: Node, name: str) -> list[list[Link]] | None:
-    """Returns lists of links, of which all of one list must hold; None for other trees."""
-    kind, *_, terms = node
+def _terms(node: Node) -> tuple[Node, ...]:
+    """Returns all terms of inequalities and intervals; of another tree one without a value."""
+    kind, *_, parts = node
+    if kind in ("union", "both"):
+        return sum(map(_terms, parts), ())
+    if kind == "chain" and variables(node) and not set(parts) & {"=", "approx", "in"}:
+        says_nothing = len(node[1]) == 2 and {INFINITY, MINUS_INFINITY} & {*node[1]}  # x < \infty
+        return (("none",),) if says_nothing else node[1]
+    return parts if kind == "seq" and len(parts) == 2 == len(node[1]) else (("none",),)
+
+
+def _end(term: Node, name: str, x: Value, budget: Budget) -> Decimal | None:
+    """Returns the value of a number, of infinity, x or |x|; None for other terms."""
+    ends = {INFINITY: _FAR, MINUS_INFINITY: -_FAR, ("var", name): x}
+    ends["call", "abs", ("var", name)] = abs(x)
+    value = ends[term] if term in ends else value_of(term, budget)
+    return None if value is None else as_decimal(value)
+
+
+def _allows(node: Node, name: str, x: Value, budget: Budget) -> bool:
+    kind, *_, parts = node
     if kind == "union":
-        parts = [_alternatives(part, name) for part in terms]
-        return None if None in parts else sum(parts, [])
+        return any(_allows(part, name, x, budget) for part in parts)
     if kind == "both":
-        parts = [_alternatives(part, name) for part in terms]
-        return [sum((part[0] for part in parts), [])] if all(parts) else None
-    if kind == "seq" and len(terms) == 2 == len(node[1]):
-        signs = tuple("<=" if bracket in "[]" else "<" for bracket in node[1])
-        return _alternatives(("chain", (terms[0], ("var", name), terms[1]), signs), name)
-    if kind != "chain" or not variables(node):
-        return None
-    _, terms, signs = node
-    if len(terms) == 3 and "<" in signs[0]:  # infinite ends say nothing
-        first, last = terms[0] == MINUS_INFINITY, 3 - (terms[2] == INFINITY)
-        terms, signs = terms[first:last], signs[first : last - 1]
-    links = _links(terms, signs)
-    return [links] if all(sign in _HOLDS for _, sign in links) else None
+        return all(_allows(part, name, x, budget) for part in parts)
+    if kind == "seq":
+        terms = parts[0], ("var", name), parts[1]
+        signs = ["<=" if bracket in "[]" else "<" for bracket in node[1]]
+    else:
+        _, terms, signs = node
+    ends = [_end(term, name, x, budget) for term in terms]
+    return all(_holds(*link) for link in zip(ends, signs, ends[1:]))
+
+
+def _holds(a: Decimal, sign: str, b: Decimal) -> bool:
+    if values_agree(a, b):
+        return sign in ("<=", ">=")
+    return sign == "!=" or (a < b) == ("<" in sign)
+
+
+_MIRRORED = {">": "<", ">=": "<="}
+
+
+def _links(chain: Node) -> list[tuple[Node, str]]:
+    """Returns each link of a chain as a difference and its relation to 0: a > b is (b - a, "<")."""
+    links = []
+    for left, right, sign in zip(chain[1], chain[1][1:], chain[2]):
+        if sign in _MIRRORED:
+            left, right, sign = right, left, _MIRRORED[sign]
+        links.append((("-", left, right), sign))
+    return links
 
 
 def _relations_agree(one: Node, other: Node, budget: Budget) -> bool:
@@ -184,7 +181,7 @@ def _relations_agree(one: Node, other: Node, budget: Budget) -> bool:
     2x + 2y = 4 and x + y - 2 = 0 have the ratio 2 wherever it is computed. For inequalities it must
     be positive, since -x < 0 is not x < 0.
     """
-    links, others = _links(*one[1:]), _links(*other[1:])
+    links, others = _links(one), _links(other)
     if [sign for _, sign in links] != [sign for _, sign in others]:
         return False
     names = variables(one) | variables(other)

@@ -141,6 +141,12 @@ _LATEX = _rules(
     (_COMMAND, lambda match: _COMMANDS.get(match[1], match[0])),
     (r"\{,\}", "."),
     (r"\{:\}", ":"),
+    # \frac12 -> \frac{1}{2}, {1 \over 2} -> \frac{1}{2}
+    (r"(\\frac|\\binom) ?([0-9]) ?([0-9])", r"\1{\2}{\3}"),
+    (r"(\\frac|\\binom) ?([0-9])(?=[{\\])", r"\1{\2}"),
+    (r"(\\(?:frac|binom)\{[^{}]*\}) ?([0-9])", r"\1{\2}"),
+    (r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
+    (r"\{([^{}]*)\\choose(?![a-z])([^{}]*)\}", r"\\binom{\1}{\2}"),
     (
         r"(\\\{ ?)?\\begin\{([a-zA-Z]+)\}(?:\{[lcr| ]*\})?((?:(?!\\begin).)*?)\\end\{\2\}",
         _environment,
@@ -183,7 +189,7 @@ _PREAMBLE = (
 
 def _mixed(match: re.Match) -> str:
     r"""Returns 3\frac12 and 3 1/2 as (3+1/2); an improper fraction behind a number is no maths."""
-    whole, top, bottom = filter(None, match.groups())
+    whole, top, bottom = match.groups()
     return f"({whole}+{top}/{bottom})" if int(top) < int(bottom) else f"{whole} {top}/{bottom}"
 
 
@@ -214,7 +220,7 @@ _LAST = _rules(
         r"\2",
     ),
     # 3\frac12 -> (3+1/2), $5 -> 5 $, 9 (apples) -> 9 apples, "5" -> 5
-    (r"(?<![\w.,^/])([0-9]+) ?\\frac ?(?:\{([0-9]+)\}|([0-9])) ?(?:\{([0-9]+)\}|([0-9]))", _mixed),
+    (r"(?<![\w.,^/])([0-9]+) ?\\frac\{([0-9]+)\}\{([0-9]+)\}", _mixed),
     (r"(?<![\w.,^/])([0-9]+) ([0-9]+) ?/ ?([0-9]+)(?![0-9.!^])", _mixed),
     (r"([¤€£¥₹]) ?([0-9](?:[0-9.,]*[0-9])?(?:\*10\^[369])?)", r"\2 \1"),
     (r"(?<=[0-9}]) ?\(([a-zA-Z][a-z]{2,}(?: [a-z]+)*|[ck]?m(?:\^[23])?|kg)\)$", r" \1"),
