@@ -16,13 +16,12 @@ What cannot be parsed or evaluated (sums, ellipses, 2^{2^{2018}}) is compared as
 Where reasonable people differ, this is what we chose:
 - 50% equals 50 (its unit dropped) and 0.5 (its value), but not 0.5%; degrees likewise.
 - A unit, or the name in x = 5, is dropped if one side only has it; if both do, they must be the
-  same (no conversion). The base of 1010_2 is no unit: it is another number than 1010.
-- 1,234 is one number; (1,234) is a pair. 1\frac12 is a mixed number, 1\frac32 neither that nor a
-  product.
+  same (no conversion). 1010_2 is a text, and no number.
+- 1,234 is one number; (1,234) is a pair. 1\frac12 is a mixed number, 1\frac32 is nothing.
 - Numbers in a list or set may come in any order, letters and words not; (1, 2) is ordered, and
   equals the list 1, 2.
-- A decimal is what it says: 0.33 is not 1/3, and of 1/3 \approx 0.33 the 1/3 counts. log has base e
-  or 10, whichever makes the two agree.
+- A decimal is what it says: 0.33 is not 1/3, and of 1/3 \approx 0.33 the 1/3 counts. log without a
+  base is ln. Numbers are real, and i is a letter.
 - Letter case counts in formulas (R is not r), not in words or single letters.
 - What is no number is not calculated with: times (4:00), dates, ranges (3-5) and runs of capitals
   (HTH) equal themselves only, 3 x 4 (a size) no other size. An identity that zero or infinity

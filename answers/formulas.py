@@ -310,6 +310,8 @@ class Parser:
     def root(self) -> Node:
         r"""Returns \sqrt{2}, \sqrt[3]{2} or \sqrt 12 (TeX would take the 1 only; people do not)."""
         degree = self.bracket("[")[-1] if self.next_is("[") else ()
+        if len(degree) > 1:
+            raise NotMaths
         argument = _number(self.take()[1]) if self.peek()[0] == "num" else self.prefix()
         return "call", "sqrt", argument, *degree
 
@@ -330,14 +332,10 @@ class Parser:
             return "set", tuple(items)
         if not items:
             raise NotMaths
-        # A column is a tuple with any bracket. In round brackets, a single item is itself.
-        if opening == "[" and all(
-            item[:2] == ("seq", "[]") and len(item[2]) == 1 for item in items
-        ):
-            return "seq", "", tuple(item[2][0] for item in items)
+        brackets = opening + closing
+        if brackets == "[]" and all(row[:2] == ("seq", "[]") and len(row[2]) == 1 for row in items):
+            return "seq", "", tuple(row[2][0] for row in items)  # a column, in any bracket
+        # A single item in round brackets is itself, and so is a matrix in any.
         is_matrix = items[0][:2] == ("seq", "[]") and items[0][2][0][0] == "seq"
-        if len(items) == 1 and (
-            opening + closing in ("()", "{}") or is_matrix or items[0][1] == ""
-        ):
-            return items[0]
-        return "seq", opening + closing, tuple(items)
+        is_itself = brackets in ("()", "{}") or is_matrix or items[0][1] == ""
+        return items[0] if len(items) == 1 and is_itself else ("seq", brackets, tuple(items))
