@@ -14,7 +14,7 @@ _LETTER = re.compile(  # the letter, what sets it off from a text, the text
 _LETTER_LAST = re.compile(r"(.+?),? (?:\(|option |which is )(?:option )?([A-P])\)?")
 # Other letters among words: A, (a), option a; but not the article of "A dog".
 _OTHER_LETTERS = re.compile(
-    r"""\b([A-P])\b(?! (?!or\b|and\b)[a-z])"""
+    r"""\b([A-P])\b(?! (?!or\b|and\b|is\b)[a-z])"""
     r"""|(?i:[(\["']([A-P])[)\]"']|(?:option|choice|answer) ?:? ?([A-P])\b)"""
 )
 _JOINTS = re.compile(r"[,;/=]|\b(?:or|and|but|not)\b")

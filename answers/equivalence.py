@@ -99,11 +99,13 @@ def _lists_agree(one: Answer, other: Answer, budget: Budget) -> bool:
 
 def _items(answer: Answer) -> tuple[Answer, ...] | None:
     """Returns the answers in a list, set, union or tuple; None for an interval and all else."""
-    kind, *_, items = answer.value
+    kind, *brackets, items = answer.value
     if kind == "list":
         return items
-    is_interval = kind == "seq" and len(items) < 3 and answer.value[1] not in ("()", "")
-    if kind not in ("set", "union", "seq") or is_interval or re.fullmatch("[a-z]", answer.name):
+    if kind not in ("set", "union", "seq"):
+        return None
+    has_ends = len(items) == 2 and brackets in (["[]"], ["[)"], ["(]"])
+    if kind == "seq" and (has_ends or re.fullmatch("[a-z]", answer.name)):  # x in (1, 2)
         return None
     return tuple(Answer(item, str(item)) for item in items)
 

@@ -140,12 +140,17 @@ _CLOSING = {"(": ")]", "[": ")]", "{": "}", r"\{": r"\}"}
 END = ("end", "")
 
 
+_MIRRORED = {">": "<", ">=": "<="}
+
+
 def parse_formula(text: str) -> Node:
-    """Returns the tree of a formula. Raises NotMaths."""
+    """Returns the tree of a formula. Of a > b it is that of b < a. Raises NotMaths."""
     parser = Parser(tokenise(text))
     tree = parser.expression(0)
     if parser.peek() != END:
         raise NotMaths
+    if tree[0] == "chain" and set(tree[2]) <= set(_MIRRORED):
+        return "chain", tree[1][::-1], tuple(_MIRRORED[sign] for sign in tree[2][::-1])
     return tree
 
 

@@ -119,7 +119,8 @@ def _regions_agree(one: Node, other: Node, budget: Budget) -> bool:
     bounds = sorted(bounds | {Decimal(0)})
     between = [(low + high) / 2 for low, high in zip(bounds, bounds[1:])]
     numbers = (*bounds, *between, bounds[0] - 1, bounds[-1] + 1)
-    return all(_allows(one, name, x, budget) == _allows(other, name, x, budget) for x in numbers)
+    allowed = [[_allows(side, name, x, budget) for x in numbers] for side in (one, other)]
+    return allowed[0] == allowed[1] and any(allowed[0])
 
 
 def _terms(node: Node) -> tuple[Node, ...]:
@@ -162,30 +163,19 @@ def _holds(a: Decimal, sign: str, b: Decimal) -> bool:
     return sign == "!=" or (a < b) == ("<" in sign)
 
 
-_MIRRORED = {">": "<", ">=": "<="}
-
-
-def _links(chain: Node) -> list[tuple[Node, str]]:
-    """Returns each link of a chain as a difference and its relation to 0: a > b is (b - a, "<")."""
-    links = []
-    for left, right, sign in zip(chain[1], chain[1][1:], chain[2]):
-        if sign in _MIRRORED:
-            left, right, sign = right, left, _MIRRORED[sign]
-        links.append((("-", left, right), sign))
-    return links
-
-
 def _relations_agree(one: Node, other: Node, budget: Budget) -> bool:
     """Returns whether two chains say the same link by link: differences in a constant ratio.
 
     2x + 2y = 4 and x + y - 2 = 0 have the ratio 2 wherever it is computed. For inequalities it must
     be positive, since -x < 0 is not x < 0.
     """
-    links, others = _links(one), _links(other)
-    if [sign for _, sign in links] != [sign for _, sign in others]:
+    if one[2] != other[2]:
         return False
     names = variables(one) | variables(other)
-    for (difference, sign), (other_difference, _) in zip(links, others):
+    for place, sign in enumerate(one[2]):
+        difference, other_difference = (
+            ("-", *chain[1][place : place + 2]) for chain in (one, other)
+        )
         # The ratio at all points where it has a value: at least three, not zero, all the same.
         quotient = ("/", difference, other_difference)
         ratios = [values[0] for values in _values_at_points([quotient], names, budget)]

@@ -30,8 +30,8 @@ MAX_ANGLE = 10**6  # in radians: whole turns that are taken off a larger angle c
 NOISE = Decimal("1e-45")  # a relative difference that says nothing
 LOST = Decimal("1e-30")  # a term that is smaller by this would be lost in a sum
 
-_TRAPS = [decimal.InvalidOperation, decimal.DivisionByZero, decimal.Overflow]
-_DIGITS = decimal.Context(prec=60, traps=_TRAPS)
+_TRAPS = [decimal.InvalidOperation, decimal.DivisionByZero, decimal.Overflow, decimal.Underflow]
+_DIGITS = decimal.Context(prec=60, Emin=-20_000, Emax=20_000, traps=_TRAPS)
 _PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494459230781640628620")
 _CONSTANTS = {"pi": _PI, "e": _DIGITS.exp(Decimal(1))}
 
@@ -116,8 +116,10 @@ def _root(base: Value, degree: Value = 2) -> Value:
         return -_root(-base, degree)
     x = as_decimal(base)
     root = x.sqrt() if degree == 2 or x == 0 else x ** (1 / Decimal(int(degree)))
+    if isinstance(base, Decimal):
+        return root
     nearest = Fraction(root).limit_denominator(10**9)
-    return nearest if not isinstance(base, Decimal) and nearest**degree == base else root
+    return nearest if nearest**degree == base else root
 
 
 # --- Functions ------------------------------------------------------------------------------------
@@ -155,9 +157,9 @@ def _arcsine(x: Decimal) -> Decimal:
 
 
 def _logarithm(x: Decimal) -> Decimal:
-    if x <= 0:
+    if x <= 0 or 0 < abs(x - 1) <= NOISE:
         raise NoValue
-    return x.ln() if abs(x - 1) > NOISE else Decimal(0)
+    return x.ln()
 
 
 def _floor(x: Value) -> int:
