@@ -1,7 +1,7 @@
-r"""From a tree of formulas.py to its value: an exact fraction, or a decimal of 60 digits.
+r"""From a tree of formulas.py to its value: an exact fraction, or a decimal of 40 digits.
 
-Standard library only. What is rational is computed exactly. Roots, pi, sines and the like have 60
-digits, of which the last 15 are not believed: two values that differ only there are equal, and a
+Standard library only. What is rational is computed exactly. Roots, pi, sines and the like have 40
+digits, of which the last 10 are not believed: two values that differ only there are equal, and a
 sum that leaves nothing else is 0. A sum that would lose a term has no value, e^{100} + 1. Numbers
 are real: i is a letter like any other. Numbers and the work done are capped, so calls are short.
 
@@ -27,12 +27,12 @@ from answers.formulas import Node
 MAX_BITS = 2**15  # of an exact number: 2019^{2020} has 22,178
 MAX_WORK = 2**19  # of one comparison, see Budget
 MAX_ANGLE = 10**6  # in radians: whole turns that are taken off a larger angle cost it digits
-NOISE = Decimal("1e-45")  # a relative difference that says nothing
-LOST = Decimal("1e-30")  # a term that is smaller by this would be lost in a sum
+NOISE = Decimal("1e-30")  # a relative difference that says nothing
+LOST = Decimal("1e-20")  # a term that is smaller by this would be lost in a sum
 
 _TRAPS = [decimal.InvalidOperation, decimal.DivisionByZero, decimal.Overflow, decimal.Underflow]
-_DIGITS = decimal.Context(prec=60, Emin=-20_000, Emax=20_000, traps=_TRAPS)
-_PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494459230781640628620")
+_DIGITS = decimal.Context(prec=40, Emin=-20_000, Emax=20_000, traps=_TRAPS)
+_PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494459")
 _CONSTANTS = {"pi": _PI, "e": _DIGITS.exp(Decimal(1))}
 
 Value = int | Fraction | Decimal
@@ -46,7 +46,7 @@ class NoValue(Exception):
 
 
 def as_decimal(value: Value) -> Decimal:
-    """Returns a value with 60 digits."""
+    """Returns a value with 40 digits."""
     if isinstance(value, Decimal):
         return value
     with decimal.localcontext(_DIGITS):
@@ -91,7 +91,7 @@ def _power(base: Value, exponent: Value) -> Value:
     if isinstance(exponent, Decimal):
         if base <= 0:
             raise NoValue
-        return as_decimal(base) ** exponent
+        return (as_decimal(base).ln() * exponent).exp()
     if exponent.denominator > 1:  # x^(2/3) is the square of the cube root
         return _power(_root(base, exponent.denominator), exponent.numerator)
     exponent = int(exponent)
@@ -115,7 +115,7 @@ def _root(base: Value, degree: Value = 2) -> Value:
     if base < 0:
         return -_root(-base, degree)
     x = as_decimal(base)
-    root = x.sqrt() if degree == 2 or x == 0 else x ** (1 / Decimal(int(degree)))
+    root = x.sqrt() if degree == 2 or x == 0 else (x.ln() / int(degree)).exp()
     if isinstance(base, Decimal):
         return root
     nearest = Fraction(root).limit_denominator(10**9)
@@ -132,7 +132,7 @@ def _sine(x: Decimal) -> Decimal:
     x = x.remainder_near(2 * _PI)
     term = total = x
     place = 1
-    while abs(term) > Decimal("1e-62"):
+    while abs(term) > Decimal("1e-42"):
         place += 2
         term *= -x * x / (place * (place - 1))
         total += term
@@ -144,12 +144,10 @@ def _cosine(x: Decimal) -> Decimal:
 
 
 def _arctangent(x: Decimal) -> Decimal:
-    """Returns the arctangent: a float by Newton's method, which doubles the digits each time."""
+    """Returns the arctangent: a float and what it lacks, whose tangent is (x - t) / (1 + x t)."""
     angle = Decimal(math.atan(x))
-    for _ in range(3):
-        cosine = _cosine(angle)
-        angle += cosine * (x * cosine - _sine(angle))
-    return angle
+    sine, cosine = _sine(angle), _cosine(angle)
+    return angle + (x * cosine - sine) / (cosine + x * sine)
 
 
 def _arcsine(x: Decimal) -> Decimal:
@@ -223,7 +221,7 @@ _VALUES: dict[str, Callable[..., Value]] = {
 class Budget:
     """The work that one comparison may still do, so that no answer keeps a training run waiting.
 
-    A node costs 64 and its bits, a root, a power or a function that is no exact number 2,048.
+    A node costs 64 and its bits, a root, a power or a function that is no exact number 3,200.
     """
 
     left: int = MAX_WORK
@@ -232,7 +230,7 @@ class Budget:
         """Pays for a node. Raises NoValue if its value or the work is too much."""
         is_exact = not isinstance(value, Decimal)
         bits = value.numerator.bit_length() + value.denominator.bit_length() if is_exact else 0
-        self.left -= 64 + bits if is_exact or node[0] not in ("call", "^") else 2048
+        self.left -= 64 + bits if is_exact or node[0] not in ("call", "^") else 3200
         if bits > 2 * MAX_BITS or self.left < 0:
             raise NoValue
 
