@@ -82,9 +82,8 @@ def unit_of(text: str, glued: bool) -> str | None:
     if changes(text):
         return None
     text = re.sub("[{}]", "", _REMARK.sub("", text if glued else " " + text)).rstrip(" .")
-    text = re.sub(
-        r"\b(?:square|sq\.?) ([a-z]+)", r"\1^2", re.sub(r"\bcubic ([a-z]+)", r"\1^3", text)
-    )
+    text = re.sub(r"\b(?:square|sq\.?) ([a-z]+)", r"\1^2", text)
+    text = re.sub(r"\bcubic ([a-z]+)", r"\1^3", text)
     powers = {}  # of each unit
     counted = True
     sides = re.split(r" ?(?:/|\bper\b|(?<=\w) an? ) ?", text) if text else []
