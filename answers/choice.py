@@ -12,6 +12,7 @@ _LETTER = re.compile(  # the letter, what sets it off from a text, the text
     r"( -+>? | ?→|[)\]]{0,2} ?[.:;,]?) ?(.*)"
 )
 _LETTER_LAST = re.compile(r"(.+?),? (?:\(|option |which is )(?:option )?([A-P])\)?")
+_NOT_ANOTHER = re.compile(r"(.+?)(?:, not|,? rather than|,? instead of| \(not) \(?(.+?)\)*")
 # Other letters among words: A, (a), option a; but not the article of "A dog".
 _OTHER_LETTERS = re.compile(
     r"""\b([A-P])\b(?! (?!or\b|and\b|is\b)[a-z])"""
@@ -51,6 +52,11 @@ def choose(answer: str, options: dict[str, str]) -> str | None:
     if len(exact) == 1:
         return exact[0]  # row 2
     budget = Budget()
+    match = _NOT_ANOTHER.fullmatch(text)  # B, not A
+    others = (_same_texts(match[2], options) or [match[2]]) if match else []
+    if match and others[0] in options:
+        chosen = choose(match[1], options)
+        return None if chosen in others else chosen
     match = _LETTER_LAST.fullmatch(text)
     if match and match[2] in options and is_equivalent(match[1], options[match[2]], budget):
         return match[2]  # row 3

@@ -271,6 +271,11 @@ RARE = [  # one of each kind that the development table does not have
     ("x > 2 and x > 3", "(2, 3)", False), ("x > 2 and y < 3", "(2, 3)", False),
     ("-x < 0", "x < 0", False), ("1 = 1", "2 = 2", False), ("1:2:3", "2:4:6", True),
     ("1:2:3", "1:2:4", False), ("[1, 2]", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", True),
+    (r"[0, 1] \cup [1, 2]", "[0, 2]", True), ("x < 2 and x > 3", "(2, 1)", False),
+    ("x < 2 and x > 3", "x < 1 and x > 5", False), (r"x < \sqrt8", r"(-\infty, 2\sqrt2)", True),
+    (r"\sqrt{10^{12}+1}", "10^6", False), ("e^{-50000}", "0", False), ("1 + e^{-90}", "1", False),
+    (r"\sqrt[2,3]{5}", "5", False), (r"\arctan 1 + \arctan 2 + \arctan 3", r"\pi", True),
+    ("y = 5, x = 2", "(2, 5)", True), ("y = 5, x = 2", "(5, 2)", False),
 ]
 # fmt: on
 
