@@ -82,33 +82,73 @@ def example_pieces(
 
 @dataclass
 class Pack:
-    """Rows end to end in one, with no padding. Positions restart at 0 in each."""
+    """Rows end to end in one, with no padding. Positions restart at 0 in each.
+
+    Rows that begin alike, as the responses to one question do, may share their beginning: the pack
+    has its tokens once. What a token becomes depends on those before it alone, so nothing changes
+    but the work. Then the pack is a tree of T tokens, and `rows` says which of them make up the S
+    tokens of the rows in full, end to end; where nothing is shared both are the same, and it is
+    None.
+    """
 
     input_ids: Tensor  # [1, T]
     targets: Tensor  # [N]: the places of the scored tokens in it
+    sources: Tensor  # [N]: the places of the tokens before them, from which they are predicted
     position_ids: Tensor  # [3, 1, T]
-    cu_seqlens: Tensor  # int32 [rows + 1]: the borders 0, T1, T1 + T2, ..., T between the rows
+    cu_seqlens: Tensor  # int32 [rows + 1]: the borders 0, S1, S1 + S2, ..., S between the rows
+    rows: Tensor | None = None  # [S]: the place in the pack of each token of the rows
+    first: Tensor | None = None  # [T]: the first place in the rows of each token of the pack
+
+    @property
+    def shared(self) -> tuple[Tensor, Tensor] | None:
+        """Returns what the model is to know of shared beginnings."""
+        return None if self.rows is None else (self.rows, self.first)
 
     def to(self, device: torch.device | str) -> "Pack":
         """Returns the same pack on a device."""
-        return Pack(*(tensor.to(device) for tensor in vars(self).values()))
+        tensors = vars(self).values()
+        return Pack(*(None if tensor is None else tensor.to(device) for tensor in tensors))
 
 
-def make_pack(rows: Sequence[Row]) -> Pack:
-    """Returns the pack of these rows, on the host.
+def common_prefix(a: Row, b: Row) -> int:
+    """Returns the number of tokens with which both rows begin."""
+    shorter = min(len(a.ids), len(b.ids))
+    [different] = np.nonzero(a.ids[:shorter].numpy() != b.ids[:shorter].numpy())
+    return int(different[0]) if len(different) else shorter
+
+
+def make_pack(rows: Sequence[Row], *, share_prefixes: bool = False) -> Pack:
+    """Returns the pack of these rows, on the host. `share_prefixes`: of neighbours that begin alike
+    the second is not written again, as far as it is the same.
 
     Which tokens are scored is found here, by numpy: a GPU that had to find it would be waited for.
     """
-    lengths = [len(row.ids) for row in rows]
-    input_ids = np.concatenate([row.ids.numpy() for row in rows])
-    scored = np.concatenate([row.scored.numpy() for row in rows])
-    positions = np.concatenate([np.arange(length) for length in lengths])
-    return Pack(
-        input_ids=torch.from_numpy(input_ids).long()[None],
-        targets=torch.from_numpy(np.flatnonzero(scored)),
-        position_ids=torch.from_numpy(positions).expand(3, 1, -1),
-        cu_seqlens=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
+    ids, positions = [], []  # of the tokens in the pack
+    places = []  # of each row: where its tokens are in the pack
+    count = 0  # tokens in the pack so far
+    for i, row in enumerate(rows):
+        known = common_prefix(rows[i - 1], row) if share_prefixes and i else 0
+        added = len(row.ids) - known
+        ids.append(row.ids[known:].numpy())
+        positions.append(np.arange(known, len(row.ids)))
+        own = np.arange(count, count + added)
+        places.append(np.concatenate([places[-1][:known], own]) if known else own)
+        count += added
+
+    in_full = np.concatenate(places)
+    scored = np.flatnonzero(np.concatenate([row.scored.numpy() for row in rows]))
+    pack = Pack(
+        input_ids=torch.from_numpy(np.concatenate(ids)).long()[None],
+        targets=torch.from_numpy(in_full[scored]),
+        # The first token of a row is never scored, so the one before is of the same row.
+        sources=torch.from_numpy(in_full[scored - 1]),
+        position_ids=torch.from_numpy(np.concatenate(positions)).expand(3, 1, -1),
+        cu_seqlens=torch.tensor([0, *accumulate(len(row.ids) for row in rows)], dtype=torch.int32),
     )
+    if len(in_full) > count:
+        _, first = np.unique(in_full, return_index=True)
+        pack.rows, pack.first = torch.from_numpy(in_full), torch.from_numpy(first)
+    return pack
 
 
 def plan_packs(lengths: Sequence[int], pack_tokens: int) -> list[list[int]]:

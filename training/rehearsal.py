@@ -17,6 +17,7 @@ so, and compares.
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from pathlib import Path
 from unittest.mock import patch
 
@@ -36,7 +37,7 @@ from torch.utils._pytree import tree_iter
 import model as model_file
 from data.completions import SamplingParams
 from data.prompts import Prompt
-from data.responses import Response
+from data.responses import MOST_SHARING, Response
 from data.sequences import Row, make_row
 from data.tokenizer import Tokenizer
 from hub.config import Config
@@ -264,8 +265,10 @@ class Rehearsal:
         slots = min(questions * options.group_size, options.rollout_batch)
         self.rollout(trainer.model, trainer.dtype, prompt_tokens, options.max_new_tokens, slots)
         responses = []
-        for row in self.rows(max(options.pack_tokens, prompt_tokens + options.max_new_tokens)):
-            responses.append(Response(row, torch.zeros(len(row.ids) - 1), advantage=1.0))
+        tokens = max(options.pack_tokens, prompt_tokens + options.max_new_tokens)
+        for row in chain.from_iterable(map(share_most, self.rows(tokens))):
+            num_scored = int(row.scored.sum())
+            responses.append(Response(row, torch.zeros(num_scored), advantage=1.0))
         trainer.update(responses, options.learning_rate)
 
     def rollout(
@@ -292,6 +295,21 @@ class Rehearsal:
             turn.sample()
             turn.collect()
             turn.decode()
+
+
+def share_most(row: Row) -> list[Row]:
+    """Returns as many rows as a pack may have of this length, alike but for their last token.
+
+    Together they have the row's number of tokens, all of them scored, and attention has the most to
+    do: packs of GRPO have a prompt once for all its responses (data/responses.py).
+    """
+    with unset_fake_temporarily():
+        shared = row.ids[: len(row.ids) - MOST_SHARING].tolist()
+        mask = [False] * len(shared)
+        rows = [make_row([*shared, 0], [True] * (len(shared) + 1))]
+        for last in range(1, MOST_SHARING):
+            rows.append(make_row([*shared, last], [*mask, True]))
+        return rows
 
 
 def tower_weights(model: Qwen2_5_VL) -> list[Tensor]:
