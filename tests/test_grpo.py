@@ -19,8 +19,8 @@ from data import (
     make_pack,
     make_prompt,
     make_row,
+    sequences,
 )
-from data.responses import MOST_SHARING, plan_shared_packs
 from grpo import group_advantages, grpo_loss, kl_penalty
 from sample import Completion
 
@@ -507,34 +507,8 @@ def test_responses_to_one_question_share_its_tokens():
     assert part.advantages.tolist() == [1.0] * 3 + [-1.0] * 2 + [-2.0] + [3.0] * 2
 
 
-def planned(groups: list[list[list[int]]], pack_tokens: int) -> list[list[int]]:
-    rows = [make_row(ids, [True] * len(ids)) for group in groups for ids in group]
-    return plan_shared_packs(rows, pack_tokens)
-
-
-def test_packs_count_what_is_shared_once():
-    a = [[1, 1, 1, 1, i] for i in range(4)]  # 8 tokens where all are together
-    b = [[2, 2, 2, i] for i in range(2)]  # 5
-    assert planned([a, b], 13) == [[0, 1, 2, 3, 4, 5]]
-    assert planned([a, b], 12) == [[0, 1, 2, 3, 4], [5]]
-    assert planned([a, b], 8) == [[0, 1, 2, 3], [4, 5]]
-    assert planned([a, b], 7) == [[0, 1, 2], [3], [4, 5]]
-    assert planned([a, b], 1) == [[0], [1], [2], [3], [4], [5]]  # too long: alone
-    # A gap in an earlier pack is filled, by a row in full.
-    assert planned([[[1, 1, 1]], [[2] * 6], [[3, 3, 3]]], 6) == [[0, 2], [1]]
-    assert planned([], 8) == []
-
-
-def test_rows_in_full_are_bounded():
-    """20 answers of a token to a question of 9: 29 tokens, but 200 for attention."""
-    group = [[1] * 9 + [2 + i] for i in range(20)]
-    packs = planned([group], 29)
-    assert [i for pack in packs for i in pack] == list(range(20))
-    assert max(map(len, packs)) * 10 <= MOST_SHARING * 29 and len(packs) == 2
-
-
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_shared_prefixes_change_nothing(options, checkpointed):
+def test_shared_prefixes_change_nothing(options, checkpointed, monkeypatch):
     """Log-probs, entropies and every weight's gradient are those of rows that share nothing."""
     trainer, _ = make_trainer(options(checkpointing="on" if checkpointed else "off"))
     model = trainer.model.double()
@@ -547,7 +521,10 @@ def test_shared_prefixes_change_nothing(options, checkpointed):
     ]
     found = {}
     for share in (False, True):
-        pack = make_pack(rows, share_prefixes=share)
+        if not share:
+            monkeypatch.setattr(sequences, "common_prefix", lambda a, b: 0)
+        pack = make_pack(rows)
+        monkeypatch.undo()
         log_probs, entropy = trainer.score(model, pack)
         weights = torch.linspace(-1, 2, len(log_probs), dtype=torch.float64)
         (log_probs * weights + entropy).sum().backward()

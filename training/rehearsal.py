@@ -17,7 +17,6 @@ so, and compares.
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from itertools import chain
 from pathlib import Path
 from unittest.mock import patch
 
@@ -37,8 +36,8 @@ from torch.utils._pytree import tree_iter
 import model as model_file
 from data.completions import SamplingParams
 from data.prompts import Prompt
-from data.responses import MOST_SHARING, Response
-from data.sequences import Row, make_row
+from data.responses import Response
+from data.sequences import MOST_SHARING, Row, make_row
 from data.tokenizer import Tokenizer
 from hub.config import Config
 from kernels.triton_or_none import standing_for_a_gpu
@@ -234,13 +233,22 @@ class Rehearsal:
         self.checkpoint_bytes, self.model_bytes = sizes(model, training_state(model, optimizer))
 
     def rows(self, tokens: int) -> list[Row]:
-        """Returns rows that fill two packs of so many tokens on each rank: gradients add up."""
+        """Returns rows that fill two packs of so many tokens on each rank: gradients add up.
+
+        As many as may share a pack do, and are alike but for their last tokens. So together they
+        are `tokens` long, all of them scored, and attention, which needs them in full, has the most
+        to do.
+        """
         self.assumed.append(
             f"packs of {tokens:,} tokens (--pack-tokens, or the longest row), all of them scored"
         )
+        alike = tokens - MOST_SHARING
+        ids, unscored = [0] * alike, [False] * alike
         with unset_fake_temporarily():  # the host's data is real
-            row = make_row([0] * tokens, [True] * tokens)
-        return [row] * (2 * parallel.world_size())
+            rows = [make_row([*ids, 0], [True] * (alike + 1))]
+            for last in range(1, MOST_SHARING):
+                rows.append(make_row([*ids, last], [*unscored, True]))
+        return rows * (2 * parallel.world_size())
 
     def longest_prompt(self, options: TrainOptions, load_questions: Callable) -> int:
         """Returns the tokens of the longest question: --max-prompt-tokens, or else the data's.
@@ -266,7 +274,7 @@ class Rehearsal:
         self.rollout(trainer.model, trainer.dtype, prompt_tokens, options.max_new_tokens, slots)
         responses = []
         tokens = max(options.pack_tokens, prompt_tokens + options.max_new_tokens)
-        for row in chain.from_iterable(map(share_most, self.rows(tokens))):
+        for row in self.rows(tokens):
             num_scored = int(row.scored.sum())
             responses.append(Response(row, torch.zeros(num_scored), advantage=1.0))
         trainer.update(responses, options.learning_rate)
@@ -295,21 +303,6 @@ class Rehearsal:
             turn.sample()
             turn.collect()
             turn.decode()
-
-
-def share_most(row: Row) -> list[Row]:
-    """Returns as many rows as a pack may have of this length, alike but for their last token.
-
-    Together they have the row's number of tokens, all of them scored, and attention has the most to
-    do: packs of GRPO have a prompt once for all its responses (data/responses.py).
-    """
-    with unset_fake_temporarily():
-        shared = row.ids[: len(row.ids) - MOST_SHARING].tolist()
-        mask = [False] * len(shared)
-        rows = [make_row([*shared, 0], [True] * (len(shared) + 1))]
-        for last in range(1, MOST_SHARING):
-            rows.append(make_row([*shared, last], [*mask, True]))
-        return rows
 
 
 def tower_weights(model: Qwen2_5_VL) -> list[Tensor]:
