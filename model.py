@@ -117,8 +117,10 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_size)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache=None, cu_seqlens=None) -> Tensor:
-        """x [B, T, C] -> [B, T, C]. cos and sin [B, T, D]; cache and cu_seqlens as in the model.
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache=None, cu_seqlens=None, shared=None
+    ) -> Tensor:
+        """x [B, T, C] -> [B, T, C]. cos and sin [B, T, D]; the others are those of the model.
 
         A KVCache adds the keys and values of earlier tokens, a PromptCache keeps those of these.
         """
@@ -134,7 +136,13 @@ class Attention(nn.Module):
         if cache is not None:
             k, v, key_lengths = cache.append(self.layer, k, v)
 
+        # Rows that share a beginning are written out in full, for this alone.
+        if shared is not None:
+            rows, first = shared
+            q, k, v = (x.index_select(1, rows) for x in (q, k, v))
         out = attention(q, k, v, causal=True, key_lengths=key_lengths, cu_seqlens=cu_seqlens)
+        if shared is not None:
+            out = out.index_select(1, first)
         return self.o_proj(out.flatten(2))
 
 
@@ -154,15 +162,15 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache=None, cu_seqlens=None) -> Tensor:
-        """x [B, T, C] -> [B, T, C]."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, *context) -> Tensor:
+        """x [B, T, C] -> [B, T, C]. cos, sin and the context (cache, ...) are for attention."""
         if self.checkpointed and torch.is_grad_enabled():
             options = {"use_reentrant": False, "preserve_rng_state": False}  # nothing is random
-            return checkpoint(self.block, x, cos, sin, cache, cu_seqlens, **options)
-        return self.block(x, cos, sin, cache, cu_seqlens)
+            return checkpoint(self.block, x, cos, sin, *context, **options)
+        return self.block(x, cos, sin, *context)
 
-    def block(self, x: Tensor, cos: Tensor, sin: Tensor, cache, cu_seqlens) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, cu_seqlens)
+    def block(self, x: Tensor, cos: Tensor, sin: Tensor, *context) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, *context)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -177,10 +185,10 @@ class Decoder(nn.Module):
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache=None, cu_seqlens=None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, *context) -> Tensor:
         """Embeddings [B, T, C] -> hidden states behind the final norm [B, T, C]."""
         for layer in self.layers:
-            x = layer(x, cos, sin, cache, cu_seqlens)
+            x = layer(x, cos, sin, *context)
         return self.norm(x)
 
 
@@ -222,13 +230,17 @@ class Qwen2_5_VL(nn.Module):
         image_grid_thw: list[Grid] | None = None,
         cache: "KVCache | PromptCache | None" = None,
         cu_seqlens: Tensor | None = None,
+        shared: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Returns the hidden states [B, T, C], behind the final norm, of input_ids [B, T].
 
         pixel_values [P, 1176] has the patches of all images and image_grid_thw their grids, in the
         order of their tokens. `cu_seqlens` has the borders [0, n1, n1 + n2, ...] of sequences that
-        are packed in a single row and do not see one another. Positions [3, B, T] belong to the
-        request, not to the model: packed rows and tokens that follow a cache must bring theirs.
+        are packed in a single row and do not see one another. Where they share beginnings, of which
+        the row has one only (data.Pack), the borders are those of the S tokens in full, and
+        `shared` says which of the T each of them is [S], and where each of the T comes first [T].
+        Positions [3, B, T] belong to the request, not to the model: packed rows and tokens that
+        follow a cache must bring theirs.
         """
         grids = image_grid_thw or []
         if (pixel_values is None) != (not grids):
@@ -252,7 +264,7 @@ class Qwen2_5_VL(nn.Module):
 
         # 3. Run the decoder.
         cos, sin = rope_angles(position_ids, self.config, x.dtype)
-        return self.model(x, cos, sin, cache, cu_seqlens)
+        return self.model(x, cos, sin, cache, cu_seqlens, shared)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., C] -> [..., V], in float32 (float64 stays)."""
@@ -398,10 +410,15 @@ def score(
     Both are [N] for N scored tokens, in nats, at the temperature and without `masked_ids`. SFT,
     the policy, the old policy and the reference are all measured by this one function.
     """
-    hidden = model(pack.input_ids, position_ids=pack.position_ids, cu_seqlens=pack.cu_seqlens)
+    hidden = model(
+        pack.input_ids,
+        position_ids=pack.position_ids,
+        cu_seqlens=pack.cu_seqlens,
+        shared=pack.shared,
+    )
     # A token is predicted from the hidden state before it. The head sees these N states alone.
     return token_log_probs(
-        hidden[0, pack.targets - 1],
+        hidden[0, pack.sources],
         model.head_weight,
         pack.input_ids[0, pack.targets],
         temperature=temperature,

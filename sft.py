@@ -94,11 +94,12 @@ def train_step(
     # 1. The loss is a mean over all response tokens of the batch, however it is packed.
     num_tokens = sum(int(row.scored.sum()) for row in rows)
     own_loss = 0.0
-    # 2. Packs are as many forward and backward passes as memory asks for; gradients add up. Of
-    #    several processes each takes its share of the packs.
+    # 2. Packs are as many forward and backward passes as memory asks for; gradients add up. They
+    #    fill up best when the longest rows come first. Of several processes each takes its share.
+    longest_first = sorted(rows, key=lambda row: -len(row.ids))
     packs = []
-    for chosen in plan_packs([len(row.ids) for row in rows], options.pack_tokens):
-        packs.append([rows[i] for i in chosen])
+    for chosen in plan_packs(longest_first, options.pack_tokens):
+        packs.append([longest_first[i] for i in chosen])
     for members in deal(packs, idle=[IDLE_ROW]):
         pack = make_pack(members).to(device)
         loss = sft_loss(model, pack) / num_tokens

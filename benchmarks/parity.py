@@ -113,7 +113,7 @@ def our_losses(model: Qwen2_5_VL, rows: list[Row], pack_tokens: int) -> tuple[fl
     device = model.head_weight.device
     num_tokens = sum(int(row.scored.sum()) for row in rows)
     batch = 0.0
-    for chosen in plan_packs([len(row.ids) for row in rows], pack_tokens):
+    for chosen in plan_packs(rows, pack_tokens):
         pack = make_pack([rows[i] for i in chosen]).to(device)
         batch += sft_loss(model, pack).item() / num_tokens
     each = [

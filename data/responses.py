@@ -69,8 +69,11 @@ def make_response_pack(members: list[Response]) -> ResponsePack:
 
 
 def make_response_packs(responses: list[Response], pack_tokens: int) -> list[ResponsePack]:
-    """Returns the responses as packs of at most pack_tokens tokens."""
-    plan = plan_packs([len(response.row.ids) for response in responses], pack_tokens)
+    """Returns the responses as packs of at most pack_tokens tokens.
+
+    Those to one question stand side by side, so a pack has its prompt once.
+    """
+    plan = plan_packs([response.row for response in responses], pack_tokens)
     return [make_response_pack([responses[i] for i in chosen]) for chosen in plan]
 
 

@@ -1,14 +1,14 @@
 """Training sequences: an example as a row of token ids, and rows packed end to end.
 
 A row of T tokens is `ids` [T] and `scored` [T]: true on the tokens that the loss is about, those of
-the response. A pack is several rows in one, [1, T], that do not see one another. SFT and GRPO train
-on packs alone: there is no padding, and `--pack-tokens` alone decides how much memory a forward
-pass takes.
+the response. A pack is several rows in one, [1, T], that do not see one another; what neighbours
+begin with in common, a prompt or its first words, it has once. SFT and GRPO train on packs alone:
+there is no padding, and `--pack-tokens` alone decides how much memory a forward pass takes.
 """
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate, count
 from typing import NamedTuple
 
@@ -82,55 +82,114 @@ def example_pieces(
 
 @dataclass
 class Pack:
-    """Rows end to end in one, with no padding. Positions restart at 0 in each."""
+    """Rows end to end in one, with no padding. Positions restart at 0 in each.
+
+    Neighbours that begin alike, as the responses to one question do, share their beginning. What a
+    token becomes depends on those before it alone, so nothing changes but the work. The pack is
+    then a tree of T tokens, and `rows` says which of them make up the S tokens of the rows in full,
+    end to end. Where nothing is shared both are the same, and `rows` is None.
+    """
 
     input_ids: Tensor  # [1, T]
     targets: Tensor  # [N]: the places of the scored tokens in it
+    sources: Tensor  # [N]: the places of the tokens before them, from which they are predicted
     position_ids: Tensor  # [3, 1, T]
-    cu_seqlens: Tensor  # int32 [rows + 1]: the borders 0, T1, T1 + T2, ..., T between the rows
+    cu_seqlens: Tensor  # int32 [rows + 1]: the borders 0, S1, S1 + S2, ..., S between the rows
+    rows: Tensor | None = None  # [S]: the place in the pack of each token of the rows
+    first: Tensor | None = None  # [T]: the first place in the rows of each token of the pack
+
+    @property
+    def shared(self) -> tuple[Tensor, Tensor] | None:
+        """Returns what the model is to know of shared beginnings."""
+        return None if self.rows is None else (self.rows, self.first)
 
     def to(self, device: torch.device | str) -> "Pack":
         """Returns the same pack on a device."""
-        return Pack(*(tensor.to(device) for tensor in vars(self).values()))
+        tensors = vars(self).values()
+        return Pack(*(None if tensor is None else tensor.to(device) for tensor in tensors))
+
+
+def common_prefix(a: Row, b: Row) -> int:
+    """Returns the number of tokens with which both rows begin."""
+    shorter = min(len(a.ids), len(b.ids))
+    [different] = np.nonzero(a.ids[:shorter].numpy() != b.ids[:shorter].numpy())
+    return int(different[0]) if len(different) else shorter
 
 
 def make_pack(rows: Sequence[Row]) -> Pack:
-    """Returns the pack of these rows, on the host.
+    """Returns the pack of these rows, on the host. Neighbours share their beginning.
 
     Which tokens are scored is found here, by numpy: a GPU that had to find it would be waited for.
     """
-    lengths = [len(row.ids) for row in rows]
-    input_ids = np.concatenate([row.ids.numpy() for row in rows])
-    scored = np.concatenate([row.scored.numpy() for row in rows])
-    positions = np.concatenate([np.arange(length) for length in lengths])
-    return Pack(
-        input_ids=torch.from_numpy(input_ids).long()[None],
-        targets=torch.from_numpy(np.flatnonzero(scored)),
-        position_ids=torch.from_numpy(positions).expand(3, 1, -1),
-        cu_seqlens=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
+    ids, positions = [], []  # of the tokens in the pack
+    places = []  # of each row: where its tokens are in the pack
+    count = 0  # tokens in the pack so far
+    for i, row in enumerate(rows):
+        known = common_prefix(rows[i - 1], row) if i else 0
+        added = len(row.ids) - known
+        ids.append(row.ids[known:].numpy())
+        positions.append(np.arange(known, len(row.ids)))
+        own = np.arange(count, count + added)
+        places.append(np.concatenate([places[-1][:known], own]) if i else own)
+        count += added
+
+    in_full = np.concatenate(places)
+    scored = np.flatnonzero(np.concatenate([row.scored.numpy() for row in rows]))
+    pack = Pack(
+        input_ids=torch.from_numpy(np.concatenate(ids)).long()[None],
+        targets=torch.from_numpy(in_full[scored]),
+        # The first token of a row is never scored, so the one before is of the same row.
+        sources=torch.from_numpy(in_full[scored - 1]),
+        position_ids=torch.from_numpy(np.concatenate(positions)).expand(3, 1, -1),
+        cu_seqlens=torch.tensor([0, *accumulate(len(row.ids) for row in rows)], dtype=torch.int32),
     )
+    if len(in_full) > count:
+        _, first = np.unique(in_full, return_index=True)
+        pack.rows, pack.first = torch.from_numpy(in_full), torch.from_numpy(first)
+    return pack
 
 
-def plan_packs(lengths: Sequence[int], pack_tokens: int) -> list[list[int]]:
-    """Deals sequences of these lengths out to packs of at most `pack_tokens` tokens.
+# Attention is computed on the rows in full. Their tokens are bounded, too: by so many times the
+# pack's. Else short answers to a long question would take memory that no plan foresees.
+MOST_SHARING = 4
 
-    Returns the sequences' numbers, pack by pack. First-fit decreasing: each goes, the longest
-    first, to the first pack that has room for it. That makes at most 11/9 of the fewest possible
-    packs, and one more (Yue, 1991). A sequence that is longer than a pack gets one of its own.
+
+@dataclass
+class Draft:
+    """A pack that is being filled."""
+
+    members: list[int] = field(default_factory=list)  # the rows' numbers
+    tokens: int = 0
+    tokens_in_full: int = 0
+
+    def has_room(self, added: int, length: int, pack_tokens: int) -> bool:
+        """Returns whether a row of this length fits, which adds so many tokens to the pack."""
+        in_full = self.tokens_in_full + length
+        return self.tokens + added <= pack_tokens and in_full <= MOST_SHARING * pack_tokens
+
+
+def plan_packs(rows: Sequence[Row], pack_tokens: int) -> list[list[int]]:
+    """Deals rows out to packs of at most pack_tokens tokens. Returns their numbers, pack by pack.
+
+    A row goes to the pack of the row before it, with which it may share a prompt, or else to the
+    first pack that has room for all of it. One that is longer than a pack gets one of its own.
     """
-    packs: list[list[int]] = []
-    room: list[int] = []  # tokens left in each
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        for place, left in enumerate(room):
-            if lengths[i] <= left:
-                break
-        else:
-            place = len(packs)
-            packs.append([])
-            room.append(pack_tokens)
-        packs[place].append(i)
-        room[place] -= lengths[i]
-    return packs
+    drafts: list[Draft] = []
+    draft = None  # where the row before went
+    for i, row in enumerate(rows):
+        length = len(row.ids)
+        added = length - (common_prefix(rows[i - 1], row) if i else 0)
+        if draft is None or not draft.has_room(added, length, pack_tokens):
+            added = length
+            roomy = (other for other in drafts if other.has_room(length, length, pack_tokens))
+            draft = next(roomy, None)
+            if draft is None:
+                draft = Draft()
+                drafts.append(draft)
+        draft.members.append(i)
+        draft.tokens += added
+        draft.tokens_in_full += length
+    return [draft.members for draft in drafts]
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> list[int]:

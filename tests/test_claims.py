@@ -406,6 +406,7 @@ def test_the_claims_of_the_issue_are_there():
         "size",
         "variants",
         "failures",
+        "stopping",
     ]
     assert [c.name for c in claims.choose(None, quick=True)] == [
         c.name for c in claims.CLAIMS if c.name not in ("reading", "size")

@@ -10,7 +10,17 @@ from safetensors.torch import load_file
 
 import grpo
 import tiny
-from data import Example, ImageConfig, InputError, Prompt, Tokenizer, make_prompt
+from data import (
+    Example,
+    ImageConfig,
+    InputError,
+    Prompt,
+    Tokenizer,
+    make_pack,
+    make_prompt,
+    make_row,
+    sequences,
+)
 from grpo import group_advantages, grpo_loss, kl_penalty
 from sample import Completion
 
@@ -423,18 +433,13 @@ def one_pack(responses: list[grpo.Response]) -> grpo.ResponsePack:
     return pack
 
 
-def packed_order(responses: list[grpo.Response]) -> list[int]:
-    """A single pack holds the longest first."""
-    return sorted(range(len(responses)), key=lambda i: -len(responses[i].row.ids))
-
-
 def test_scores_equal_a_full_log_softmax(options):
     trainer, _ = make_trainer(options(temperature=0.7))
     pairs = [(tiny.row(1, 5), tiny.row(3, 4)), (tiny.row(2, 9), tiny.row(4, 2))]
     responses = [respond(prompt, ids) for prompt, ids in pairs]
     found, entropy = trainer.score(trainer.model, one_pack(responses).pack)
     wanted = [naive_log_probs(trainer, prompt + ids, 0.7)[len(prompt) :] for prompt, ids in pairs]
-    wanted = torch.cat([wanted[i] for i in packed_order(responses)])
+    wanted = torch.cat(wanted)
     assert found.shape == wanted.shape == (6,) and torch.allclose(found, wanted, atol=1e-5)
     assert 0 < entropy.sum().item() < 6 * math.log(tiny.VOCAB_ROWS) and not entropy.requires_grad
 
@@ -472,7 +477,7 @@ def test_packs_hold_each_response_with_its_advantage():
         respond([9], [10], 3.0),
     ]
     responses[1].sampler_log_probs = torch.tensor([-0.1, -0.2])
-    first, second = grpo.make_response_packs(responses, 7)
+    second, first = grpo.make_response_packs(responses, 7)
     assert first.pack.input_ids.tolist() == [[4, 5, 6, 7, 8, 9, 10]]
     assert first.pack.cu_seqlens.tolist() == [0, 5, 7]
     assert first.pack.position_ids[0].tolist() == [[0, 1, 2, 3, 4, 0, 1]]
@@ -480,6 +485,58 @@ def test_packs_hold_each_response_with_its_advantage():
     assert first.advantages.tolist() == [-2.0, -2.0, 3.0]
     assert first.sampler_log_probs.tolist() == pytest.approx([-0.1, -0.2, -0.5])
     assert second.pack.input_ids.tolist() == [[1, 2, 3]] and second.advantages.tolist() == [1, 1]
+
+
+def test_responses_to_one_question_share_its_tokens():
+    responses = [
+        respond([1, 2, 3], [4, 5, 6], 1.0),
+        respond([1, 2, 3], [4, 7], -1.0),  # and their first token, too
+        respond([1, 2, 3], [8], -2.0),
+        respond([1, 9], [3, 3], 3.0),
+    ]
+    [part] = grpo.make_response_packs(responses, 100)
+    pack = part.pack
+    assert pack.input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 9, 3, 3]]
+    assert pack.position_ids[0].tolist() == [[0, 1, 2, 3, 4, 5, 4, 3, 1, 2, 3]]
+    assert pack.cu_seqlens.tolist() == [0, 6, 11, 15, 19]
+    in_full = [0, 1, 2, 3, 4, 5] + [0, 1, 2, 3, 6] + [0, 1, 2, 7] + [0, 8, 9, 10]
+    assert pack.rows.tolist() == in_full
+    assert pack.first.tolist() == [0, 1, 2, 3, 4, 5, 10, 14, 16, 17, 18]
+    assert pack.targets.tolist() == [3, 4, 5, 3, 6, 7, 9, 10]
+    assert pack.sources.tolist() == [2, 3, 4, 2, 3, 2, 8, 9]
+    assert part.advantages.tolist() == [1.0] * 3 + [-1.0] * 2 + [-2.0] + [3.0] * 2
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_shared_prefixes_change_nothing(options, checkpointed, monkeypatch):
+    """Log-probs, entropies and every weight's gradient are those of rows that share nothing."""
+    trainer, _ = make_trainer(options(checkpointing="on" if checkpointed else "off"))
+    model = trainer.model.double()
+    prompts = [tiny.row(1, 12), tiny.row(2, 7)]
+    answers = [tiny.row(seed, 3 + seed) for seed in range(3, 7)]
+    rows = [
+        make_row(prompt + ids, [False] * len(prompt) + [True] * len(ids))
+        for prompt in prompts
+        for ids in answers + [answers[0][:2]]  # a beginning of another, and all of it shared
+    ]
+    found = {}
+    for share in (False, True):
+        if not share:
+            monkeypatch.setattr(sequences, "common_prefix", lambda a, b: 0)
+        pack = make_pack(rows)
+        monkeypatch.undo()
+        log_probs, entropy = trainer.score(model, pack)
+        weights = torch.linspace(-1, 2, len(log_probs), dtype=torch.float64)
+        (log_probs * weights + entropy).sum().backward()
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        found[share] = (log_probs.detach(), entropy.detach(), gradients, pack)
+    assert found[True][3].input_ids.shape[1] < 0.7 * found[False][3].input_ids.shape[1]
+    assert torch.allclose(found[True][0], found[False][0], rtol=0, atol=1e-10)
+    assert torch.allclose(found[True][1], found[False][1], rtol=0, atol=1e-10)
+    assert found[True][2].keys() == found[False][2].keys() and len(found[True][2]) > 20
+    for name, wanted in found[False][2].items():
+        assert (found[True][2][name] - wanted).abs().max() <= 1e-9 * wanted.abs().max(), name
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])

@@ -88,11 +88,19 @@ def test_make_pack():
     assert pack.cu_seqlens.tolist() == [0, 3, 4, 6]
 
 
+def row(ids: list[int]) -> data.Row:
+    return data.make_row(ids, [True] * len(ids))
+
+
 def test_plan_packs_by_hand():
-    assert data.plan_packs([3, 5, 2, 6, 4], 10) == [[3, 4], [1, 0, 2]]
-    assert data.plan_packs([], 10) == []
-    assert data.plan_packs([10, 10], 10) == [[0], [1]]
-    assert data.plan_packs([3, 25, 3], 10) == [[1], [0, 2]]  # too long for a pack: one of its own
+    def plan(lengths):  # rows that begin differently
+        return data.plan_packs([row([i] * n) for i, n in enumerate(lengths)], 10)
+
+    # 4 goes to the row before it, 3 to the first pack that has room, 2 has none.
+    assert plan([6, 5, 4, 3, 2]) == [[0, 3], [1, 2], [4]]
+    assert plan([]) == []
+    assert plan([10, 10]) == [[0], [1]]
+    assert plan([3, 25, 3]) == [[0, 2], [1]]  # too long for a pack: one of its own
 
 
 def test_plan_packs_loses_nothing_and_fills_well():
@@ -100,11 +108,39 @@ def test_plan_packs_loses_nothing_and_fills_well():
     for _ in range(30):
         longest = chance.choice([10, 100])
         lengths = [chance.randrange(1, longest) for _ in range(chance.randrange(1, 200))]
-        packs = data.plan_packs(lengths, 100)
+        lengths.sort(reverse=True)
+        rows = [row([i] * length) for i, length in enumerate(lengths)]
+        packs = data.plan_packs(rows, 100)
         assert sorted(i for pack in packs for i in pack) == list(range(len(lengths)))
         assert max(sum(lengths[i] for i in pack) for pack in packs) <= 100
         assert len(packs) <= 11 / 9 * -(-sum(lengths) // 100) + 1
-        assert packs == data.plan_packs(lengths, 100)
+        assert packs == data.plan_packs(rows, 100)
+
+
+def planned(groups: list[list[list[int]]], pack_tokens: int) -> list[list[int]]:
+    rows = [row(ids) for group in groups for ids in group]
+    return data.plan_packs(rows, pack_tokens)
+
+
+def test_packs_count_what_is_shared_once():
+    a = [[1, 1, 1, 1, i] for i in range(4)]  # 8 tokens where all are together
+    b = [[2, 2, 2, i] for i in range(2)]  # 5
+    assert planned([a, b], 13) == [[0, 1, 2, 3, 4, 5]]
+    assert planned([a, b], 12) == [[0, 1, 2, 3, 4], [5]]
+    assert planned([a, b], 8) == [[0, 1, 2, 3], [4, 5]]
+    assert planned([a, b], 7) == [[0, 1, 2], [3], [4, 5]]
+    assert planned([a, b], 1) == [[0], [1], [2], [3], [4], [5]]  # too long: alone
+    # A gap in an earlier pack is filled, by a row in full.
+    assert planned([[[1, 1, 1]], [[2] * 6], [[3, 3, 3]]], 6) == [[0, 2], [1]]
+    assert planned([], 8) == []
+
+
+def test_rows_in_full_are_bounded():
+    """20 answers of a token to a question of 9: 29 tokens, but 200 for attention."""
+    group = [[1] * 9 + [2 + i] for i in range(20)]
+    packs = planned([group], 29)
+    assert [i for pack in packs for i in pack] == list(range(20))
+    assert max(map(len, packs)) * 10 <= data.sequences.MOST_SHARING * 29 and len(packs) == 2
 
 
 def test_epoch_order():

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import sft
 import tiny
-from data import InputError, Row, Tokenizer, make_pack, make_row, plan_packs
+from data import InputError, Row, Tokenizer, make_pack, make_row
 from hub.options import parse_options
 from hub.weights import copy_side_files
 from kill_nine import read_checkpoint
@@ -169,12 +169,12 @@ def test_gradient_does_not_depend_on_packs_or_order(options, tmp_path, monkeypat
         len({int(row.scored.sum()) for row in rows}) > 1
     )  # else the mean of means would be right too
     lengths = [len(row.ids) for row in rows]
+    together = make_pack(rows).input_ids.shape[1]
+    assert together < sum(lengths)  # they share the chat template's first tokens
     wanted, wanted_metrics = gradients(
         options(model=model, pack_tokens=1), rows, monkeypatch, torch.float32
     )
-    sizes = ((max(lengths), 5), (max(lengths) + min(lengths), 3), (sum(lengths), 1))
-    for pack_tokens, passes in sizes:
-        assert len(plan_packs(lengths, pack_tokens)) == passes
+    for pack_tokens in (max(lengths), max(lengths) + min(lengths), together):
         found, found_metrics = gradients(
             options(model=model, pack_tokens=pack_tokens),
             rows[2:] + rows[:2],
@@ -193,14 +193,23 @@ def test_packed_sequences_do_not_see_one_another(options, folder):
     model, found = load_for_training(options()), []
     for other in (first, fourth):
         pack = make_pack([other, second, third])
-        hidden = model(pack.input_ids, position_ids=pack.position_ids, cu_seqlens=pack.cu_seqlens)
-        found.append(hidden[0, len(other.ids) :])
+        hidden = model(
+            pack.input_ids,
+            position_ids=pack.position_ids,
+            cu_seqlens=pack.cu_seqlens,
+            shared=pack.shared,
+        )
+        # They begin alike, with the chat template: of that the pack has one only.
+        found.append(hidden[0, pack.rows][len(other.ids) :])
         alone = model(second.ids[None].long())[0]
         assert (found[-1][: len(alone)] - alone).abs().max() < 1e-5
     assert torch.equal(*found)
     # Without borders it would not be so.
-    seen = model(pack.input_ids, position_ids=pack.position_ids)[0, len(fourth.ids) :]
-    assert (seen - found[0]).abs().max() > 1e-2
+    whole = torch.tensor([0, len(pack.rows)])
+    seen = model(
+        pack.input_ids, position_ids=pack.position_ids, cu_seqlens=whole, shared=pack.shared
+    )
+    assert (seen[0, pack.rows][len(fourth.ids) :] - found[0]).abs().max() > 1e-2
 
 
 def test_packs_change_a_run_by_rounding_only(options, tmp_path):

@@ -37,7 +37,7 @@ import model as model_file
 from data.completions import SamplingParams
 from data.prompts import Prompt
 from data.responses import Response
-from data.sequences import Row, make_row
+from data.sequences import MOST_SHARING, Row, make_row
 from data.tokenizer import Tokenizer
 from hub.config import Config
 from kernels.triton_or_none import standing_for_a_gpu
@@ -233,13 +233,22 @@ class Rehearsal:
         self.checkpoint_bytes, self.model_bytes = sizes(model, training_state(model, optimizer))
 
     def rows(self, tokens: int) -> list[Row]:
-        """Returns rows that fill two packs of so many tokens on each rank: gradients add up."""
+        """Returns rows that fill two packs of so many tokens on each rank: gradients add up.
+
+        As many as may share a pack do, and are alike but for their last tokens. So together they
+        are `tokens` long, all of them scored, and attention, which needs them in full, has the most
+        to do.
+        """
         self.assumed.append(
             f"packs of {tokens:,} tokens (--pack-tokens, or the longest row), all of them scored"
         )
+        alike = tokens - MOST_SHARING
+        ids, unscored = [0] * alike, [False] * alike
         with unset_fake_temporarily():  # the host's data is real
-            row = make_row([0] * tokens, [True] * tokens)
-        return [row] * (2 * parallel.world_size())
+            rows = [make_row([*ids, 0], [True] * (alike + 1))]
+            for last in range(1, MOST_SHARING):
+                rows.append(make_row([*ids, last], [*unscored, True]))
+        return rows * (2 * parallel.world_size())
 
     def longest_prompt(self, options: TrainOptions, load_questions: Callable) -> int:
         """Returns the tokens of the longest question: --max-prompt-tokens, or else the data's.
@@ -264,8 +273,10 @@ class Rehearsal:
         slots = min(questions * options.group_size, options.rollout_batch)
         self.rollout(trainer.model, trainer.dtype, prompt_tokens, options.max_new_tokens, slots)
         responses = []
-        for row in self.rows(max(options.pack_tokens, prompt_tokens + options.max_new_tokens)):
-            responses.append(Response(row, torch.zeros(len(row.ids) - 1), advantage=1.0))
+        tokens = max(options.pack_tokens, prompt_tokens + options.max_new_tokens)
+        for row in self.rows(tokens):
+            num_scored = int(row.scored.sum())
+            responses.append(Response(row, torch.zeros(num_scored), advantage=1.0))
         trainer.update(responses, options.learning_rate)
 
     def rollout(
