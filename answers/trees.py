@@ -14,7 +14,7 @@ point says nothing.
 (True, False)
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from decimal import Decimal
 from fractions import Fraction
 
@@ -78,20 +78,26 @@ def agree_in_any_order(ones: Iterable, others: Iterable, agree: Callable) -> boo
 
 def _values_at_points(
     trees: list[Node], names: frozenset[str], budget: Budget
-) -> list[list[Value]]:
-    """Returns the trees' values at each random point where all of them have one.
+) -> Iterator[list[Value]]:
+    """Yields the trees' values at each random point where all of them have one.
 
     The points have a coordinate for each name; without names there is one point only.
     """
-    values = [[value_of(tree, budget, point) for tree in trees] for point in random_points(names)]
-    return [at_point for at_point in values if None not in at_point]
+    for point in random_points(names):
+        values = [value_of(tree, budget, point) for tree in trees]
+        if None not in values:
+            yield values
 
 
 def _scalars_agree(one: Node, other: Node, budget: Budget) -> bool:
     """Returns whether two values are equal wherever both have one: at three points at least."""
     names = variables(one) | variables(other)
-    values = _values_at_points([one, other], names, budget)
-    return len(values) >= (3 if names else 1) and all(values_agree(*pair) for pair in values)
+    agreed = 0
+    for pair in _values_at_points([one, other], names, budget):
+        if not values_agree(*pair):
+            return False
+        agreed += 1
+    return agreed >= (3 if names else 1)
 
 
 # --- Relations: by the numbers that they allow, or else link by link ------------------------------
