@@ -7,27 +7,8 @@ from answers.parsing import is_value
 from answers.typography import MAX_CHARS
 from answers.units import changes, unit_of
 
-
-def box_content(text: str) -> str | None:
-    r"""Returns what the box at the start of a text holds: \boxed{a{b}} -> a{b}; \boxed 5$ -> 5.
-
-    Returns None if the box is never closed.
-    """
-    text = re.sub(r"\\(?:boxed|fbox)\s*", "", text[: MAX_CHARS + 16], count=1)
-    if not text.startswith("{"):
-        return re.split(r"[$\n]", text, maxsplit=1)[0]
-    depth = 0
-    for match in re.finditer(r"\\.|[{}]", text, re.DOTALL):  # an escaped \{ is no group
-        if match[0] == "{":
-            depth += 1
-        elif match[0] == "}":
-            depth -= 1
-            if depth == 0:
-                return text[1 : match.start()]
-    return None
-
-
 _MAX_BOXES = 16
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*")
 # \text{ or } and \lor are or, \quad and \) are spaces.
 _SPACING = re.compile(r"\\(?:text|mathrm) ?\{([^{}]*)\}|\\q?quad|\\[()\[\],;: \\]|[$*]")
 _plainer = partial(_SPACING.sub, r" \1 ")
@@ -44,6 +25,28 @@ _MORE_BEHIND = re.compile(
 _FURTHER_VALUE = re.compile(r"[\s.)}]*(?:[,;]|and\b)\s*(?=\S)")
 
 
+def _box(text: str, start: int) -> tuple[str | None, int]:
+    r"""Returns what a box holds, a{b} of \boxed{a{b}} or 5 of \boxed 5$, and where it ends.
+
+    Returns None if the box is never closed.
+    """
+    begin = _BOX.match(text, start).end()
+    text = text[: begin + MAX_CHARS]
+    if not text.startswith("{", begin):
+        content = re.split(r"[$\n]", text[begin:], maxsplit=1)[0]
+        return content, begin + len(content)
+    depth = 0
+    for match in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, begin):  # \{ is no group
+        depth += (match[0] == "{") - (match[0] == "}")
+        if depth == 0:
+            return text[begin + 1 : match.start()], match.end()
+    return None, begin
+
+
+def _last_box(text: str, end: int | None = None) -> int:
+    return max(text.rfind("\\boxed", 0, end), text.rfind("\\fbox", 0, end))
+
+
 def boxed_answer(text: str, strict: bool) -> str | None:
     r"""Returns what the last box of a text holds: 4 of \boxed{2}, or no, \boxed{4}.
 
@@ -52,32 +55,28 @@ def boxed_answer(text: str, strict: bool) -> str | None:
     boxes, 3 \boxed{4}, -\boxed{4}.
     """
     first = _last_box(text)
-    content = box_content(text[first:])
-    behind = text[first:].partition(f"{{{content}}}")[2] if strict and content else ""
+    content, last_end = _box(text, first)
     contents = [content]
     while None not in contents and len(contents) < _MAX_BOXES:
         before = _last_box(text, first)
-        content = box_content(text[before:]) if before >= 0 else None
-        between = text[before:first].partition(f"{{{content}}}") if content else ("", "", "")
-        if between[1] and _JOINT.fullmatch(_plainer(between[2])):
+        content, end = _box(text, before) if before >= 0 else ("", -1)
+        if content and end <= first and _JOINT.fullmatch(_plainer(text[end:first])):
             contents.insert(0, content)
         elif not strict or before < 0:
             break
-        elif between[1] or not content or "box" not in content:  # a box in a box is one answer
+        elif not content or end <= first:
             return None
+        else:  # a box in a box is one answer
+            last_end = max(end, last_end)
         first = before
-    behind = _plainer(behind)
+    behind = _plainer(text[last_end:])
     if not all(contents) or strict and _says_more(_plainer(text[:first]), behind):
         return None
     # \boxed{3} m is 3 m, not 3.
-    unit = behind.strip(" .\n") if is_value(contents[-1]) else ""
+    unit = behind.strip(" .\n") if strict and is_value(contents[-1]) else ""
     if unit and unit_of(unit, glued=False):
         contents[-1] += " " + unit
     return ", ".join(contents)
-
-
-def _last_box(text: str, end: int | None = None) -> int:
-    return max(text.rfind("\\boxed", 0, end), text.rfind("\\fbox", 0, end))
 
 
 def _says_more(before: str, behind: str) -> bool:

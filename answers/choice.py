@@ -3,7 +3,7 @@
 import re
 from functools import lru_cache
 
-from answers.equivalence import is_equivalent, same_text
+from answers.equivalence import is_equivalent
 from answers.typography import plain
 from answers.values import Budget
 
@@ -13,11 +13,11 @@ _LETTER = re.compile(  # the letter, what sets it off from a text, the text
 )
 _LETTER_LAST = re.compile(r"(.+?),? (?:\(|option |which is )(?:option )?([A-P])\)?")
 _NOT_ANOTHER = re.compile(r"(.+?)(?:, not|,? rather than|,? instead of| \(not) \(?(.+?)\)*")
-_LETTERS_BEHIND = re.compile(
-    r"(?:^|[,;/&(.]|\b(?:or|and)\b) ?\(?([A-P])(?=[).:,;/&]| (?:or|and)\b| ?$)|\b([A-P])[:)]"
-    r"|(?i:\b(?:is|no|actually|correction:?)) ([A-P])$"
+# Other letters among words: A, (a), option a; but not the article of "A dog".
+_OTHER_LETTERS = re.compile(
+    r"""\b([A-P])\b(?! (?!or\b|and\b|is\b)[a-z])"""
+    r"""|(?i:[(\["']([A-P])[)\]"']|(?:option|choice|answer) ?:? ?([A-P])\b)"""
 )
-_NAMED = re.compile(r"""[(\["']([A-P])[)\]"']|(?:OPTION|CHOICE|ANSWER) ?:? ?([A-P])\b""")
 _JOINTS = re.compile(r"[,;/=]|\b(?:or|and|but|not)\b")
 # Words that take the letter back: B: wrong, B is not it, B or none. "B: No" echoes the prompts.
 _TAKEN_BACK = re.compile(
@@ -89,14 +89,18 @@ def _spelling(text: str) -> str:
 def _same_texts(text: str, options: dict[str, str]) -> list[str]:
     """Returns the letters of the options with this text; if there are any, with its very case."""
     spelling = _spelling(text)
-    cased = [key for key, option in options.items() if spelling and _spelling(option) == spelling]
-    return cased or [key for key, option in options.items() if same_text(text, option)]
+    if not spelling:
+        return []
+    cased = [key for key, option in options.items() if _spelling(option) == spelling]
+    folded = spelling.casefold()
+    return cased or [key for key in options if _spelling(options[key]).casefold() == folded]
 
 
 def _names_any(words: str, options: dict[str, str], budget: Budget) -> bool:
     """Returns whether words name one of these options: by letter, by text, or by text in part."""
-    letters = _LETTERS_BEHIND.findall(words) + _NAMED.findall(words.upper())
-    if any(letter in options for found in letters for letter in found):
+    if any(
+        letter.upper() in options for found in _OTHER_LETTERS.findall(words) for letter in found
+    ):
         return True
     said = words.casefold()
     if any(len(text) > 2 and text.casefold() in said for text in options.values()):

@@ -2,15 +2,9 @@ r"""Are two final answers the same? Standard library only.
 
 A reward is asked millions of times about whatever a policy comes up with, and the policy learns
 whatever it accepts. So nothing is evaluated but what formulas.py understands, within caps that make
-every call short. Three steps:
-
-1. `parse_answer` (parsing.py): a text becomes an `Answer`: a list of answers, or a formula with a
-   unit or a name (x = 5), or else just a text.
-2. `answers_agree`: units and names must agree first; lists are matched with lists, sets and tuples.
-3. `trees_agree` (trees.py): what is left are trees, which are compared by kind and by value.
-
-What cannot be parsed or evaluated (sums, ellipses, 2^{2^{2018}}) is compared as a normalised string
-or tree.
+every call short. parsing.py makes of a text a list of answers, or a formula with a unit or a name
+(x = 5); here units, names and lists are compared, in trees.py the formulas, by kind and by value.
+What cannot be parsed or evaluated (sums, ellipses, 2^{2^{2018}}) is compared as a text or tree.
 
 >>> is_equivalent(r"\frac{1}{\sqrt{2}}", r"\sqrt2/2"), is_equivalent("(x+1)^2", "x^2 + 2x + 1")
 (True, True)
@@ -22,13 +16,12 @@ or tree.
 Where reasonable people differ, this is what we chose:
 - 50% equals 50 (its unit dropped) and 0.5 (its value), but not 0.5%; degrees likewise.
 - A unit, or the name in x = 5, is dropped if one side only has it; if both do, they must be the
-  same (no conversion). The base of 1010_2 is no unit: it is another number than 1010.
-- 1,234 is one number; (1,234) is a pair. 1\frac12 is a mixed number, 1\frac32 neither that nor a
-  product.
+  same (no conversion). 1010_2 is a text, and no number.
+- 1,234 is one number; (1,234) is a pair. 1\frac12 is a mixed number, 1\frac32 is nothing.
 - Numbers in a list or set may come in any order, letters and words not; (1, 2) is ordered, and
   equals the list 1, 2.
-- A decimal is what it says: 0.33 is not 1/3, and of 1/3 \approx 0.33 the 1/3 counts. log has base e
-  or 10, whichever makes the two agree.
+- A decimal is what it says: 0.33 is not 1/3, and of 1/3 \approx 0.33 the 1/3 counts. log without a
+  base is ln. Numbers are real, and i is a letter.
 - Letter case counts in formulas (R is not r), not in words or single letters.
 - What is no number is not calculated with: times (4:00), dates, ranges (3-5) and runs of capitals
   (HTH) equal themselves only, 3 x 4 (a size) no other size. An identity that zero or infinity
@@ -40,7 +33,7 @@ from functools import partial
 
 from answers.formulas import Node
 from answers.parsing import Answer, parse_answer, parse_sentence, parse_truth
-from answers.trees import agree_in_any_order, plain_number, relations_agree, trees_agree
+from answers.trees import agree_in_any_order, factors, plain_number, trees_agree
 from answers.typography import MAX_CHARS
 from answers.values import Budget
 
@@ -53,24 +46,19 @@ def answers_agree(one: Answer, other: Answer, budget: Budget) -> bool:
         return False
     # 1. A line or a curve: y = 2x + 3, a name and a value, against the relation 2x - y + 3 = 0.
     for named, relation in ((one, other), (other, one)):
-        is_named = named.name not in ("", relation.name) and named.value[0] not in ("list", "chain")
-        if is_named and relation.value[0] == "chain" and "=" in relation.value[2]:
+        if named.name and relation.value[0] == "chain" and set(relation.value[2]) == {"="}:
             line = "chain", (("var", named.name), named.value), ("=",)
-            return relations_agree(line, relation.value, budget)
-    # 2. Units and names must be the same if both sides have them.
-    if one.unit != other.unit and (one.unit and other.unit or "base " in one.unit + other.unit):
+            return trees_agree(line, relation.value, budget)
+    # 2. Units and names must be the same if both sides have them. A 3 x 5 matrix is not 15.
+    if one.unit and other.unit and one.unit != other.unit:
         return False
-    if one.name != other.name and one.name and other.name:
+    if one.name and other.name and one.name != other.name:
         return False
-    sizes = {answer.value[0] == "size" for answer in (one, other)}
-    if len(sizes) > 1 and (one.unit if one.value[0] == "size" else other.unit):
-        return False  # a 3 x 5 matrix is not 15
-    # 3. The values. The list 2, 3 is the pair (2, 3), but not the interval 2 < x < 3.
-    if other.value[0] == "list":
-        one, other = other, one
-    if one.value[0] == "list":
-        interval = other.value[0] == "seq" and re.fullmatch("[a-z]", other.name)
-        return not interval and _list_agrees(one.value[1], other.value, budget)
+    if any(side.unit and len(factors(side.value)) > 1 for side in (one, other)):
+        return one.value == other.value
+    # 3. The values.
+    if "list" in (one.value[0], other.value[0]):
+        return _lists_agree(one, other, budget)
     if trees_agree(one.value, other.value, budget):
         return True
     # 4. 50% is also 0.5, and 180 degrees are also pi.
@@ -83,7 +71,7 @@ def _as_ratio(answer: Answer) -> Node:
     return ratios.get(answer.unit, answer.value)
 
 
-def _list_agrees(items: tuple[Answer, ...], value: Node, budget: Budget) -> bool:
+def _lists_agree(one: Answer, other: Answer, budget: Budget) -> bool:
     r"""Returns whether a list agrees with what another answer has for a value. Four kinds do:
 
     a list     1, 2              2, 1                 in any order, also x = 1, x = 2
@@ -91,27 +79,35 @@ def _list_agrees(items: tuple[Answer, ...], value: Node, budget: Budget) -> bool
                x = 1, y = 2      1, 2                 in order, if one side has several names
     a set      1, 2              \{2, 1\}             in any order
     a union    (0, 1), (2, 3)    (2, 3) \cup (0, 1)   in any order
-    a tuple    1, 2              (1, 2)               in order, by name x = 1, y = 2
+    a tuple    1, 2              (1, 2)               in order, of names by the alphabet
     """
-    kind = value[0]
-    if kind == "list":
-        others = value[1]
-    elif kind in ("set", "union") or kind == "seq" and (value[1] == "()" or len(value[2]) > 2):
-        others = tuple(Answer(node, str(node)) for node in value[-1])
-    else:
+    kinds = {one.value[0], other.value[0]}
+    sides = [_items(one), _items(other)]
+    if None in sides:
         return False
-    names, other_names = ([item.name for item in side] for side in (items, others))
-    several = any(len(set(side) - {""}) > 1 for side in (names, other_names))
-    if several and kind in ("set", "union"):
-        return False
-    if kind == "seq" and any(names) and names != sorted(set(names)):
-        return False
+    names = [[item.name for item in side] for side in sides]
+    several = any(len(set(side) - {""}) > 1 for side in names)
     agree = partial(answers_agree, budget=budget)
-    if several and all(names + other_names):
-        items, others = (sorted(side, key=lambda item: item.name) for side in (items, others))
-    elif kind != "seq" and not (several and any(names) != any(other_names)):
-        return agree_in_any_order(items, others, agree)
-    return len(items) == len(others) and all(map(agree, items, others))
+    if kinds & {"set", "union"} or kinds == {"list"} and not several:
+        return not several and agree_in_any_order(*sides, agree)
+    if any(names[0] + names[1]) and not several:
+        return False
+    if "seq" in kinds or all(names[0] + names[1]):
+        sides = [sorted(side, key=lambda item: item.name) for side in sides]
+    return len(sides[0]) == len(sides[1]) and all(map(agree, *sides))
+
+
+def _items(answer: Answer) -> tuple[Answer, ...] | None:
+    """Returns the answers in a list, set, union or tuple; None for an interval and all else."""
+    kind, *brackets, items = answer.value
+    if kind == "list":
+        return items
+    if kind not in ("set", "union", "seq"):
+        return None
+    has_ends = len(items) == 2 and brackets in (["[]"], ["[)"], ["(]"])
+    if kind == "seq" and (has_ends or re.fullmatch("[a-z]", answer.name)):  # x in (1, 2)
+        return None
+    return tuple(Answer(item, str(item)) for item in items)
 
 
 def is_equivalent(predicted: str, truth: str, budget: Budget | None = None) -> bool:
@@ -122,10 +118,7 @@ def is_equivalent(predicted: str, truth: str, budget: Budget | None = None) -> b
     calls may share one budget.
     """
     texts = [as_text(predicted), as_text(truth)]
-    if len(texts[0]) > MAX_CHARS or len(texts[1]) > MAX_CHARS:
-        return False
-    if budget is None:
-        budget = Budget()
+    budget = budget or Budget()
     one, other = parse_answer(texts[0]), parse_truth(texts[1])
     if one is None or other is None:
         return False
@@ -140,9 +133,8 @@ def is_equivalent(predicted: str, truth: str, budget: Budget | None = None) -> b
     if (one.value[0] == "list") == (other.value[0] == "list"):
         return False
     for respelled in (_parted, _decimal):
-        pair = [respelled(text) for text in texts]
-        one, other = map(parse_answer, pair)
-        if pair != texts and one and other and answers_agree(one, other, budget):
+        one, other = (parse_answer(respelled(text)) for text in texts)
+        if one and other and answers_agree(one, other, budget):
             return True
     return False
 
@@ -165,26 +157,18 @@ def _decimal(text: str) -> str:
     return match[1].replace(".", "").replace(",", ".") + match[2] if match else text
 
 
-def same_text(answer: str, option: str) -> bool:
-    """Returns whether two texts are equal but for spaces, typography and case."""
-    one, other = parse_answer(answer), parse_truth(option)
-    return one is not None and other is not None and one.text == other.text
-
-
 def rounds_to(answer: str, truth: str, decimals: int) -> bool:
     """Returns whether the answer, rounded, is the truth, rounded: 3.14159 is 3.14 to 2 decimals.
 
     This is MathVista's rule for decimal numbers (its evaluation/calculate_score.py).
     """
-    one, other = parse_answer(answer), parse_truth(truth)
-    if one is None or other is None or one.name or other.name:
+    sides = parse_answer(answer), parse_truth(truth)
+    if None in sides or any(side.name for side in sides):
         return False
-    if one.unit and other.unit and one.unit != other.unit:
+    numbers = [plain_number(side.value) for side in sides]
+    if None in numbers or len({side.unit for side in sides} - {""}) > 1:
         return False
-    numbers = [plain_number(side.value) for side in (one, other)]
-    if None in numbers or max(map(abs, numbers)) >= 10**15:
-        return False
-    return round(float(numbers[0]), decimals) == round(float(numbers[1]), decimals)
+    return round(numbers[0], decimals) == round(numbers[1], decimals)
 
 
 def as_text(value: object) -> str:

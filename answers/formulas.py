@@ -2,39 +2,156 @@ r"""Formulas in LaTeX and plain maths: from a text to a tree.
 
 Standard library only. Nothing is ever evaluated by Python or a computer algebra system (sympy's
 parser calls `eval`, and 9**9**9**9 would run for ever), and every call is short: lengths and
-nesting are capped. tokens.py cuts the text into tokens, `Parser` turns them into a tree, and
-values.py gives its value.
+nesting are capped. `tokenise` cuts the text that typography.py has made plain into tokens, `Parser`
+turns them into a tree, and values.py gives its value.
 
+>>> tokenise(r"2\pi a_{1}b")
+[('num', '2'), ('const', 'pi'), ('var', 'a_1'), ('var', 'b')]
 >>> parse_formula(r"\frac{1}{2} + 2x")
 ('+', ('/', ('num', 1), ('num', 2)), ('*', ('num', 2), ('var', 'x')))
 >>> parse_formula("0 < x <= 1")
 ('chain', (('num', 0), ('var', 'x'), ('num', 1)), ('<', '<='))
 """
 
+import re
 from fractions import Fraction
 
-from answers.tokens import NotMaths, Token, tokenise
+from answers.typography import NUMBERS
 
+MAX_TOKENS = 128  # of one formula
 MAX_DEPTH = 24  # of brackets, fractions and powers in one another
+
+
+class NotMaths(Exception):
+    """The text is no formula that we understand: it is compared as a string."""
+
+
+# --- From a text to tokens ------------------------------------------------------------------------
+
+Token = tuple[str, str]  # its kind (num, var, const, function or sign) and its value
+
+THOUSANDS = r"[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])"
+_DECIMAL = rf"(?:(?:{THOUSANDS}|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)"
+_TRIG = ("sin", "cos", "tan", "cot", "sec", "csc")
+_FUNCTIONS = ["ln", "log", "lg", "exp", "sqrt", *("arc" + name for name in _TRIG), *_TRIG]
+_GREEK = """alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau
+    upsilon phi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell""".split()
+_SIGNS = "frac binom cup in approx mathbb emptyset".split()
+# Each command that we know, and what kind of token it is.
+_KINDS = dict.fromkeys([*_FUNCTIONS, "abs", "floor", "ceil"], "function")
+_KINDS |= dict.fromkeys(_GREEK, "var") | dict.fromkeys(_SIGNS, "sign")
+_KINDS |= {"pi": "const", "infty": "const"}
+_FUNCTION = "|".join([*_FUNCTIONS, "pi"])
+# f(0) is no product, and neither are f^{-1}(x), I(0) and the y(t) of y(t) = 2t; n(n + 1) is one.
+_CALL = r"[fghFGHPE](?:'+|\^\{-1\})?\s?\([^(),]*\)|[a-zA-Z]\((?:[0-9]+\)|[a-z]\)(?=\s?=))"
+# A word that begins with a function's name ends there if at most two letters follow: sinx, lnab.
+_TOKEN = re.compile(
+    rf"""(?P<num>{_DECIMAL}(?:[eE][-+]?[0-9]{{1,3}}(?![0-9A-Za-z.]))?)
+    |(?P<call>(?<![a-zA-Z\\])(?:{_CALL}))
+    |(?P<sign>\\[{{}}]|<=|>=|!=|[-+*/^=<>(){{}}\[\],;:!°])|\\(?P<command>[a-zA-Z]+)
+    |(?P<word>[A-Za-z](?=sqrt(?![A-Za-z]))
+        |(?:{_FUNCTION})(?=[^A-Za-z]|[A-Za-z]{{0,2}}(?![A-Za-z]))|[A-Za-z]+)
+    |(?P<suffix>_(?:\{{[^{{}}]*\}}|\\?[A-Za-z0-9])|'+)
+    |(?P<space>\s+)|(?P<other>.)""",
+    re.VERBOSE | re.DOTALL,
+)
+_WORDS = {word: ("num", str(number)) for word, number in NUMBERS.items()}
+_WORDS |= {"infinity": ("const", "infty")}
+ENGLISH = set("no on is it of to in up as at we he so do go us if an am pm by my me be or".split())
+# A run of capitals is one name, as are symbols of elements: HTH is not THH, AB no product of A, B.
+_NAME_OF_LETTERS = re.compile("[A-Z]{2,}|(?:[A-Z][a-z]?){2,}")
+
+
+def is_product(word: str) -> bool:
+    """Returns whether letters are factors: ax (but not "is"), xyz (no vowel), abc (in order)."""
+    if len(word) < 3 and word.lower() not in ENGLISH:
+        return True
+    in_order = all(ord(b) - ord(a) == 1 for a, b in zip(word, word[1:]))
+    return len(word) < 6 and (in_order or not re.search("[aeiouAEIOU]", word))
+
+
+def _word(word: str) -> list[Token]:
+    """Returns a run of letters as a function, a number word, or a product. Raises NotMaths."""
+    if word in _FUNCTIONS or word == "pi":
+        return [(_KINDS[word], word)]
+    if word.lower() in _WORDS:
+        return [_WORDS[word.lower()]]
+    is_name = _NAME_OF_LETTERS.fullmatch(word)
+    if not is_product(word) and not (is_name and len(word) == 2):
+        raise NotMaths
+    if is_name:
+        return [("var", word)]
+    return [("const" if letter == "e" else "var", letter) for letter in word]
+
+
+def _suffix(tokens: list[Token], suffix: str) -> None:
+    r"""Adds a subscript or primes to the name before it: x_1, x_{max}, f'. A base is an operand."""
+    inside = re.sub("[_{} ]", "", suffix)
+    kind, value = tokens[-1] if tokens else ("", "")
+    if kind == "function":  # \log_2 8
+        tokens += [("sign", "_"), ("sign", "{"), *tokenise(inside), ("sign", "}")]
+    elif kind in ("var", "const"):
+        tokens[-1] = ("var", value + suffix[0].strip("'") + inside)
+    else:
+        raise NotMaths
+
+
+def tokenise(text: str) -> list[Token]:
+    """Returns the tokens of a text. Raises NotMaths."""
+    tokens = []
+    depth = 0  # of brackets: in there, commas part numbers
+    for match in _TOKEN.finditer(text):
+        if len(tokens) > MAX_TOKENS:
+            raise NotMaths
+        # The group that matched says what it is; spaces are passed over.
+        kind, value = match.lastgroup, match[0]
+        if kind == "sign":
+            depth += (value in ("(", "[", r"\{")) - (value in (")", "]", r"\}"))
+            tokens.append((kind, value))
+        elif kind == "num":  # (1,234) is a pair
+            for part in value.split(",") if depth > 0 else [value.replace(",", "")]:
+                tokens += [(kind, part), ("sign", ",")]
+            del tokens[-1]
+        elif kind == "word":
+            tokens += _word(value)
+        elif kind == "call":
+            tokens.append(("var", value.replace(" ", "")))
+        elif kind == "command" and match[kind] in _KINDS:
+            tokens.append((_KINDS[match[kind]], match[kind]))
+        elif kind == "suffix":
+            _suffix(tokens, value)
+        elif kind != "space":
+            raise NotMaths
+    return tokens
+
+
+# --- From tokens to a tree ------------------------------------------------------------------------
 
 # ("num", 3), ("var", "x"), ("const", "pi"), ("+", left, right), ("call", "sin", x), ("set", items)
 Node = tuple
+INFINITY = ("const", "infty")
+MINUS_INFINITY = ("neg", INFINITY)
 
-_RELATIONS = {"=", "<", ">", "<=", ">=", "!=", "approx"}
+_RELATIONS = {"=", "<", ">", "<=", ">=", "!=", "approx", "in"}
 # How tightly a sign binds what stands beside it.
 _INFIX = dict.fromkeys(_RELATIONS, 1)
-_INFIX |= {"over": 2, "choose": 2, "cup": 3, ":": 4, "+": 5, "-": 5, "pm": 5, "mp": 5}
-_INFIX |= {"*": 6, "/": 6, "^": 8}
-_GROUPED = ("num", "call", "neg", "+", "-", "*", "/", "^")  # and no letter: [x] may be a floor
-_CLOSING = {"lfloor": "rfloor", "lceil": "rceil", "|": "|"}
-_OPENS_FACTOR = ("(", "[", "{", r"\{", "frac", "binom", "lfloor", "lceil")
-_MATRICES = {"array"} | {p + name for p in ("", *"pbB") for name in ("matrix", "smallmatrix")}
+_INFIX |= {"cup": 3, ":": 4, "+": 5, "-": 5, "*": 6, "/": 6, "^": 8}
+_CLOSING = {"(": ")]", "[": ")]", "{": "}", r"\{": r"\}"}
 END = ("end", "")
 
 
+_MIRRORED = {">": "<", ">=": "<="}
+
+
 def parse_formula(text: str) -> Node:
-    """Returns the tree of a formula. Raises NotMaths."""
-    return Parser(tokenise(text)).parse()
+    """Returns the tree of a formula. Of a > b it is that of b < a. Raises NotMaths."""
+    parser = Parser(tokenise(text))
+    tree = parser.expression(0)
+    if parser.peek() != END:
+        raise NotMaths
+    if tree[0] == "chain" and set(tree[2]) <= set(_MIRRORED):
+        return "chain", tree[1][::-1], tuple(_MIRRORED[sign] for sign in tree[2][::-1])
+    return tree
 
 
 def _number(text: str) -> Node:
@@ -52,14 +169,6 @@ class Parser:
         self.tokens = [*tokens, END]
         self.place = 0
         self.depth = 0
-        self.in_bars = False
-
-    def parse(self) -> Node:
-        """Returns the tree of all tokens."""
-        tree = self.expression(0)
-        if self.peek() != END:
-            raise NotMaths
-        return tree
 
     def peek(self, ahead: int = 0) -> Token:
         return self.tokens[self.place + ahead]
@@ -113,19 +222,13 @@ class Parser:
             name = "union" if sign == "cup" else "ratio"
             terms = left[1] if left[0] == name else (left,)
             return name, (*terms, right)
-        if sign == "choose":
-            return "call", "binom", left, right
-        return "/" if sign == "over" else sign, left, right
+        return sign, left, right
 
     def begins_factor(self) -> bool:
         """Returns whether what comes next multiplies what stands before it, without a sign."""
         kind, value = self.peek()
-        if value == "|":  # 2|x|
-            return not self.in_bars
         if kind == "sign":
-            return value in _OPENS_FACTOR
-        if self.peek(-1) == ("sign", "|") and ("sign", "|") in self.tokens[self.place :]:
-            raise NotMaths  # |2|x|-1| may be read in two ways
+            return value in (*_CLOSING, "frac", "binom")
         if kind != "num":
             return kind != "end"
         # Of numbers 3!7!, (2)3, \pi 2, x2^3 and x^2 3^2 are products; 2 3, x2 and S3 are not.
@@ -138,38 +241,26 @@ class Parser:
         """Returns an operand: a number, a name, a function, or what a sign or a bracket opens."""
         kind, value = self.take()
         if kind == "num":
-            return self.mixed(_number(value))
+            return _number(value)
         if kind in ("var", "const"):
-            return self.name(kind, value)
+            return kind, value
         if kind == "function":
-            return self.function(value)
+            return self.root() if value == "sqrt" else self.function(value)
         if value in ("-", "+"):
             if self.peek()[1] in ("-", "+"):  # --5
                 raise NotMaths
             operand = self.expression(_INFIX["-"])
             return ("neg", operand) if value == "-" else operand
-        if value in ("pm", "mp"):
-            return value, ("num", 0), self.expression(_INFIX["-"])
-        if value in ("(", "[", "{", r"\{"):
-            return self.bracket(value)
         if value in _CLOSING:
-            outside = self.in_bars
-            self.in_bars = value == "|"
-            inside = self.expression(0)
-            self.in_bars = outside
-            if not self.next_is(_CLOSING[value]):
-                raise NotMaths
-            return "call", "abs" if value == "|" else value, inside
+            return self.bracket(value)
         if value == "frac":
-            return "/", self.argument(), self.argument()
+            return "/", self.prefix(), self.prefix()
         if value == "binom":
-            return "call", "binom", self.argument(), self.argument()
-        if value.startswith("begin{"):
-            return self.matrix(value.split("{")[1].rstrip("}"))
+            return "call", "binom", self.prefix(), self.prefix()
         if value == "emptyset":
             return "set", ()
-        if value == "mathbb" and self.argument() == ("var", "R"):
-            return "seq", "()", (("neg", ("const", "infty")), ("const", "infty"))
+        if value == "mathbb" and self.prefix() == ("var", "R"):
+            return "seq", "()", (MINUS_INFINITY, INFINITY)
         raise NotMaths
 
     def postfix(self, node: Node) -> Node:
@@ -184,45 +275,6 @@ class Parser:
             else:
                 return node
 
-    def mixed(self, whole: Node) -> Node:
-        r"""Returns 3\frac12 and 3 1/2 as sums, any other number as it is.
-
-        An improper fraction behind a number is nothing that we understand.
-        """
-        start = self.place
-        # 1. What follows the number: a fraction in either way of writing, or something else.
-        kinds = [kind for kind, _ in self.tokens[start : start + 3]]
-        if self.next_is("frac"):
-            fraction = self.argument(), self.argument()
-        elif kinds == ["num", "sign", "num"] and self.peek(1)[1] == "/":
-            self.place += 3
-            fraction = _number(self.tokens[start][1]), _number(self.tokens[start + 2][1])
-        else:
-            return whole
-        if not all(part[0] == "num" and type(part[1]) is int for part in (whole, *fraction)):
-            self.place = start  # 3\frac{x}{2} is a product
-            return whole
-        # 2. 3\frac12 is 7/2.
-        top, bottom = fraction[0][1], fraction[1][1]
-        if not 0 <= top < bottom:
-            raise NotMaths
-        return "num", whole[1] + Fraction(top, bottom)
-
-    def name(self, kind: str, name: str) -> Node:
-        """Returns a letter with its subscript and primes: x, x_1, x_{max}, f'."""
-        start = self.place
-        # f(0) is no product, and neither is I(0); n(n + 1) is one.
-        inside = self.tokens[start : start + 3]
-        if [value for _, value in inside[::2]] == ["(", ")"]:
-            self.place += 3 * (inside[1][0] == "num" or name in "fghFGHP")
-        if self.next_is("_") and self.take() == ("sign", "{"):
-            while self.take() != ("sign", "}"):
-                pass
-        while self.next_is("'"):
-            pass
-        suffix = [value for _, value in self.tokens[start : self.place] if value not in "{}"]
-        return ("var", name + "".join(suffix)) if suffix else (kind, name)
-
     def script(self) -> Node:
         """Returns an exponent: a group, or a single factor with its sign and its own exponent."""
         if self.next_is("-"):
@@ -231,34 +283,18 @@ class Parser:
         base = self.postfix(self.prefix())
         return ("^", base, self.script()) if self.next_is("^") else base
 
-    def argument(self) -> Node:
-        r"""Returns what TeX takes for an argument: a group, or a single sign; so \frac12 is 1/2."""
-        kind, value = self.peek()
-        if kind != "num":
-            return self.prefix()
-        if len(value) == 1:
-            self.place += 1
-        elif value.isdigit():
-            self.tokens[self.place] = (kind, value[1:])
-        else:
-            raise NotMaths
-        return _number(value[0])
-
     def function(self, name: str) -> Node:
-        r"""Returns a function's call: \sin^2 x, \log_2 8, \sqrt[3]{2}.
+        r"""Returns a function's call: \sin^2 x, \log_2 8, \tan^{-1} 1.
 
         A bracket or group is the whole argument, else the factors that follow.
         """
-        if name == "sqrt":
-            return self.root()
         # 1. Behind the name a power and a base, in either order: \log^2_3, \log_3^2.
-        power = None
-        base = None
-        for _ in range(2):
-            if power is None and self.next_is("^"):
-                power = self.script()
-            elif base is None and self.next_is("_"):
-                base = self.script()
+        power = self.script() if self.next_is("^") else None
+        base = (self.script(),) if self.next_is("_") else ()
+        if base and self.next_is("^"):
+            power = self.script()
+        if base and name != "log":  # \sin_2 x
+            raise NotMaths
         # 2. The argument.
         if self.peek() in (("sign", "("), ("sign", "{")):
             argument = self.postfix(self.prefix())
@@ -270,75 +306,41 @@ class Parser:
         if power == ("neg", ("num", 1)):
             return "call", "arc" + name, argument
         if name == "lg":
-            name, base = "log", ("num", 10)
-        call = ("call", name, argument) if base is None else ("call", name, argument, base)
+            name, base = "log", (("num", 10),)
+        elif name == "log" and not base:
+            name = "ln"
+        call = ("call", name, argument, *base)
         return call if power is None else ("^", call, power)
 
     def root(self) -> Node:
         r"""Returns \sqrt{2}, \sqrt[3]{2} or \sqrt 12 (TeX would take the 1 only; people do not)."""
-        degree = self.bracket("[") if self.next_is("[") else None
-        if degree and degree[0] == "seq":  # [n]
-            degree = degree[2][0]
-        kind, value = self.peek()
-        if kind == "num":
-            self.place += 1
-            argument = _number(value)
-        else:
-            argument = self.prefix()
-        return ("call", "root", argument, degree) if degree else ("call", "sqrt", argument)
+        degree = self.bracket("[")[-1] if self.next_is("[") else ()
+        if len(degree) > 1:
+            raise NotMaths
+        argument = _number(self.take()[1]) if self.peek()[0] == "num" else self.prefix()
+        return "call", "sqrt", argument, *degree
 
     def bracket(self, opening: str) -> Node:
-        r"""Returns what a bracket holds, behind its opening: (a), (a, b), [a, b), {a}, \{a, b\}."""
-        # 1. The items.
-        before = self.tokens[self.place - 2] if self.place > 1 else END
-        outside = self.in_bars
-        self.in_bars = False
+        r"""Returns what a bracket holds, behind its opening: (a), (a, b), [a, b), {a}, \{a, b\}.
+
+        An interval may begin with ( and end with ].
+        """
         items = []
         while self.peek()[1] not in (")", "]", "}", r"\}"):
             items.append(self.expression(0))
             if not (self.next_is(",") or self.next_is(";")):
                 break
-        # 2. A brace is closed by its like; an interval may begin with ( and end with ].
         _, closing = self.take()
-        self.in_bars = outside
-        if closing not in {"{": ("}",), r"\{": (r"\}",)}.get(opening, (")", "]")):
+        if closing not in _CLOSING[opening]:
             raise NotMaths
-        # 3. Other brackets group as well: 2[x + 1], and 2\{x + 1\} beside a factor or a power.
-        if len(items) == 1 and items[0][0] in _GROUPED and opening + closing in ("[]", r"\{\}"):
-            beside = before[0] in ("num", "var", "const") or before[1] in (")", "]", "}", "*", "/")
-            if (
-                beside
-                or opening == "["
-                or self.peek()[1] in ("^", "*", "/")
-                or self.begins_factor()
-            ):
-                return items[0]
-        # 4. A set, a group or something in brackets, or else a tuple or an interval.
         if opening == r"\{" or opening == "{" and len(items) > 1:
             return "set", tuple(items)
-        if len(items) == 1 and (opening + closing in ("()", "{}") or items[0][0] == "matrix"):
-            return items[0]
         if not items:
             raise NotMaths
-        if all(item[:2] == ("seq", "[]") for item in items) and opening + closing == "[]":
-            return "matrix", tuple(item[2] for item in items)  # [[1, 2], [3, 4]]
-        return "seq", opening + closing, tuple(items)
-
-    def matrix(self, name: str) -> Node:
-        r"""Returns \begin{pmatrix} a & b \\ c & d \end{pmatrix}, behind its \begin{..}.
-
-        Its rows must be of equal length.
-        """
-        rows = [[]]
-        end = f"end{{{name}}}"
-        while not self.next_is(end):
-            rows[-1].append(self.expression(0))
-            if self.next_is("row"):
-                rows.append([])
-            elif not self.next_is("&") and self.peek() != ("sign", end):
-                raise NotMaths
-        # Behind the last \\ an empty row was begun.
-        rows = [tuple(row) for row in rows if row]
-        if name not in _MATRICES or len(set(map(len, rows))) != 1:
-            raise NotMaths
-        return "matrix", tuple(rows)
+        brackets = opening + closing
+        if brackets == "[]" and all(row[:2] == ("seq", "[]") and len(row[2]) == 1 for row in items):
+            return "seq", "", tuple(row[2][0] for row in items)  # a column, in any bracket
+        # A single item in round brackets is itself, and so is a matrix in any.
+        is_matrix = items[0][:2] == ("seq", "[]") and items[0][2][0][0] == "seq"
+        is_itself = brackets in ("()", "{}") or is_matrix or items[0][1] == ""
+        return items[0] if len(items) == 1 and is_itself else ("seq", brackets, tuple(items))

@@ -1,7 +1,8 @@
 r"""Are two trees of formulas.py the same? Standard library only.
 
-Each kind is compared with its own kind: numbers and expressions by their values, equations and
-inequalities side by side, sets in any order, tuples and matrices entry by entry.
+Each kind is compared with its own kind: numbers and expressions by their values, equations side by
+side, sets in any order, tuples and matrices entry by entry, inequalities and unions of intervals by
+the numbers that they allow.
 
 Expressions with variables are the same if their values are, at several points that were drawn at
 random (Schwartz 1980; Zippel 1979: two different polynomials of degree d agree at a point drawn
@@ -14,54 +15,44 @@ point says nothing.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from decimal import Decimal
 from fractions import Fraction
 
-from answers.formulas import Node
-from answers.values import (
-    Approx,
-    Budget,
-    Evaluator,
-    Value,
-    approximate,
-    random_points,
-    values_agree,
-)
-
-MIRRORED = {">": "<", ">=": "<=", "<": ">", "<=": ">="}
+from answers.formulas import INFINITY, MINUS_INFINITY, Node
+from answers.values import Budget, Value, as_decimal, random_points, value_of, values_agree
 
 
 def trees_agree(one: Node, other: Node, budget: Budget) -> bool:
     """Returns whether two trees mean the same. What exceeds the budget agrees with nothing."""
-    # {5} is 5, but not a set in a set.
-    one, other = (
-        node[1][0]
-        if node[0] == "set" and [item[0] != "set" for item in node[1]] == [True]
-        else node
-        for node in (one, other)
-    )
+    one, other = _without_braces(one), _without_braces(other)
     kinds = {one[0], other[0]}
     if one == other or kinds == {"num"}:
         return one == other
-    # What has several entries or sides, by kind.
-    if "matrix" in kinds:
-        return _matrices_agree(one, other, budget)
-    if kinds == {"set"} or kinds == {"union"}:
+    if kinds & {"union", "both"} or kinds == {"chain", "seq"}:
+        return _regions_agree(one, other, budget)
+    if kinds == {"chain"}:
+        return _regions_agree(one, other, budget) or _relations_agree(one, other, budget)
+    if kinds == {"set"}:
         return agree_in_any_order(one[1], other[1], lambda x, y: trees_agree(x, y, budget))
     if kinds == {"seq"}:
-        # Brackets tell the interval [1, 2] from (1, 2). Three numbers are no interval.
-        return (one[1] == other[1] or len(one[2]) > 2) and _all_agree(one[2], other[2], budget)
-    if kinds == {"chain"}:
-        return relations_agree(one, other, budget)
-    if kinds == {"ratio"} and len(one[1]) == len(other[1]):
+        # Brackets tell the interval [1, 2] from (1, 2). Three numbers are none, nor is a column.
+        same_kind = one[1] == other[1] or len(one[2]) > 2 or "" in (one[1], other[1])
+        return same_kind and _all_agree(one[2], other[2], budget)
+    if kinds == {"ratio"}:
         # a : b : c equals d : e : f if b/a = e/d and c/a = f/d. 0:0 equals nothing.
         shares = ([("/", term, side[1][0]) for term in side[1][1:]] for side in (one, other))
         return _all_agree(*shares, budget)
-    if kinds == {"size"}:  # 3 x 4 is not 2 x 6; three factors are in any order
-        return sorted(one[1]) == sorted(other[1]) if len(one[1]) > 2 else False
-    if kinds & {"set", "union", "seq", "chain"}:
-        return False
+    ours, others = factors(one), factors(other)
+    if len(ours) > 1 and len(others) > 1:  # 3 x 4 is not 2 x 6; three factors are in any order
+        return sorted(ours) == sorted(others) and len(ours) > 2
     # All else is a number or an expression.
     return _scalars_agree(one, other, budget)
+
+
+def _without_braces(node: Node) -> Node:
+    """Returns 5 for {5}, but a set in a set as it is."""
+    is_single = node[0] == "set" and len(node[1]) == 1 and node[1][0][0] != "set"
+    return node[1][0] if is_single else node
 
 
 def _all_agree(ours: Iterable[Node], others: Iterable[Node], budget: Budget) -> bool:
@@ -71,35 +62,153 @@ def _all_agree(ours: Iterable[Node], others: Iterable[Node], budget: Budget) -> 
     )
 
 
+def agree_in_any_order(ones: Iterable, others: Iterable, agree: Callable) -> bool:
+    """Returns whether each item agrees with another one of the other side, and none is left."""
+    left = list(others)
+    for one in ones:
+        partner = next((place for place, other in enumerate(left) if agree(one, other)), None)
+        if partner is None:
+            return False
+        del left[partner]
+    return not left
+
+
+# --- Numbers and expressions: by their values -----------------------------------------------------
+
+
 def _values_at_points(
-    trees: list[Node], names: frozenset[str], budget: Budget, log_base: int | None = None
+    trees: list[Node], names: frozenset[str], budget: Budget
 ) -> Iterator[list[Value]]:
     """Yields the trees' values at each random point where all of them have one.
 
     The points have a coordinate for each name; without names there is one point only.
     """
     for point in random_points(names):
-        values = [Evaluator(point, budget, log_base).value_or_none(tree) for tree in trees]
+        values = [value_of(tree, budget, point) for tree in trees]
         if None not in values:
             yield values
 
 
 def _scalars_agree(one: Node, other: Node, budget: Budget) -> bool:
-    """Returns whether two values are equal wherever both have one: at three points at least.
-
-    log has base e or 10, whichever fits.
-    """
+    """Returns whether two values are equal wherever both have one: at three points at least."""
     names = variables(one) | variables(other)
-    for log_base in (None, 10) if "'log'" in str((one, other)) else (None,):
-        seen = 0
-        for values in _values_at_points([one, other], names, budget, log_base):
-            if not values_agree(*values):
-                break
-            seen += 1
-        else:
-            if seen >= (3 if names else 1):
-                return True
-    return False
+    agreed = 0
+    for pair in _values_at_points([one, other], names, budget):
+        if not values_agree(*pair):
+            return False
+        agreed += 1
+    return agreed >= (3 if names else 1)
+
+
+# --- Relations: by the numbers that they allow, or else link by link ------------------------------
+
+_FAR = Decimal("1e99")  # infinity: farther than any number that is asked
+
+
+def _regions_agree(one: Node, other: Node, budget: Budget) -> bool:
+    r"""Returns whether two inequalities, intervals or unions of them allow the same numbers.
+
+    x < 3          (-\infty, 3)                    1 < x <= 5   (1, 5]
+    x != 2         (-\infty, 2) \cup (2, \infty)    |x| > 2      (-\infty, -2) \cup (2, \infty)
+
+    What is allowed changes at their bounds only, so it is enough to ask at each bound, between two
+    of them, and beyond them.
+    """
+    names = variables(one) | variables(other) or {"x"}
+    if len(names) > 1:
+        return False
+    (name,) = names
+    ends = [_end(term, name, 0, budget) for term in _terms(one) + _terms(other)]
+    if None in ends:
+        return False
+    bounds = {bound for end in ends if abs(end) != _FAR for bound in (end, -end)}
+    bounds = sorted(bounds | {Decimal(0)})
+    between = [(low + high) / 2 for low, high in zip(bounds, bounds[1:])]
+    numbers = (*bounds, *between, bounds[0] - 1, bounds[-1] + 1)
+    allowed = [[_allows(side, name, x, budget) for x in numbers] for side in (one, other)]
+    return allowed[0] == allowed[1] and any(allowed[0])
+
+
+def _terms(node: Node) -> tuple[Node, ...]:
+    """Returns all terms of inequalities and intervals; of another tree one without a value."""
+    kind, *_, parts = node
+    if kind in ("union", "both"):
+        return sum(map(_terms, parts), ())
+    if kind == "chain" and variables(node) and not set(parts) & {"=", "approx", "in"}:
+        says_nothing = len(node[1]) == 2 and {INFINITY, MINUS_INFINITY} & {*node[1]}  # x < \infty
+        return (("none",),) if says_nothing else node[1]
+    return parts if kind == "seq" and len(parts) == 2 == len(node[1]) else (("none",),)
+
+
+def _end(term: Node, name: str, x: Value, budget: Budget) -> Decimal | None:
+    """Returns the value of a number, of infinity, x or |x|; None for other terms."""
+    ends = {INFINITY: _FAR, MINUS_INFINITY: -_FAR, ("var", name): x}
+    ends["call", "abs", ("var", name)] = abs(x)
+    value = ends[term] if term in ends else value_of(term, budget)
+    return None if value is None else as_decimal(value)
+
+
+def _allows(node: Node, name: str, x: Value, budget: Budget) -> bool:
+    kind, *_, parts = node
+    if kind == "union":
+        return any(_allows(part, name, x, budget) for part in parts)
+    if kind == "both":
+        return all(_allows(part, name, x, budget) for part in parts)
+    if kind == "seq":
+        terms = parts[0], ("var", name), parts[1]
+        signs = ["<=" if bracket in "[]" else "<" for bracket in node[1]]
+    else:
+        _, terms, signs = node
+    ends = [_end(term, name, x, budget) for term in terms]
+    return all(_holds(*link) for link in zip(ends, signs, ends[1:]))
+
+
+def _holds(a: Decimal, sign: str, b: Decimal) -> bool:
+    if values_agree(a, b):
+        return sign in ("<=", ">=")
+    return sign == "!=" or (a < b) == ("<" in sign)
+
+
+def _relations_agree(one: Node, other: Node, budget: Budget) -> bool:
+    """Returns whether two chains say the same link by link: differences in a constant ratio.
+
+    2x + 2y = 4 and x + y - 2 = 0 have the ratio 2 wherever it is computed. For inequalities it must
+    be positive, since -x < 0 is not x < 0.
+    """
+    if one[2] != other[2]:
+        return False
+    names = variables(one) | variables(other)
+    for place, sign in enumerate(one[2]):
+        difference, other_difference = (
+            ("-", *chain[1][place : place + 2]) for chain in (one, other)
+        )
+        # The ratio at all points where it has a value: at least three, not zero, all the same.
+        quotient = ("/", difference, other_difference)
+        ratios = [values[0] for values in _values_at_points([quotient], names, budget)]
+        if len(ratios) < 3 or ratios[0] == 0 or "<" in sign and ratios[0] < 0:
+            return False
+        if not all(values_agree(ratio, ratios[0]) for ratio in ratios):
+            return False
+    return True
+
+
+# --- What is in a tree ----------------------------------------------------------------------------
+
+
+def variables(node: Node) -> frozenset[str]:
+    """Returns the names of the variables in a tree."""
+    if node[0] == "var":
+        return frozenset((node[1],))
+    below = [child for child in node if isinstance(child, tuple) and child]
+    return frozenset().union(*map(variables, below))
+
+
+def factors(node: Node) -> list[int]:
+    """Returns the whole numbers that are multiplied, as in 3 x 4; none for another tree."""
+    if node[0] == "num" and isinstance(node[1], int):
+        return [node[1]]
+    sides = [factors(side) for side in node[1:]] if node[0] == "*" else []
+    return sum(sides, []) if all(sides) else []
 
 
 def plain_number(node: Node | None) -> int | Fraction | None:
@@ -107,118 +216,3 @@ def plain_number(node: Node | None) -> int | Fraction | None:
     if node and node[0] == "neg" and node[1][0] == "num":
         return -node[1][1]
     return node[1] if node and node[0] == "num" else None
-
-
-def is_rounding(node: Node, rounded: Node, decimals: int, budget: Budget) -> bool:
-    """Returns whether a decimal is a number cut off or rounded behind its last digit.
-
-    decimals: how many the decimal must have at least.
-    """
-    digits, number = plain_number(rounded), Evaluator({}, budget).value_or_none(node)
-    if digits is None or number is None or isinstance(approximate(number).value, complex):
-        return False
-    places = next((n for n in range(12) if digits * 10**n % 1 == 0), 12)
-    sign = -1 if digits < 0 else 1
-    left_out = sign * (approximate(number).value - float(digits)) * 10**places
-    return places >= decimals and -0.501 < left_out < 1
-
-
-def solve_linear(node: Node) -> tuple[str, Node, bool] | None:
-    """Returns the variable, the root, and whether the tree rises; None unless it is linear."""
-    names = sorted(variables(node))
-    points = (0, 1, Fraction(-5, 7), Fraction(37, 3), -1009)
-    if len(names) != 1:
-        return None
-    values = [Evaluator({names[0]: x}, Budget(2**14)).value_or_none(node) for x in points]
-    if any(value is None or isinstance(value, Approx) for value in values):
-        return None
-    slope = values[1] - values[0]
-    if not slope or any(value != values[0] + slope * x for x, value in zip(points, values)):
-        return None
-    return names[0], ("num", Fraction(-values[0]) / slope), slope > 0
-
-
-def relations_agree(one: Node, other: Node, budget: Budget) -> bool:
-    """Returns whether two chains of relations agree link by link, forwards or backwards.
-
-    The links of a < b <= c are a < b and b <= c.
-    """
-    links, other_links = _links(one), _links(other)
-    return len(links) == len(other_links) and any(
-        all(_links_agree(x, y, budget) for x, y in zip(links, order))
-        for order in (other_links, other_links[::-1])
-    )
-
-
-def _links(chain: Node) -> list[tuple[Node, str]]:
-    """Returns each link of a chain as a difference and its relation to 0: a > b is (b - a, "<")."""
-    _, terms, signs = chain
-    links = []
-    for left, right, sign in zip(terms, terms[1:], signs):
-        if sign in (">", ">="):
-            left, right, sign = right, left, MIRRORED[sign]
-        links.append((("-", left, right), sign))
-    return links
-
-
-def _links_agree(one: tuple[Node, str], other: tuple[Node, str], budget: Budget) -> bool:
-    """Returns whether two relations to 0 say the same: their left sides are in a constant ratio.
-
-    2x + 2y = 4 and x + y - 2 = 0 have the ratio 2 wherever it is computed. For inequalities it must
-    be positive, since -x < 0 is not x < 0.
-    """
-    (difference, sign), (other_difference, other_sign) = one, other
-    names = variables(difference) | variables(other_difference)
-    if sign != other_sign or not names:
-        return False
-    # The ratio at all points where it has a value: at least three, not zero, all the same.
-    quotient = ("/", difference, other_difference)
-    ratios = [values[0] for values in _values_at_points([quotient], names, budget)]
-    if len(ratios) < 3 or values_agree(ratios[0], 0):
-        return False
-    # An exact ratio may be beyond a float's range, so it is not made one.
-    first = ratios[0].value.real if isinstance(ratios[0], Approx) else ratios[0]
-    if sign in ("<", "<=") and first <= 0:
-        return False
-    return all(values_agree(ratio, ratios[0]) for ratio in ratios)
-
-
-def agree_in_any_order(ones: Iterable, others: Iterable, agree: Callable) -> bool:
-    """Returns whether each item agrees with another one of the other side, and none is left."""
-    if len(ones) != len(others):
-        return False
-    left = list(others)
-    for one in ones:
-        partner = next((place for place, other in enumerate(left) if agree(one, other)), None)
-        if partner is None:
-            return False
-        del left[partner]
-    return True
-
-
-def _matrices_agree(one: Node, other: Node, budget: Budget) -> bool:
-    """Returns whether the entries agree. A single row or column also equals a tuple."""
-    if one[0] == other[0]:
-        is_shape = len(one[1]) == len(other[1])
-        return is_shape and _all_agree(sum(one[1], ()), sum(other[1], ()), budget)
-    matrix, other = (one, other) if one[0] == "matrix" else (other, one)
-    rows = matrix[1]
-    is_vector = other[0] == "seq" and 1 in (len(rows), len(rows[0]))
-    return is_vector and _all_agree(sum(rows, ()), other[2], budget)
-
-
-def children(node: Node) -> list[Node]:
-    """Returns the trees right below; items of a list, or rows of a matrix, are a tuple of trees."""
-    return [child for child in node if isinstance(child, tuple) and child]
-
-
-def variables(node: Node) -> frozenset[str]:
-    """Returns the names of the variables in a tree."""
-    if node[0] == "var":
-        return frozenset((node[1],))
-    return frozenset().union(*map(variables, children(node)))
-
-
-def has_kind(node: Node, *kinds: str) -> bool:
-    """Returns whether the tree has a node of one of these kinds."""
-    return node[0] in kinds or any(has_kind(child, *kinds) for child in children(node))

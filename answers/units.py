@@ -8,9 +8,16 @@
 
 import re
 
-from answers.tokens import aliases, is_product
+from answers.formulas import is_product
 
-_UNITS = aliases("""
+
+def _aliases(table: str) -> dict[str, str]:
+    """Returns {alias: name} of a table. Its entries, parted by ; or lines, begin with the name."""
+    entries = [entry.split() for entry in table.replace("\n", ";").split(";")]
+    return {alias: entry[0] for entry in entries for alias in entry}
+
+
+_UNITS = _aliases("""
     % percent pct; $ ¤ dollar usd buck; ¥ yuan; ₹ rupee; ¢ cent; € euro; £; degree deg °
     radian rad; cup; day; week wk; month; year yr; mph; kph kmph; mps; cc; kWh; T tesla
     mA milliamp milliampere; unit; nm nanometer nanometre; mm millimeter millimetre
@@ -61,6 +68,10 @@ def changes(text: str) -> bool:
     return any(word in _WORDS_THAT_CHANGE or word.startswith(_STEMS_THAT_CHANGE) for word in words)
 
 
+# A factor of a unit: a word or sign, perhaps with a power.
+_FACTOR = re.compile(r"[ .*]*([^\W\d_]+|[%¤¥₹¢€£°])(?: ?\^?(-?[1-3]))?")
+
+
 def unit_of(text: str, glued: bool) -> str | None:
     """Returns one spelling of a unit: "square metres" -> "m^2", "eggs" -> "egg".
 
@@ -70,34 +81,34 @@ def unit_of(text: str, glued: bool) -> str | None:
     text = re.sub("^more (?!than|or|and)(?=[a-z]{3})", "", text)  # 7 more apples
     if changes(text):
         return None
-    text = _REMARK.sub("", text if glued else " " + text)
+    text = re.sub("[{}]", "", _REMARK.sub("", text if glued else " " + text)).rstrip(" .")
+    text = re.sub(r"\b(?:square|sq\.?) ([a-z]+)", r"\1^2", text)
+    text = re.sub(r"\bcubic ([a-z]+)", r"\1^3", text)
     powers = {}  # of each unit
-    last, sign, power, counted = "", 1, 1, True
-    for word in re.findall(r"[^\W\d_]+|\^?-?[1-3]|[^\s.*]", re.sub("[{}]", "", text)):
-        # A known unit, in the singular; F is only a unit behind "degree".
-        lower = word.lower()
-        name = _UNITS.get(word) or _UNITS.get(lower) or _UNITS.get(lower.removesuffix("s"))
-        if list(powers) == ["degree"] and lower in ("c", "celsius", "f", "fahrenheit"):
-            name = lower[0]
-        if lower in ("square", "sq", "cubic"):
-            power = 3 if lower == "cubic" else 2
-        elif lower in ("/", "per", "a") and powers and sign == 1:
-            sign = -1
-        elif powers and (number := word.lstrip("^")).lstrip("-").isdigit():
-            powers[last] = int(number) * (1 if powers[last] > 0 else -1)
-        elif name and not (glued and len(word) == 1 and word.isalpha()):
-            # 3 m is a length; 3m may be 3 times m.
-            powers[name] = sign * power
-            last, power, glued, counted = name, 1, False, True
-        elif _NOUN.fullmatch(word) and not glued and not (len(word) == 3 and is_product(word)):
-            # "18 eggs": any noun will do, since 18 is all that was asked for.
-            last = (lower if word[1:].islower() else word).removesuffix("s")  # mHz is not MHz
-            powers[last] = sign
-            counted = sign < 0 or re.search(r"(?<!\bpair)s$", lower) or lower in _PLURALS
-        else:
+    counted = True
+    sides = re.split(r" ?(?:/|\bper\b|(?<=\w) an? ) ?", text) if text else []
+    for sign, side in zip((1, -1), sides):
+        factors = list(_FACTOR.finditer(side))
+        if not factors or "".join(factor[0] for factor in factors) != side:
             return None
-    is_open = sign < 0 and all(exponent > 0 for exponent in powers.values())  # m / nothing
-    if is_open or not counted or "th" in powers and len(powers) > 1:
+        for word, power in (factor.groups() for factor in factors):
+            # A known unit, in the singular; F is only a unit behind "degree".
+            lower = word.lower()
+            name = _UNITS.get(word) or _UNITS.get(lower) or _UNITS.get(lower.removesuffix("s"))
+            if list(powers) == ["degree"] and lower in ("c", "celsius", "f", "fahrenheit"):
+                name = lower[0]
+            counted = bool(name) or sign < 0
+            if name and glued and len(word) == 1 and word.isalpha():
+                return None  # 3 m is a length; 3m may be 3 times m.
+            if not name:
+                # "18 eggs": any noun will do, since 18 is all that was asked for.
+                if glued or not _NOUN.fullmatch(word) or len(word) == 3 and is_product(word):
+                    return None
+                name = (lower if word[1:].islower() else word).removesuffix("s")
+                counted |= bool(re.search(r"(?<!\bpair)s$", lower)) or lower in _PLURALS
+            powers[name] = sign * int(power or 1)
+            glued = False
+    if len(sides) > 2 or not counted or "th" in powers and len(powers) > 1:
         return None
     spelling = " ".join(f"{name}^{power}".removesuffix("^1") for name, power in powers.items())
     return _SHORT.get(spelling, spelling)

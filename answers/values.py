@@ -1,332 +1,291 @@
-r"""From a tree of formulas.py to its value: exact as long as it can be, else a float with a bound.
+r"""From a tree of formulas.py to its value: an exact fraction, or a decimal of 40 digits.
 
-Standard library only. A float carries a bound on its error, which every operation lets grow; so
-"equal" can be told from "close". Numbers and the work done are capped, so every call is short.
+Standard library only. What is rational is computed exactly. Roots, pi, sines and the like have 40
+digits, of which the last 10 are not believed: two values that differ only there are equal, and a
+sum that leaves nothing else is 0. A sum that would lose a term has no value, e^{100} + 1. Numbers
+are real: i is a letter like any other. Numbers and the work done are capped, so calls are short.
 
 >>> half, x = ("/", ("num", 1), ("num", 2)), ("var", "x")
->>> Evaluator({"x": Fraction(3, 4)}, Budget())(("+", half, x))
+>>> value_of(("+", half, x), Budget(), {"x": Fraction(3, 4)})
 Fraction(5, 4)
 >>> root = ("call", "sqrt", ("num", 2))
->>> values_agree(Evaluator({}, Budget())(("*", root, root)), 2)
+>>> values_agree(value_of(("*", root, root), Budget()), 2)
 True
 """
 
-import cmath
+import decimal
 import math
 import operator
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 from fractions import Fraction
 
 from answers.formulas import Node
 
 MAX_BITS = 2**15  # of an exact number: 2019^{2020} has 22,178
-MAX_WORK = 2**19  # of one comparison: 64 for each node it visits, and the bits of exact numbers
-EPSILON = 2.3e-16  # a float's relative rounding error
-MAX_ERROR = 1e-3  # of a float: in a larger one another term could hide, as the 1 of e^{100} + 1
+MAX_WORK = 2**19  # of one comparison, see Budget
+MAX_ANGLE = 10**6  # in radians: whole turns that are taken off a larger angle cost it digits
+NOISE = Decimal("1e-30")  # a relative difference that says nothing
+LOST = Decimal("1e-20")  # a term that is smaller by this would be lost in a sum
+
+_TRAPS = [decimal.InvalidOperation, decimal.DivisionByZero, decimal.Overflow, decimal.Underflow]
+_DIGITS = decimal.Context(prec=40, Emin=-20_000, Emax=20_000, traps=_TRAPS)
+_PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494459")
+_CONSTANTS = {"pi": _PI, "e": _DIGITS.exp(Decimal(1))}
+
+Value = int | Fraction | Decimal
 
 
 class NoValue(Exception):
     """The tree has no value there: out of its domain, of unknown kind, or too large."""
 
 
-# What an evaluation may raise. ArithmeticError: overflow, 1/0; ValueError: a domain's border.
-NO_VALUE = (NoValue, ArithmeticError, ValueError, RecursionError)
+# --- Arithmetic: exact as long as it can be -------------------------------------------------------
 
 
-# --- Exact numbers, and floats with a bound on their error ----------------------------------------
-
-
-@dataclass(frozen=True)
-class Approx:
-    """A float or complex number that is within `error` of the true value."""
-
-    value: float | complex
-    error: float
-
-
-Value = int | Fraction | Approx
-
-
-def _exact(*values: Value) -> bool:
-    return not any(isinstance(value, Approx) for value in values)
-
-
-def approximate(value: Value) -> Approx:
-    """Returns a value as a float with its error. Raises OverflowError beyond a float's range."""
-    if isinstance(value, Approx):
+def as_decimal(value: Value) -> Decimal:
+    """Returns a value with 40 digits."""
+    if isinstance(value, Decimal):
         return value
-    number = float(value)
-    return Approx(number, abs(number) * EPSILON)
+    with decimal.localcontext(_DIGITS):
+        return Decimal(value.numerator) / value.denominator
 
 
-def _real(value: Value) -> Approx:
-    """Returns a real value as a float. Raises NoValue for a complex one."""
-    number = approximate(value)
-    if isinstance(number.value, complex):
-        raise NoValue
-    return number
+def _alike(a: Value, b: Value) -> tuple[Value, Value]:
+    """Returns two numbers as they are if both are exact, else as decimals."""
+    if isinstance(a, Decimal) or isinstance(b, Decimal):
+        return as_decimal(a), as_decimal(b)
+    return a, b
 
 
 def values_agree(one: Value, other: Value) -> bool:
-    """Returns whether exact values are equal, or others are within (8 times) their errors."""
-    if _exact(one, other):
+    """Returns whether exact values are equal, or others but for their last digits."""
+    one, other = _alike(one, other)
+    if one == other or not isinstance(one, Decimal):
         return one == other
-    try:
-        a, b = approximate(one), approximate(other)
-        return abs(a.value - b.value) <= 8 * (a.error + b.error)
-    except OverflowError:  # an exact number beyond a float's range
-        return False
+    with decimal.localcontext(_DIGITS):
+        return abs(one - other) <= NOISE * max(abs(one), abs(other))
 
 
-def _apply(function: Callable, *arguments: Value) -> Value:
-    """Returns a function's value: what exact numbers give is exact, else see `_bounded`."""
-    return function(*arguments) if _exact(*arguments) else _bounded(function, *arguments)
-
-
-_STEP = 64  # in errors: a step that is not lost between two neighbouring floats
-
-
-def _bounded(function: Callable, *arguments: Value) -> Approx:
-    """Returns a function's value as a float, with a bound on its error.
-
-    The bound is how far the value moves when each argument moves by its own error (a step of 64
-    errors, divided by 64), and the rounding of the value itself. Raises NoValue where too little is
-    left but rounding errors, tan(pi/2).
-    """
-    numbers = [approximate(argument) for argument in arguments]
-    points = [number.value for number in numbers]
-    value = function(*points)
-    error = 2 * EPSILON * abs(value)
-    for place, number in enumerate(numbers):
-        moved = points.copy()
-        moved[place] += _STEP * number.error
-        try:
-            there = function(*moved)
-        except ValueError:  # the border of the domain: arcsin(1)
-            moved[place] -= 2 * _STEP * number.error
-            there = function(*moved)
-        error += abs(there - value) / _STEP
-    if not error <= MAX_ERROR or 1e-6 < error > 1e-6 * abs(value):  # NaN is not <= anything
-        raise NoValue
-    return Approx(value, error)
+def _sum(a: Value, b: Value) -> Value:
+    """Returns a + b, 0 if only noise is left. Raises NoValue if one would vanish in the other."""
+    a, b = _alike(a, b)
+    if isinstance(a, Decimal):
+        smaller, larger = sorted((abs(a), abs(b)))
+        if 0 < smaller < LOST * larger:
+            raise NoValue
+        if abs(a + b) <= NOISE * larger:
+            return 0
+    return a + b
 
 
 def _quotient(a: Value, b: Value) -> Value:
-    """Returns a / b. Raises NoValue, or ZeroDivisionError, where b may be zero."""
-    if _exact(a, b):
-        return Fraction(a) / b
-    divisor = approximate(b)
-    if abs(divisor.value) <= _STEP * divisor.error:
-        raise NoValue
-    return _bounded(operator.truediv, a, b)
+    a, b = _alike(a, b)
+    return a / b if isinstance(a, Decimal) else Fraction(a) / b
 
 
-def _power(base: Value, exponent: Value, real: bool) -> Value:
+def _power(base: Value, exponent: Value) -> Value:
     """Returns a power: exact for whole exponents, and for rational ones where the root is."""
-    # 1. Real or complex exponents. Real ones need a base that is surely positive.
-    if not _exact(exponent):
-        if not isinstance(exponent.value, complex) and _real(base).value <= _real(base).error:
+    if isinstance(exponent, Decimal):
+        if base <= 0:
             raise NoValue
-        return _bounded(operator.pow, base, exponent)
-    # 2. x^(2/3) is the square of the cube root.
-    if exponent.denominator > 1:
-        return _power(_root(base, exponent.denominator, real), exponent.numerator, real)
-    # 3. Whole exponents.
+        return (as_decimal(base).ln() * exponent).exp()
+    if exponent.denominator > 1:  # x^(2/3) is the square of the cube root
+        return _power(_root(base, exponent.denominator), exponent.numerator)
     exponent = int(exponent)
-    if exponent == 0 and approximate(base).value == 0:
+    if base == 0 and exponent <= 0:
         raise NoValue
-    if exponent < 0:
-        return _quotient(1, _power(base, -exponent, real))
-    if not _exact(base):
-        return _bounded(lambda number: number**exponent, base)
-    # 4. ... of exact numbers. Powers of 0 and 1 stay small; others are refused when too large.
+    if isinstance(base, Decimal):
+        return base**exponent
+    # Exact powers of 0 and 1 stay small; others are refused when too large.
     bits = max(base.numerator.bit_length(), base.denominator.bit_length())
-    if exponent * bits > MAX_BITS:
+    if abs(exponent) * bits > MAX_BITS:
         if base not in (-1, 0, 1):
             raise NoValue
-        exponent = 2 - exponent % 2
-    return base**exponent
+        exponent %= 2
+    return Fraction(base) ** exponent
 
 
-def _root(base: Value, degree: Value, real: bool) -> Value:
-    r"""Returns the degree-th root, exact where it is rational: \sqrt[3]{-8} is -2.
-
-    Of a negative number it is the real root, or else the principal one (NoValue if `real`).
-    """
-    if not _exact(degree) or degree.denominator > 1 or not 1 <= degree <= 1000:
+def _root(base: Value, degree: Value = 2) -> Value:
+    r"""Returns the real root, exact where it is rational: \sqrt[3]{-8} is -2."""
+    if degree not in range(1, 1000) or base < 0 and degree % 2 == 0:
         raise NoValue
-    # 1. Exactly: the roots of numerator and denominator.
-    if _exact(base):
-        if base < 0 and degree % 2:
-            return _apply(operator.neg, _root(-base, degree, real))
-        top, bottom = (_integer_root(abs(part), degree) for part in base.as_integer_ratio())
-        if base >= 0 and top is not None and bottom is not None:
-            return Fraction(top, bottom) if bottom > 1 else top
-        # A float cannot tell \sqrt{10^{16} + 1} from 10^8, nor sqrt(p / q) = sqrt(p q) / q.
-        whole = abs(base.numerator) * base.denominator ** (degree - 1) if degree < 5 else 0
-        near = math.isqrt(whole) if degree == 2 else round(whole ** (1 / degree))
-        if any(abs(whole - root**degree) * 2**46 < whole for root in (near, near + 1)):
-            raise NoValue
-    # 2. As a float.
-    number = approximate(base)
-    if not isinstance(number.value, complex) and number.value < 0:
-        if real:
-            raise NoValue
-        number = Approx(complex(number.value), number.error)
-    return _bounded(lambda value: value ** (1 / degree), number)
+    if base < 0:
+        return -_root(-base, degree)
+    x = as_decimal(base)
+    root = x.sqrt() if degree == 2 or x == 0 else (x.ln() / int(degree)).exp()
+    if isinstance(base, Decimal):
+        return root
+    nearest = Fraction(root).limit_denominator(10**9)
+    return nearest if nearest**degree == base else root
 
 
-def _integer_root(number: int, degree: int) -> int | None:
-    """Returns the exact root of a number >= 0, None if there is none (or none that we find)."""
-    root = math.isqrt(number) if degree == 2 else round(number ** (1 / degree))
-    return root if root**degree == number else None
+# --- Functions ------------------------------------------------------------------------------------
 
 
-def _whole(name: str, x: Value, k: Value = 0) -> int:
-    """Returns the value of a function to whole numbers, or of x >= 0 and k >= 0 that are whole."""
-    if name in ("lfloor", "lceil"):
-        rounding = math.floor if name == "lfloor" else math.ceil
-        if _exact(x):
-            return rounding(x)
-        # A float has a floor unless it may lie on either side of a whole number.
-        number = _real(x)
-        low, high = (rounding(number.value + 8 * sign * number.error) for sign in (-1, 1))
-        if low == high:
-            return low
-    elif _exact(x, k) and x.denominator == k.denominator == 1 and x >= 0 and k >= 0:
-        x, k = int(x), int(k)
-        if name == "factorial" and x <= 2500:
-            return math.factorial(x)
-        if name == "binom" and min(k, abs(x - k)) * x.bit_length() <= MAX_BITS:
-            return math.comb(x, k)
-    raise NoValue
+def _sine(x: Decimal) -> Decimal:
+    """Returns the sine by its Taylor series, of the angle without whole turns."""
+    if abs(x) > MAX_ANGLE:
+        raise NoValue
+    x = x.remainder_near(2 * _PI)
+    term = total = x
+    place = 1
+    while abs(term) > Decimal("1e-42"):
+        place += 2
+        term *= -x * x / (place * (place - 1))
+        total += term
+    return total if abs(total) > NOISE else Decimal(0)
 
 
-def _smooth(library) -> dict[str, Callable]:
-    """Returns the functions of a number, made from math's or, for complex ones, from cmath's."""
-    direct = ("sin", "cos", "tan", "sinh", "cosh", "tanh", "exp")
-    return {
-        **{name: getattr(library, name) for name in direct},
-        **{"arc" + name: getattr(library, "a" + name) for name in ("sin", "cos", "tan")},
-        "ln": library.log,
-        "cot": lambda x: 1 / library.tan(x),
-        "sec": lambda x: 1 / library.cos(x),
-        "csc": lambda x: 1 / library.sin(x),
-        "arccot": lambda x: math.pi / 2 - library.atan(x),
-    }
+def _cosine(x: Decimal) -> Decimal:
+    return _sine(x + _PI / 2)
 
 
-_REAL_FUNCTIONS, _COMPLEX_FUNCTIONS = _smooth(math), _smooth(cmath)
-_CONSTANTS = {"pi": Approx(math.pi, 2e-16), "e": Approx(math.e, 2e-16), "i": Approx(1j, 0.0)}
-_ARITHMETIC = {"+": operator.add, "-": operator.sub, "*": operator.mul, "neg": operator.neg}
+def _arctangent(x: Decimal) -> Decimal:
+    """Returns the arctangent: a float and what it lacks, whose tangent is (x - t) / (1 + x t)."""
+    angle = Decimal(math.atan(x))
+    sine, cosine = _sine(angle), _cosine(angle)
+    return angle + (x * cosine - sine) / (cosine + x * sine)
+
+
+def _arcsine(x: Decimal) -> Decimal:
+    return 2 * _arctangent(x / (1 + (1 - x * x).sqrt()))
+
+
+def _logarithm(x: Decimal) -> Decimal:
+    if x <= 0 or 0 < abs(x - 1) <= NOISE:
+        raise NoValue
+    return x.ln()
+
+
+def _floor(x: Value) -> int:
+    """Returns the floor. A decimal that may lie on either side of a whole number has none."""
+    if isinstance(x, Decimal) and values_agree(x, x.to_integral_value()):
+        raise NoValue
+    return math.floor(x)
+
+
+def _factorial(n: Value) -> int:
+    if isinstance(n, Decimal) or n.denominator > 1 or not 0 <= n <= 2500:
+        raise NoValue
+    return math.factorial(int(n))
+
+
+def _binomial(n: Value, k: Value) -> int:
+    if isinstance(n, Decimal) or isinstance(k, Decimal) or n % 1 or k % 1 or min(n, k) < 0:
+        raise NoValue
+    if min(k, abs(n - k)) * n.numerator.bit_length() > MAX_BITS:
+        raise NoValue
+    return math.comb(int(n), int(k))
+
+
+_SMOOTH: dict[str, Callable[[Decimal], Value]] = {
+    "exp": Decimal.exp,
+    "ln": _logarithm,
+    "sin": _sine,
+    "cos": _cosine,
+    "tan": lambda x: _sine(x) / _cosine(x),
+    "cot": lambda x: _cosine(x) / _sine(x),
+    "sec": lambda x: 1 / _cosine(x),
+    "csc": lambda x: 1 / _sine(x),
+    "arcsin": _arcsine,
+    "arccos": lambda x: _sum(_PI / 2, -_arcsine(x)),
+    "arctan": _arctangent,
+    "degrees": lambda x: x * _PI / 180,
+}
+# Every sign and function that has a value.
+_VALUES: dict[str, Callable[..., Value]] = {
+    "+": _sum,
+    "-": lambda a, b: _sum(a, -b),
+    "*": lambda a, b: operator.mul(*_alike(a, b)),
+    "/": _quotient,
+    "^": _power,
+    "neg": operator.neg,
+    "abs": abs,
+    "sqrt": _root,
+    "log": lambda x, base: _logarithm(as_decimal(x)) / _logarithm(as_decimal(base)),
+    "floor": _floor,
+    "ceil": lambda x: -_floor(-x),
+    "factorial": _factorial,
+    "binom": _binomial,
+    **{name: lambda x, f=function: f(as_decimal(x)) for name, function in _SMOOTH.items()},
+}
+
+
+# --- Trees ----------------------------------------------------------------------------------------
 
 
 @dataclass
 class Budget:
-    """The work that one comparison may still do, so that no answer keeps a training run waiting."""
+    """The work that one comparison may still do, so that no answer keeps a training run waiting.
+
+    A node costs 64 and its bits, a root, a power or a function that is no exact number 3,200.
+    """
 
     left: int = MAX_WORK
 
-    def spend(self, value: Value) -> None:
-        """Pays for a node and its value. Raises NoValue if the value or the work is too much."""
-        parts = (value.numerator, value.denominator) if _exact(value) else ()
-        bits = sum(part.bit_length() for part in parts)
-        self.left -= 64 + bits
+    def spend(self, node: Node, value: Value) -> None:
+        """Pays for a node. Raises NoValue if its value or the work is too much."""
+        is_exact = not isinstance(value, Decimal)
+        bits = value.numerator.bit_length() + value.denominator.bit_length() if is_exact else 0
+        self.left -= 64 + bits if is_exact or node[0] not in ("call", "^") else 3200
         if bits > 2 * MAX_BITS or self.left < 0:
             raise NoValue
 
 
-@dataclass
-class Evaluator:
-    """Values of trees at one point: {variable: number}.
+def value_of(node: Node, budget: Budget, point: dict[str, Value] | None = None) -> Value | None:
+    """Returns a tree's value at a point, {variable: number}; None if it has none.
 
-    With variables, roots and logarithms of negative numbers have no value; without, they are
-    complex. Infinity has none: infinity + 1 would equal infinity, and 1 / infinity nothing.
-
-    log_base: what log means without a base: 10, or None for e.
+    Infinity has none: infinity + 1 would equal infinity, and 1 / infinity nothing.
     """
-
-    point: dict[str, Value]
-    budget: Budget
-    log_base: int | None = None
-
-    def __call__(self, node: Node) -> Value:
-        """Returns the tree's value. Raises one of NO_VALUE if it has none."""
-        kind = node[0]
-        if kind == "num":
-            value = node[1]
-        elif kind == "var":
-            value = self.point[node[1]]
-        elif kind == "const" and node[1] in _CONSTANTS:
-            value = _CONSTANTS[node[1]]
-        elif kind in _ARITHMETIC:
-            value = _apply(_ARITHMETIC[kind], *map(self, node[1:]))
-        elif kind == "/":
-            value = _quotient(self(node[1]), self(node[2]))
-        elif kind == "^":
-            value = _power(self(node[1]), self(node[2]), real=bool(self.point))
-        elif kind == "call":
-            value = self.call(node[1], *map(self, node[2:]))
-        elif kind == "size":
-            value = math.prod(node[1])
-        elif kind == "ratio" and len(node[1]) == 2:
-            value = _quotient(*map(self, node[1]))
-        else:
-            raise NoValue
-        self.budget.spend(value)
-        return value
-
-    def value_or_none(self, node: Node) -> Value | None:
-        """Returns the tree's value, None if it has none."""
-        try:
-            return self(node)
-        except NO_VALUE:
+    try:
+        if budget.left < 0:
             return None
+        with decimal.localcontext(_DIGITS):
+            return _value(node, budget, point or {})
+    except (NoValue, ArithmeticError, RecursionError):  # ArithmeticError: overflow, 1/0
+        return None
 
-    def call(self, name: str, x: Value, *others: Value) -> Value:
-        """Returns a function's value. Roots, logarithms and binomials may have two arguments."""
-        if name in ("sqrt", "root"):
-            return _root(x, *(others or (2,)), real=bool(self.point))
-        if name == "log":
-            (base,) = others or (self.log_base,)
-            if base is None:
-                return self.call("ln", x)
-            if _real(base).value <= 0:  # \log_0 x, \log_{-1} x
-                raise NoValue
-            return _quotient(self.call("ln", x), self.call("ln", base))
-        if name in ("lfloor", "lceil", "factorial", "binom"):
-            return _whole(name, x, *others)
-        if name == "degrees":
-            return _quotient(_apply(operator.mul, x, _CONSTANTS["pi"]), 180)
-        if name == "abs":
-            return _apply(abs, x)
-        if others or name not in _REAL_FUNCTIONS:  # \sin_2 x
-            raise NoValue
-        number = approximate(x).value
-        # Without variables ln(-1) is i pi.
-        is_complex = isinstance(number, complex) or name == "ln" and number < 0 and not self.point
-        return _bounded((_COMPLEX_FUNCTIONS if is_complex else _REAL_FUNCTIONS)[name], x)
+
+def _value(node: Node, budget: Budget, point: dict[str, Value]) -> Value:
+    kind, *parts = node
+    if kind == "num":
+        return node[1]
+    if kind == "var" and node[1] in point:
+        return point[node[1]]
+    if kind == "const" and node[1] in _CONSTANTS:
+        return _CONSTANTS[node[1]]
+    if kind == "ratio" and len(node[1]) == 2:
+        kind, parts = "/", node[1]
+    elif kind == "call":
+        kind, *parts = parts
+    elif kind in ("set", "seq") and len(node[-1]) == 1 and node[-1][0][0] not in ("set", "var"):
+        return _value(node[-1][0], budget, point)  # brackets that group: 2[x + 1]
+    if kind not in _VALUES:
+        raise NoValue
+    value = _VALUES[kind](*[_value(part, budget, point) for part in parts])
+    budget.spend(node, value)
+    return value
 
 
 def random_points(names: frozenset[str]) -> Iterator[dict[str, Value]]:
-    """Yields 16 points, numbers for the variables, the same in every process; without any, one.
+    """Yields 14 points, numbers for the variables, the same in every process; without any, one.
 
-    Turns 0 to 5 have small whole numbers, for exponents and factorials (in the order of the
-    alphabet, as in k of n, or against it: n of m); 6 to 10 have rational ones; the others have some
-    below 1 (for arcsin). Signs differ, of any two of the first four variables at some turn.
+    The first have small whole numbers, for exponents and factorials (in the order of the alphabet,
+    as in k of n, or against it: n of m), then come larger fractions, and such as are below 1 (for
+    arcsin). Signs differ, of any two of the first four variables at some turn.
     """
-    for turn in range(16 if names else 1):
+    for turn in range(14 if names else 1):
         point = {}
         for rank, name in enumerate(sorted(names, reverse=turn % 2 == 1)):
             random = zlib.crc32(f"{turn} {name}".encode())
-            against = rank + len(names)  # with the order turned round
-            odd = {7: rank // 2, 8: rank, 9: against, 10: 1, 14: rank, 15: against}.get(turn, 0)
+            sign = (-1) ** {8: rank // 2, 9: rank, 10: 1, 13: rank}.get(turn, 0)
             if turn < 6:
                 point[name] = 2 + 3 * rank + random % (3 + turn // 2)
             elif turn < 11:
-                point[name] = (-1) ** odd * Fraction(1 + random % 30_000, 101)
+                point[name] = sign * Fraction(1 + random % 30_000, 101)
             else:
-                point[name] = (-1) ** odd * Fraction(1 + random % 996, 997)
+                point[name] = sign * Fraction(1 + random % 996, 997)
         yield point

@@ -3,18 +3,18 @@
 import doctest
 import math
 import random
+from decimal import Decimal
 from fractions import Fraction
 
 import pytest
 
-from answers import equivalence, formulas, parsing, tokens, trees, typography, units, values
+from answers import equivalence, formulas, parsing, trees, typography, units, values
 from answers.equivalence import answers_agree, is_equivalent
-from answers.formulas import parse_formula
+from answers.formulas import NotMaths, parse_formula
 from answers.parsing import parse_answer
-from answers.tokens import NotMaths
 from answers.trees import variables
 from answers.typography import MAX_CHARS, plain
-from answers.values import MAX_BITS, Approx, Budget, Evaluator, NoValue, approximate, values_agree
+from answers.values import MAX_BITS, Budget, as_decimal, value_of, values_agree
 from benchmarks import constant_answers
 from benchmarks import rewards as bench
 
@@ -27,7 +27,7 @@ def tree(text: str):
 
 
 def value(text: str, **point):
-    return Evaluator(point, Budget())(tree(text))
+    return value_of(tree(text), Budget(), point)
 
 
 # --- The development table ---
@@ -108,9 +108,9 @@ TREES = [
     ("x/2y", ("*", ("/", X, TWO), Y)),
     (r"\frac23", ("/", TWO, THREE)),
     (r"\frac{x}2", ("/", X, TWO)),
-    ("3 2/3", ("num", Fraction(11, 3))),
+    ("3 2/3", ("+", THREE, ("/", TWO, THREE))),
     (r"2\sqrt3", ("*", TWO, ("call", "sqrt", THREE))),
-    (r"\sqrt[3]x", ("call", "root", X, THREE)),
+    (r"\sqrt[3]x", ("call", "sqrt", X, THREE)),
     (r"\sin 2x", ("call", "sin", ("*", TWO, X))),
     (r"\sin^2 x", ("^", ("call", "sin", X), TWO)),
     (r"\sin(x)y", ("*", ("call", "sin", X), Y)),
@@ -123,7 +123,10 @@ TREES = [
     (r"(2,x) \cup (x,3)", ("union", (("seq", "()", (TWO, X)), ("seq", "()", (X, THREE))))),
     ("x_1 x_{12}", ("*", ("var", "x_1"), ("var", "x_12"))),
     ("2:3", ("ratio", (TWO, THREE))),
-    (r"\begin{pmatrix} 2 & x \\ 3 & y \end{pmatrix}", ("matrix", ((TWO, X), (THREE, Y)))),
+    (
+        r"\begin{pmatrix} 2 & x \\ 3 & y \end{pmatrix}",
+        ("seq", "[]", (("seq", "[]", (TWO, X)), ("seq", "[]", (THREE, Y)))),
+    ),
 ]
 
 
@@ -164,22 +167,28 @@ def test_exact_values():
     for _ in range(300):
         a, b, c = (Fraction(g.randint(-99, 99), g.randint(1, 99)) for _ in range(3))
         text = f"(({a}) + ({b}) * ({c})) / 7 - ({a})^3"
-        assert value(text) == (a + b * c) / 7 - a**3 and not isinstance(value(text), Approx)
+        assert value(text) == (a + b * c) / 7 - a**3 and not isinstance(value(text), Decimal)
     assert value(r"\binom{10}{3} + 5! + \lfloor -7/2 \rfloor") == 120 + 120 - 4
     assert value(r"\sqrt{49/4} + \sqrt[3]{-8}") == 3.5 - 2
 
 
-def test_float_values_are_within_their_error():
-    """Sums of square roots, against integer square roots with forty more digits."""
+def test_decimals_are_right_to_35_digits():
+    """Sums of square roots, against integer square roots with more digits."""
     g = random.Random(2)
     for _ in range(300):
         numbers = [g.randint(2, 10**6) for _ in range(6)]
-        scale = 10**40
+        scale = 10**70
         roots = " + ".join(rf"\sqrt{{{n}}}" for n in numbers)
-        got = approximate(value(rf"0 + {roots} - \sqrt{{{numbers[0]}}}"))
+        got = as_decimal(value(rf"0 + {roots} - \sqrt{{{numbers[0]}}}"))
         true = sum(math.isqrt(n * scale**2) for n in numbers[1:])
-        assert abs(Fraction(got.value) - Fraction(true, scale)) <= Fraction(got.error)
-        assert got.error < 1e-9
+        assert abs(Fraction(got) - Fraction(true, scale)) < Fraction(1, 10**34)
+
+
+@pytest.mark.parametrize("name", ["sin", "cos", "tan", "arcsin", "arccos", "arctan", "exp", "ln"])
+def test_functions_equal_those_of_the_math_module(name):
+    of_math = getattr(math, {"ln": "log"}.get(name, name.replace("arc", "a")))
+    for x in (0.001, 0.3, 0.71, 0.999, 1.0) + (() if name.startswith("arc") else (1.5, 3.0, 77.7)):
+        assert math.isclose(value(rf"\{name}(x)", x=Fraction(x)), of_math(x), rel_tol=1e-13)
 
 
 @pytest.mark.parametrize(
@@ -200,8 +209,7 @@ def test_float_values_are_within_their_error():
     ],
 )
 def test_what_has_no_value(text):
-    with pytest.raises((NoValue, ArithmeticError, ValueError)):
-        value(text)
+    assert value(text) is None
 
 
 def test_values_that_are_close_but_not_the_same():
@@ -249,14 +257,13 @@ HEAVY = [
 RARE = [  # one of each kind that the development table does not have
     ("y = 2, x = 1", "x = 1, y = 2", True), ("y = 1, x = 2", "x = 1, y = 2", False),
     (r"3\frac{x}{2}", r"\frac{3x}{2}", True), (r"\begin{vmatrix} 1 \end{vmatrix}", "1", False),
-    (r"\sqrt{\pi - \pi}", "0", True), (r"\sqrt{-2}", r"i\sqrt2", True),
+    (r"\sqrt{\pi - \pi}", "0", True), (r"\sqrt{-2}", r"\sqrt{2}", False),
     (r"\sqrt[3]{3^{999}}", "0", False), (r"(-1)^{\pi}", "-1", False),
-    (r"i^i", r"e^{-\pi/2}", True),
     ("(-1)^{99999999}", "-1", True), ("(-1)^{99999998}", "1", True),
     ("(1/2)^{99999999}", "0", False),
-    ("e^0", "1", True), (r"\exp(0)", "1", True), (r"\ln(-1)", r"i\pi", True),
+    ("e^0", "1", True), (r"\exp(0)", "1", True),
     (r"\arccos 1", "0", True), (r"\arcsin 1", r"\pi/2", True), (r"\sin^{-1} 1", r"\pi/2", True),
-    (r"\sin_2 1", r"\sin 1", False), (r"\sin 0", "0", True), (r"\cos i", r"\cosh 1", True),
+    (r"\sin_2 1", r"\sin 1", False), (r"\sin 0", "0", True),
     (r"\lfloor \pi \rfloor", "3", True), (r"\lceil e \rceil", "3", True),
     (r"\lfloor \sqrt2^2 \rfloor", "2", False), (r"\sqrt[\pi]{2}", r"\sqrt{2}", False),
     (r"\binom{3}{5}", "0", True), (r"\binom{99999}{50000}", "1", False),
@@ -264,6 +271,11 @@ RARE = [  # one of each kind that the development table does not have
     ("x > 2 and x > 3", "(2, 3)", False), ("x > 2 and y < 3", "(2, 3)", False),
     ("-x < 0", "x < 0", False), ("1 = 1", "2 = 2", False), ("1:2:3", "2:4:6", True),
     ("1:2:3", "1:2:4", False), ("[1, 2]", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", True),
+    (r"[0, 1] \cup [1, 2]", "[0, 2]", True), ("x < 2 and x > 3", "(2, 1)", False),
+    ("x < 2 and x > 3", "x < 1 and x > 5", False), (r"x < \sqrt8", r"(-\infty, 2\sqrt2)", True),
+    (r"\sqrt{10^{12}+1}", "10^6", False), ("e^{-50000}", "0", False), ("1 + e^{-90}", "1", False),
+    (r"\sqrt[2,3]{5}", "5", False), (r"\arctan 1 + \arctan 2 + \arctan 3", r"\pi", True),
+    ("y = 5, x = 2", "(2, 5)", True), ("y = 5, x = 2", "(5, 2)", False),
 ]
 # fmt: on
 
@@ -301,6 +313,6 @@ def test_limits():
 
 
 def test_examples_in_the_docstring():
-    for module in (tokens, formulas, values, trees, parsing, equivalence, typography, units):
+    for module in (formulas, values, trees, parsing, equivalence, typography, units):
         result = doctest.testmod(module)
         assert result.attempted >= 2 and result.failed == 0
