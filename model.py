@@ -138,8 +138,8 @@ class Attention(nn.Module):
 
         # Rows that share a beginning are written out in full, for this alone.
         if shared is not None:
-            rows, first = shared
-            q, k, v = (x.index_select(1, rows) for x in (q, k, v))
+            in_full, first = shared
+            q, k, v = (x.index_select(1, in_full) for x in (q, k, v))
         out = attention(q, k, v, causal=True, key_lengths=key_lengths, cu_seqlens=cu_seqlens)
         if shared is not None:
             out = out.index_select(1, first)

@@ -426,6 +426,7 @@ def load_sampler(folder: str, device: str, dtype: str, **options) -> tuple[Sampl
 
 
 def main(argv: list[str]) -> None:
+    """Answers --prompt, and prints the responses."""
     options = parse_options(SampleOptions, argv)
     if options.prompt is None:
         raise InputError("--prompt is missing (tools/chat.py talks)")

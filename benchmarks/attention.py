@@ -216,6 +216,7 @@ def print_line(shape: AttentionShape, name: str, figures: dict) -> None:
 
 
 def main(argv: list[str]) -> None:
+    """Times the shapes, and prints a line for each."""
     options = parse_options(AttentionOptions, argv)
     device, dtype = pick_device(options.device), getattr(torch, options.dtype)
     on_gpu = device.type == "cuda"

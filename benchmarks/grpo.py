@@ -292,6 +292,7 @@ def print_table(mode: str, result: dict) -> None:
 
 
 def main(argv: list[str]) -> None:
+    """Measures each mode, and prints the table."""
     options = parse_options(GRPOBenchOptions, argv)
     responses = options.questions * options.group_size
     for size in options.peer_batches if options.peer else []:

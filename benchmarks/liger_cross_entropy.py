@@ -29,6 +29,7 @@ def milliseconds(run) -> float:
 
 
 def main() -> None:
+    """Reads a job from standard input, does it, and prints the figures as JSON."""
     job = json.load(sys.stdin)
     dtype, N, C, V = getattr(torch, job["dtype"]), job["tokens"], job["width"], job["vocabulary"]
     hidden = torch.randn(N, C, device="cuda").to(dtype).requires_grad_()

@@ -103,6 +103,7 @@ def time_all(options: LogprobOptions, device: torch.device, N: int, C: int, V: i
 
 
 def main(argv: list[str]) -> None:
+    """Times each way, forward and backward, and prints a line for each."""
     options = parse_options(LogprobOptions, argv)
     device = pick_device(options.device)
     on_gpu = device.type == "cuda"

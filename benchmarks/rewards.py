@@ -165,6 +165,7 @@ def compare_with_peer(python: str, pairs: list[LabelledPair], our_seconds: float
 
 
 def main(argv: list[str]) -> None:
+    """Judges both tables and the hostile strings, and prints what came out."""
     options = parse_options(RewardsOptions, argv)
     blocks = answer_blocks()
     pairs = labelled_pairs(blocks)

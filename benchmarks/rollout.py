@@ -202,6 +202,7 @@ def measure(bench: Bench, folder: str) -> dict:
 
 
 def main(argv: list[str]) -> None:
+    """Measures both sides in turns, and prints the table."""
     options = parse_options(RolloutOptions, argv)
     if not all(size.isdigit() and int(size) for size in options.peer_batches):
         sizes = " ".join(options.peer_batches)

@@ -173,6 +173,7 @@ def print_table(result: dict, steps: int) -> None:
 
 
 def main(argv: list[str]) -> None:
+    """Measures both sides in turns, and prints the table."""
     options = parse_options(SFTBenchOptions, argv)
     if not all(size.isdigit() and int(size) for size in options.peer_batches):
         sizes = " ".join(options.peer_batches)

@@ -121,6 +121,7 @@ def measure(options: TokenizingOptions, folder: Path) -> dict:
 
 
 def main(argv: list[str]) -> None:
+    """Times each way, and prints a line for each."""
     options = parse_options(TokenizingOptions, argv)
     with tempfile.TemporaryDirectory() as folder:
         result = measure(options, Path(folder))

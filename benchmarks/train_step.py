@@ -172,6 +172,7 @@ def write_weights(folder: str, shape: str, device: torch.device) -> None:
 
 
 def main(argv: list[str]) -> None:
+    """Times the steps of the model, and prints the table."""
     options = parse_options(TrainStepOptions, argv)
     device = parallel.training_device(options.device)
     with tempfile.TemporaryDirectory() as folder:

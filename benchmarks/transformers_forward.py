@@ -108,6 +108,7 @@ def peak_bytes(device: str) -> int:
 
 
 def main() -> None:
+    """Reads a job from standard input, does it, and prints the figures as JSON."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     job = Job(**json.load(sys.stdin))

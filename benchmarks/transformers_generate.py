@@ -86,6 +86,7 @@ def cut(ids: list[int], stop_ids: list[int]) -> list[int]:
 
 
 def main() -> None:
+    """Reads a job from standard input, does it, and prints the figures as JSON."""
     transformers.utils.logging.set_verbosity_error()
     job = Job(**json.load(sys.stdin))
     torch.set_num_threads(job.threads)

@@ -86,8 +86,8 @@ class Pack:
 
     Neighbours that begin alike, as the responses to one question do, share their beginning. What a
     token becomes depends on those before it alone, so nothing changes but the work. The pack is
-    then a tree of T tokens, and `rows` says which of them make up the S tokens of the rows in full,
-    end to end. Where nothing is shared both are the same, and `rows` is None.
+    then a tree of T tokens, and `in_full` says which of them make up the S tokens of the rows in
+    full, end to end. Where nothing is shared both are the same, and `in_full` is None.
     """
 
     input_ids: Tensor  # [1, T]
@@ -95,13 +95,13 @@ class Pack:
     sources: Tensor  # [N]: the places of the tokens before them, from which they are predicted
     position_ids: Tensor  # [3, 1, T]
     cu_seqlens: Tensor  # int32 [rows + 1]: the borders 0, S1, S1 + S2, ..., S between the rows
-    rows: Tensor | None = None  # [S]: the place in the pack of each token of the rows
+    in_full: Tensor | None = None  # [S]: the place in the pack of each token of the rows in full
     first: Tensor | None = None  # [T]: the first place in the rows of each token of the pack
 
     @property
     def shared(self) -> tuple[Tensor, Tensor] | None:
         """Returns what the model is to know of shared beginnings."""
-        return None if self.rows is None else (self.rows, self.first)
+        return None if self.in_full is None else (self.in_full, self.first)
 
     def to(self, device: torch.device | str) -> "Pack":
         """Returns the same pack on a device."""
@@ -145,7 +145,7 @@ def make_pack(rows: Sequence[Row]) -> Pack:
     )
     if len(in_full) > count:
         _, first = np.unique(in_full, return_index=True)
-        pack.rows, pack.first = torch.from_numpy(in_full), torch.from_numpy(first)
+        pack.in_full, pack.first = torch.from_numpy(in_full), torch.from_numpy(first)
     return pack
 
 

@@ -18,7 +18,7 @@ from kernels.triton_or_none import use_triton, wanted_kernels
 
 # Logits in one chunk of the PyTorch path: 128 MiB in float32, 220 tokens of the 7B.
 CHUNK_ELEMENTS = 2**25
-# So few are left to the definition: a pack of the micro model's, whose runs keep their bits.
+# So few are left to the definition: those of a pack of the micro model.
 SMALL_ELEMENTS = 2**22
 
 # --- The definition -----------------------------------------------------------------------------

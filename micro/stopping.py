@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data import ImageConfig, Tokenizer, make_prompt
-from hub.options import MICRO_BASE
+from hub.options import MICRO_BASE, run_command
 from micro.world import (
     TEST_BUCKETS,
     TRAIN_BUCKETS,
@@ -160,4 +160,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_command(main)

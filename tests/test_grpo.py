@@ -500,7 +500,7 @@ def test_responses_to_one_question_share_its_tokens():
     assert pack.position_ids[0].tolist() == [[0, 1, 2, 3, 4, 5, 4, 3, 1, 2, 3]]
     assert pack.cu_seqlens.tolist() == [0, 6, 11, 15, 19]
     in_full = [0, 1, 2, 3, 4, 5] + [0, 1, 2, 3, 6] + [0, 1, 2, 7] + [0, 8, 9, 10]
-    assert pack.rows.tolist() == in_full
+    assert pack.in_full.tolist() == in_full
     assert pack.first.tolist() == [0, 1, 2, 3, 4, 5, 10, 14, 16, 17, 18]
     assert pack.targets.tolist() == [3, 4, 5, 3, 6, 7, 9, 10]
     assert pack.sources.tolist() == [2, 3, 4, 2, 3, 2, 8, 9]

@@ -200,16 +200,16 @@ def test_packed_sequences_do_not_see_one_another(options, folder):
             shared=pack.shared,
         )
         # They begin alike, with the chat template: of that the pack has one only.
-        found.append(hidden[0, pack.rows][len(other.ids) :])
+        found.append(hidden[0, pack.in_full][len(other.ids) :])
         alone = model(second.ids[None].long())[0]
         assert (found[-1][: len(alone)] - alone).abs().max() < 1e-5
     assert torch.equal(*found)
     # Without borders it would not be so.
-    whole = torch.tensor([0, len(pack.rows)])
+    whole = torch.tensor([0, len(pack.in_full)])
     seen = model(
         pack.input_ids, position_ids=pack.position_ids, cu_seqlens=whole, shared=pack.shared
     )
-    assert (seen[0, pack.rows][len(fourth.ids) :] - found[0]).abs().max() > 1e-2
+    assert (seen[0, pack.in_full][len(fourth.ids) :] - found[0]).abs().max() > 1e-2
 
 
 def test_packs_change_a_run_by_rounding_only(options, tmp_path):

@@ -127,7 +127,7 @@ def make_optimizer(model: Qwen2_5_VL, options: TrainOptions) -> torch.optim.Opti
         return CompactAdamW(weights, **settings, states_on=states_on, seed=options.seed)
     # fused: one pass over the weights. torch's default makes temporary tensors as large as all of
     # them on a GPU; on a CPU it passes over them once for each operation, 4 times as long in all.
-    # Small models gain nothing by it, and keep the bits of the runs in docs/.
+    # Small models gain nothing by it.
     kind = weights[0].device.type
     fused = kind == "cuda" or (kind == "cpu" and not model.config.is_small)
     optimizer = torch.optim.AdamW(weights, **settings, fused=fused)
