@@ -312,7 +312,7 @@ def test_without_data_prompts_are_assumed(config_only, folder, tmp_path, capsys)
 
 def test_a_gpu_refuses_what_does_not_fit(config_only, monkeypatch):
     """In one line, and before anything is loaded: the folder has no weights."""
-    options = sft.SFTOptions(model=config_only, gpu_gib=4.0)
+    options = sft.SFTOptions(model=config_only, gpu_gib=4.0, device="cpu")
     assert planning.settle(options, sft.rehearse) is options  # on a CPU nobody asks
     monkeypatch.setattr(planning, "training_device", lambda name: torch.device("cuda"))
     with pytest.raises(InputError, match="^this does not fit: .* needs .* what would help: ") as e:
