@@ -74,9 +74,8 @@ class Job(NamedTuple):
     @property
     def tile(self) -> str:
         """Returns the tile's sizes, e.g. "128 x 64"."""
-        sizes = (
-            self.constants[name] for name in ("BM", "BN", "BV", "BLOCK") if name in self.constants
-        )
+        names = ("BM", "BN", "BV", "BLOCK")
+        sizes = (self.constants[name] for name in names if name in self.constants)
         return " x ".join(map(str, sizes))
 
 
@@ -117,7 +116,7 @@ def compile_job(job: Job, capability: str):
         if signature[name] != "fp32" and name not in attention_triton.COUNTS:
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=job.kernel, signature=signature, constexprs=values, attrs=attributes)
-    options = {name: x for name, x in job.constants.items() if name.startswith("num_")}
+    options = {name: x for name, x in job.constants.items() if name.startswith(("num_", "enable_"))}
     return triton.compile(source, target=GPUTarget("cuda", int(capability), 32), options=options)
 
 

@@ -7,10 +7,10 @@ such a step costs, so here one kernel does them all in registers. Bytes a parame
     read     weight 2, gradient 2, low 1, exp_avg 2, exp_avg_sq 2, random bits 4
     written  weight 2,             low 1, exp_avg 2, exp_avg_sq 2
 
-The arithmetic is the definition's, in float32, with divisions and roots rounded as IEEE 754 says. A
-compiler may fuse a product and a sum, which rounds once instead of twice: the last float32 bit may
-differ from the definition's, and so now and then the last bit of what is stored. The kernel itself
-gives the same bits each time: no element depends on another.
+The arithmetic is the definition's, in float32. Each operation is rounded as IEEE 754 says, and no
+product is fused with a sum, so the kernel gives the same bits on every GPU. PyTorch's operations,
+which do fuse, may differ from that in the last float32 bits, and so now and then in the last bit of
+what is stored: by a unit of the master's 24 bits, or a step of a bfloat16 moment.
 """
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from kernels.triton_or_none import tl, triton
 
 # Elements of a program. A thread has 8 of them: 16 bytes of each bfloat16 tensor.
-TILE = {"BLOCK": 1024, "num_warps": 4}
+TILE = {"BLOCK": 1024, "num_warps": 4, "enable_fp_fusion": False}
 
 # --- The kernel ---------------------------------------------------------------------------------
 
