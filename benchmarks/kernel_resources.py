@@ -29,7 +29,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from kernels import attention_triton, decode_triton, layers_triton, logprob_triton  # noqa: E402
+from kernels import adamw_triton, attention_triton, decode_triton, layers_triton, logprob_triton  # noqa: E402
 
 # Shared memory that a program may have, in KiB: A100; RTX 30, 40 (8.9) and 50; H100.
 SHARED = {"80": 163, "86": 99, "90": 227}
@@ -37,17 +37,26 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 HEADS = {128: (28, 7), 80: (16, 1)}  # head dim: query heads and group of the 7B's decoder and ViT
 # The types of the kernels' arguments that are not matrices of the model's dtype, nor int32.
 TYPES = {
+    "beta2": "fp32",
+    "clip_factor": "*fp32",
     "cu_seqlens": "*i32",
     "delta": "*fp32",
     "eps": "fp32",
+    "keep": "fp32",
     "key_lengths": "*i64",
     "logits": "*fp32",
+    "low": "*i8",
     "lse": "*fp32",
     "masked": "*u8",
+    "noise": "*i32",
     "part": "*fp32",
+    "rate1": "fp32",
+    "rate2": "fp32",
+    "root": "fp32",
     "scale": "fp32",
     "scales": "*fp32",
     "statistics": "*fp32",
+    "step_size": "fp32",
     "target_logits": "*fp32",
     "targets": "*i64",
     "upstream": "*fp32",
@@ -55,6 +64,7 @@ TYPES = {
 }
 MATRICES = ("q", "k", "v", "out", "d_out", "dq", "dk", "dv", "gradients")
 MATRICES += ("x", "dx", "weight", "cos", "sin", "gate", "up", "d_gate", "d_up")
+MATRICES += ("grad", "exp_avg", "exp_avg_sq")
 
 
 class Job(NamedTuple):
@@ -67,13 +77,15 @@ class Job(NamedTuple):
     @property
     def tile(self) -> str:
         """Returns the tile's sizes, e.g. "128 x 64"."""
-        sizes = (self.constants[name] for name in ("BM", "BN", "BV") if name in self.constants)
+        sizes = (
+            self.constants[name] for name in ("BM", "BN", "BV", "BLOCK") if name in self.constants
+        )
         return " x ".join(map(str, sizes))
 
 
 def jobs() -> Iterator[Job]:
     """Yields every kernel as the 7B uses it: its causal attention over packs and a cache, its ViT's
-    windows and full attention, its log-probs, and what stands between its products."""
+    windows and full attention, its log-probs, what stands between its products, its optimiser."""
     for dtype in DTYPES:
         for D, (heads, group) in HEADS.items():
             shape = torch.empty(1, heads, D), torch.empty(1, heads // group, D)
@@ -109,6 +121,8 @@ def jobs_between_products(dtype: str) -> Iterator[Job]:
     gate = {"ELEMENTS": layers_triton.ELEMENTS, "num_warps": 4}
     yield Job(f"{dtype} swiglu", layers_triton._swiglu_kernel, gate)
     yield Job(f"{dtype} swiglu, backward", layers_triton._swiglu_backward_kernel, gate)
+    constants = adamw_triton.TILE | {"CLIPPED": True}
+    yield Job("bf16 AdamW", adamw_triton._adamw_kernel, constants)
 
 
 def compile_job(job: Job, capability: str):

@@ -39,3 +39,10 @@ def test_what_is_used_fits_into_other_gpus():
     kernels = ("bf16 forward 128", "bf16 query 128", "bf16 statistics", "bf16 logit gradients")
     for row in rows("86", *kernels):
         assert float(row[7]) <= 99, row
+
+
+def test_adamw_takes_registers_alone():
+    """It only reads and writes: nothing is spilled, and nothing goes through shared memory."""
+    (row,) = rows("90", "bf16 AdamW")
+    registers, spilled, kib = int(row[2]), int(row[3]), float(row[5])
+    assert registers <= 64 and spilled == 0 and kib == 0, row

@@ -12,6 +12,7 @@ parameter. Here
     exp_avg_sq  bfloat16   the second moment, rounded stochastically
 
 make 9 bytes: 64 GiB for 7.6e9 parameters. The arithmetic of a step is float32, chunk by chunk.
+`adamw_reference` defines it, and on a GPU a Triton kernel does the same (kernels/adamw_triton.py).
 
 Rounding is stochastic (up or down, with the probabilities that make it right on average) where
 rounding to the nearest would lose what is small but steady. The second moment moves by at most a
@@ -26,8 +27,11 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
+from kernels.adamw_triton import adamw_triton
+from kernels.triton_or_none import use_triton
+
 STATES = ("low", "exp_avg", "exp_avg_sq")
-CHUNK = 2**24  # elements at a time; each float32 temporary takes 64 MiB
+CHUNK = 2**24  # elements at a time; their random bits, and each float32 temporary, take 64 MiB
 # A host tensor of this size has pages of its own (the C library's largest threshold for that).
 OWN_PAGES = 32 * 2**20  # bytes
 
@@ -92,6 +96,55 @@ def off_the_grid(tensor: Tensor, generator: torch.Generator) -> Tensor:
         noise.random_(-0x7FFF, 0x8000, generator=generator)
         values.view(torch.int32).add_(noise.mul_(values != 0))
     return masters
+
+
+# --- A step's arithmetic --------------------------------------------------------------------------
+
+
+def adamw_reference(
+    weight: Tensor,
+    grad: Tensor,
+    low: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    noise: Tensor,
+    clip_factor: Tensor | None,
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """Takes AdamW's step number `step` on the first five, each [n], in place but for the gradient.
+    Adam: arXiv 1412.6980, algorithm 1; decoupled decay: arXiv 1711.05101.
+
+    noise [n]: random bits, int32, of which the lower 24 are used. clip_factor []: what the gradient
+    is scaled with; None: not at all.
+    """
+    beta1, beta2 = betas
+    # 1. What was stored, in float32.
+    master = join(weight, low)
+    gradient = grad.float()
+    if clip_factor is not None:
+        gradient.mul_(clip_factor)
+    m, v = exp_avg.float(), exp_avg_sq.float()
+
+    # 2. The moments.
+    m.lerp_(gradient, 1 - beta1)
+    v.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+
+    # 3. Decay and step. The moments began at 0: the divisions make up for that.
+    master.mul_(1 - lr * weight_decay)
+    denominator = v.sqrt().div_((1 - beta2**step) ** 0.5).add_(eps)
+    master.addcdiv_(m, denominator, value=-lr / (1 - beta1**step))
+
+    # 4. Back into few bits. Of 24 random bits, 8 are for the master, 16 for v.
+    high, new_low = split(master, noise & 0xFF)
+    weight.copy_(high)
+    low.copy_(new_low)
+    exp_avg.copy_(m)
+    exp_avg_sq.copy_(round_stochastically(v, (noise >> 8) & 0xFFFF))
 
 
 # --- The optimiser --------------------------------------------------------------------------------
@@ -210,35 +263,19 @@ class CompactAdamW(torch.optim.Optimizer):
         group: dict,
         generator: torch.Generator,
     ) -> None:
-        """Takes AdamW's step on one chunk, in place. All are [n]; the last three may be on the
-        host. Adam: arXiv 1412.6980, algorithm 1; decoupled decay: arXiv 1711.05101."""
-        beta1, beta2 = group["betas"]
-        device = weight.device
-        # 1. What was stored, in float32.
-        master = join(weight, low.to(device, non_blocking=True))
-        gradient = grad.float()
-        if self.clip_factor is not None:
-            gradient.mul_(self.clip_factor)
-        m = exp_avg.to(device, non_blocking=True).float()
-        v = exp_avg_sq.to(device, non_blocking=True).float()
+        """Takes a step on one chunk, in place. All are [n]; the last three may be on the host.
 
-        # 2. The moments.
-        m.lerp_(gradient, 1 - beta1)
-        v.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-
-        # 3. Decay and step. The moments began at 0: the divisions make up for that.
-        master.mul_(1 - group["lr"] * group["weight_decay"])
-        denominator = v.sqrt().div_((1 - beta2**step) ** 0.5).add_(group["eps"])
-        master.addcdiv_(m, denominator, value=-group["lr"] / (1 - beta1**step))
-
-        # 4. Back into few bits. Of 24 random bits, 8 are for the master, 16 for v.
-        noise = torch.empty_like(master, dtype=torch.int32).random_(generator=generator)
-        high, new_low = split(master, noise & 0xFF)
-        new_v = round_stochastically(v, noise.bitwise_right_shift_(8).bitwise_and_(0xFFFF))
-        weight.copy_(high)
-        low.copy_(new_low, non_blocking=True)
-        exp_avg.copy_(m.to(exp_avg.dtype), non_blocking=True)
-        exp_avg_sq.copy_(new_v, non_blocking=True)
+        By default a GPU runs the Triton kernel, and a CPU the definition; KERNELS overrules it.
+        """
+        path = adamw_triton if use_triton(weight, instead_of_torch=True) else adamw_reference
+        states = (low, exp_avg, exp_avg_sq)
+        visiting = [state.to(weight.device, non_blocking=True) for state in states]
+        noise = torch.empty_like(weight, dtype=torch.int32).random_(generator=generator)
+        settings = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
+        path(weight, grad, *visiting, noise, self.clip_factor, step=step, **settings)
+        for state, visitor in zip(states, visiting):
+            if visitor is not state:
+                state.copy_(visitor, non_blocking=True)
 
 
 def chunks(tensor: Tensor) -> tuple[Tensor, ...]:
