@@ -7,7 +7,7 @@ Shapes: B rows, T tokens, C width, H query heads, K key/value heads, D head dim,
 P image patches. Rows are padded on the right: attention is causal, so no real token ever sees the
 padding, and training needs no mask.
 
-RMSNorm, GatedMLP and apply_rope, which the vision tower has too, stand in vision.py.
+RMSNorm and GatedMLP, which the vision tower has too, stand in vision.py.
 """
 
 from collections.abc import Callable
@@ -21,8 +21,8 @@ from torch.utils.checkpoint import checkpoint
 from hub.config import MERGE, Config, Grid
 from hub.errors import InputError
 from hub.weights import read_weights, write_model
-from kernels import BlockedLinear, attention, logits_float32, token_log_probs
-from vision import GatedMLP, RMSNorm, VisionTower, apply_rope
+from kernels import BlockedLinear, apply_rope, attention, logits_float32, token_log_probs
+from vision import GatedMLP, RMSNorm, VisionTower
 
 # --- Positions ---
 

@@ -17,16 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hub.config import MERGE, PATCH, TEMPORAL, Grid, VisionConfig
-from kernels import attention
+from kernels import apply_rope, attention, rms_norm, swiglu
 
 # --- Parts that the decoder has, too: model.py imports them from here ---
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight (arXiv 1910.07467).
-
-    Normalised in float32, and cast *before* the weight is applied: Qwen2's bits depend on it.
-    """
+    """x / rms(x) * weight (kernels/layers.py)."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -34,20 +31,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
-
-
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the pairs (x[i], x[i + D/2]) of each head (RoFormer, arXiv 2104.09864).
-
-    x [..., tokens, heads, D]; cos and sin [..., tokens, D]. The paper pairs neighbours; this is
-    the half-split layout of the published weights.
-    """
-    first, second = x.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return x * cos.unsqueeze(-2) + turned * sin.unsqueeze(-2)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class GatedMLP(nn.Module):
@@ -60,7 +44,7 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 # --- Where the patches are ---
@@ -151,9 +135,9 @@ class VisionAttention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor) -> Tensor:
         """x [P, C] -> [P, C]; cos and sin [P, D]; cu_seqlens has the borders of the segments."""
         q, k, v = self.qkv(x).view(x.shape[0], 3, self.num_heads, -1).unbind(1)  # each [P, H, D]
-        # The rotation is in float32 here (in the decoder it is in the weights' dtype).
-        q = apply_rope(q.float(), cos, sin).to(v.dtype)
-        k = apply_rope(k.float(), cos, sin).to(v.dtype)
+        # cos and sin are float32 here, and so is the rotation (in the decoder: the weights' dtype).
+        q = apply_rope(q, cos, sin)
+        k = apply_rope(k, cos, sin)
         out = attention(q[None], k[None], v[None], causal=False, cu_seqlens=cu_seqlens)
         return self.proj(out.reshape(x.shape))
 

@@ -29,7 +29,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from kernels import adamw_triton, attention_triton, decode_triton, logprob_triton  # noqa: E402
+from kernels import adamw_triton, attention_triton, decode_triton, layers_triton, logprob_triton  # noqa: E402
 
 # Shared memory that a program may have, in KiB: A100; RTX 30, 40 (8.9) and 50; H100.
 SHARED = {"80": 163, "86": 99, "90": 227}
@@ -54,14 +54,17 @@ TYPES = {
     "rate2": "fp32",
     "root": "fp32",
     "scale": "fp32",
+    "scales": "*fp32",
     "statistics": "*fp32",
     "step_size": "fp32",
     "target_logits": "*fp32",
     "targets": "*i64",
     "upstream": "*fp32",
+    "weight_sums": "*fp32",
 }
 MATRICES = ("q", "k", "v", "out", "d_out", "dq", "dk", "dv", "gradients")
-MATRICES += ("weight", "grad", "exp_avg", "exp_avg_sq")
+MATRICES += ("x", "dx", "weight", "cos", "sin", "gate", "up", "d_gate", "d_up")
+MATRICES += ("grad", "exp_avg", "exp_avg_sq")
 
 
 class Job(NamedTuple):
@@ -81,7 +84,7 @@ class Job(NamedTuple):
 
 def jobs() -> Iterator[Job]:
     """Yields every kernel as the 7B uses it: its causal attention over packs and a cache, its ViT's
-    windows and full attention, its log-probs, its optimiser's step."""
+    windows and full attention, its log-probs, what stands between its products, its optimiser."""
     for dtype in DTYPES:
         for D, (heads, group) in HEADS.items():
             shape = torch.empty(1, heads, D), torch.empty(1, heads // group, D)
@@ -97,9 +100,26 @@ def jobs() -> Iterator[Job]:
                 del constants["CAUSAL"]
                 sizes = {"SPLITS": 4, "BM": 16} | decode_triton.decode_blocks(DTYPES[dtype])
                 yield Job(f"{dtype} decode 128", decode_triton._decode_kernel, constants | sizes)
+                sizes = {"D": 128, "WIDTH": 128, "SPLITS": 4, "SPLIT_TILE": 4, "num_warps": 4}
+                yield Job(f"{dtype} combine 128", decode_triton._combine_kernel, sizes)
         constants = logprob_triton.TILE | {"LOWEST": logprob_triton.LOWEST}
         yield Job(f"{dtype} statistics", logprob_triton._statistics_kernel, constants)
         yield Job(f"{dtype} logit gradients", logprob_triton._gradient_kernel, constants)
+        yield from jobs_between_products(dtype)
+
+
+def jobs_between_products(dtype: str) -> Iterator[Job]:
+    """Yields the kernels of RMSNorm, RoPE and SwiGLU as the 7B's decoder uses them."""
+    norm = {"C": 3584, "WIDTH": 4096, "num_warps": layers_triton.warps(4096)}
+    yield Job(f"{dtype} norm", layers_triton._rms_norm_kernel, norm)
+    yield Job(f"{dtype} norm, backward", layers_triton._rms_norm_backward_kernel, norm)
+    turn = {"HEADS": 28, "D": 128, "HEAD_TILE": 32, "HALF_TILE": 64, "num_warps": 4}
+    for backward in (False, True):
+        name = f"{dtype} rope" + (", backward" if backward else "")
+        yield Job(name, layers_triton._rope_kernel, turn | {"BACKWARD": backward})
+    gate = {"ELEMENTS": layers_triton.ELEMENTS, "num_warps": 4}
+    yield Job(f"{dtype} swiglu", layers_triton._swiglu_kernel, gate)
+    yield Job(f"{dtype} swiglu, backward", layers_triton._swiglu_backward_kernel, gate)
     constants = adamw_triton.TILE | {"CLIPPED": True}
     yield Job("bf16 AdamW", adamw_triton._adamw_kernel, constants)
 

@@ -367,19 +367,22 @@ def blocks(width: int, short: bool, kernel: str, dtype: torch.dtype) -> dict:
     """Returns tile sizes (BM queries, BN keys), warps and pipeline stages of a kernel.
 
     `kernel` is forward, query or key; `short`: segments of some 64 tokens, a ViT's windows, which
-    would leave longer tiles half empty. One choice for each, no autotuning at first use. They were
-    chosen by what the compiler reports (benchmarks/kernel_resources.py): they fit into shared
-    memory, and in 16 bits no inner loop spills on an H100. Their speed has not been measured.
+    would leave longer tiles half empty. One choice for each, no autotuning at first use. In 16 bits
+    they are the fastest, or nearly, of 243 that were tried on an H200 (docs/log.md); in float32,
+    which no tensor core takes unrounded, tiles that fit into shared memory.
     """
-    if dtype == torch.float32:  # no tensor core takes it unrounded: small tiles
+    if dtype == torch.float32:
         return {"BM": 32, "BN": 16, "num_warps": 4, "num_stages": 1}
-    if kernel == "key" and short:
-        return {"BM": 32, "BN": 64, "num_warps": 4, "num_stages": 2}
-    if short:
-        return {"BM": 64, "BN": 64, "num_warps": 4, "num_stages": 2}
     if kernel == "key":  # few queries at a time, where d_k and d_v take most of the registers
-        return {"BM": 32 if width > 64 else 64, "BN": 128, "num_warps": 8, "num_stages": 2}
-    return {"BM": 128, "BN": 128 if kernel == "forward" else 64, "num_warps": 8, "num_stages": 2}
+        return {"BM": 32, "BN": 64, "num_warps": 4, "num_stages": 1 if short else 2}
+    if kernel == "query":
+        return {
+            "BM": 64,
+            "BN": 32 if short else 64,
+            "num_warps": 4,
+            "num_stages": 1 if short else 2,
+        }
+    return {"BM": 64, "BN": 32 if short else 64, "num_warps": 4, "num_stages": 2 if short else 3}
 
 
 def head_constants(q: Tensor, k: Tensor) -> dict:

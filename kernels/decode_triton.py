@@ -63,6 +63,25 @@ def _decode_kernel(
     tl.store(lse + place, tl.where(empty, -1e30, natural), mask=member < GROUP)
 
 
+@triton.jit
+def _combine_kernel(
+    part, lse, out,
+    D: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr, SPLIT_TILE: tl.constexpr,
+):  # fmt: skip
+    """One head of one row: the splits' outputs, weighted by softmax(lse)."""
+    head = tl.program_id(0).to(tl.int64)
+    split = tl.arange(0, SPLIT_TILE)
+    inside = split < SPLITS
+    weight = tl.load(lse + head * SPLITS + split, mask=inside, other=float("-inf"))
+    weight = tl.exp(weight - tl.max(weight, 0))
+    weight /= tl.sum(weight, 0)
+    column = tl.arange(0, WIDTH)
+    place = part + (head * SPLITS + split[:, None]) * D + column[None, :]
+    tile = tl.load(place, mask=inside[:, None] & (column < D)[None, :], other=0.0)
+    whole = tl.sum(weight[:, None] * tile, 0).to(out.dtype.element_ty)
+    tl.store(out + head * D + column, whole, mask=column < D)
+
+
 def splits_for(programs: int, S: int, processors: int) -> int:
     """Returns into how many parts the keys are split: for about two programs per processor, but
     not into more than 64 parts, nor into parts of fewer than 256 keys."""
@@ -99,8 +118,8 @@ def attention_decode_triton(
     if k.stride() != v.stride() or k.stride(3) != 1:  # not two slices of one cache
         k, v = k.contiguous(), v.contiguous()
     splits = splits or splits_for(B * K, S, processors(q.device))
-    dtype = q.dtype if splits == 1 else torch.float32
-    parts = torch.empty((B, H, splits, D), dtype=dtype, device=q.device)
+    out = torch.empty_like(q)
+    parts = out if splits == 1 else q.new_empty((B, H, splits, D), dtype=torch.float32)
     lse = torch.empty((B, H, splits), dtype=torch.float32, device=q.device)
     constants = {**head_constants(q, k), "SPLITS": splits, **decode_blocks(q.dtype)}
     BM = max(16, triton.next_power_of_2(H // K))
@@ -108,6 +127,7 @@ def attention_decode_triton(
         _decode_kernel[(B, K, splits)](
             q, k, v, parts, lse, key_lengths.contiguous(), *k.stride()[:3], BM=BM, **constants
         )
-    if splits > 1:
-        parts = torch.einsum("bhs,bhsd->bhd", lse.softmax(-1), parts).to(q.dtype)
-    return parts.view(B, 1, H, D)
+        if splits > 1:
+            sizes = {"SPLITS": splits, "SPLIT_TILE": triton.next_power_of_2(splits)}
+            _combine_kernel[(B * H,)](parts, lse, out, D=D, WIDTH=constants["WIDTH"], **sizes)
+    return out
