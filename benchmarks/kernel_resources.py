@@ -94,7 +94,7 @@ def jobs() -> Iterator[Job]:
             for kind in ("forward", "query", "key"):
                 kernel = getattr(attention_triton, f"_{kind}_kernel")
                 for text, short in lengths.items():
-                    sizes = attention_triton.blocks(constants["WIDTH"], short, kind, DTYPES[dtype])
+                    sizes = attention_triton.blocks(short, kind, DTYPES[dtype])
                     yield Job(f"{dtype} {kind} {D}{text}", kernel, constants | sizes)
             if D == 128:
                 del constants["CAUSAL"]
@@ -106,6 +106,8 @@ def jobs() -> Iterator[Job]:
         yield Job(f"{dtype} statistics", logprob_triton._statistics_kernel, constants)
         yield Job(f"{dtype} logit gradients", logprob_triton._gradient_kernel, constants)
         yield from jobs_between_products(dtype)
+    constants = adamw_triton.TILE | {"CLIPPED": True}
+    yield Job("bf16 AdamW", adamw_triton._adamw_kernel, constants)
 
 
 def jobs_between_products(dtype: str) -> Iterator[Job]:
@@ -120,8 +122,6 @@ def jobs_between_products(dtype: str) -> Iterator[Job]:
     gate = {"ELEMENTS": layers_triton.ELEMENTS, "num_warps": 4}
     yield Job(f"{dtype} swiglu", layers_triton._swiglu_kernel, gate)
     yield Job(f"{dtype} swiglu, backward", layers_triton._swiglu_backward_kernel, gate)
-    constants = adamw_triton.TILE | {"CLIPPED": True}
-    yield Job("bf16 AdamW", adamw_triton._adamw_kernel, constants)
 
 
 def compile_job(job: Job, capability: str):

@@ -363,7 +363,7 @@ def _key_kernel(
 # --- The host's side ----------------------------------------------------------------------------
 
 
-def blocks(width: int, short: bool, kernel: str, dtype: torch.dtype) -> dict:
+def blocks(short: bool, kernel: str, dtype: torch.dtype) -> dict:
     """Returns tile sizes (BM queries, BN keys), warps and pipeline stages of a kernel.
 
     `kernel` is forward, query or key; `short`: segments of some 64 tokens, a ViT's windows, which
@@ -408,7 +408,7 @@ class TritonAttention(torch.autograd.Function):
         constants = {"CAUSAL": causal, **head_constants(q, k)}
         # By their average: the lengths themselves are on the device.
         short = T <= 64 * segments
-        sizes = blocks(constants["WIDTH"], short, "forward", q.dtype)
+        sizes = blocks(short, "forward", q.dtype)
         grid = (number_of_tiles(T, segments, sizes["BM"]), H)
         _forward_kernel[grid](q, k, v, out, lse, cu_seqlens, segments, T, **constants, **sizes)
         ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
@@ -425,10 +425,10 @@ class TritonAttention(torch.autograd.Function):
         dq, dk, dv, delta = (torch.empty_like(x) for x in (q, k, v, lse))
         common = (lse, delta, cu_seqlens, segments, T)
         # The query kernel goes first: it writes the delta that the key kernel reads.
-        sizes = blocks(constants["WIDTH"], short, "query", q.dtype)
+        sizes = blocks(short, "query", q.dtype)
         grid = (number_of_tiles(T, segments, sizes["BM"]), H)
         _query_kernel[grid](q, k, v, out, d_out, dq, *common, **constants, **sizes)
-        sizes = blocks(constants["WIDTH"], short, "key", q.dtype)
+        sizes = blocks(short, "key", q.dtype)
         grid = (number_of_tiles(T, segments, sizes["BN"]), K)
         _key_kernel[grid](q, k, v, d_out, dk, dv, *common, **constants, **sizes)
         return dq, dk, dv, None, None
