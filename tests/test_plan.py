@@ -196,6 +196,20 @@ def test_all_logits_are_never_made(tmp_path):
     assert 64 * MIB < peak[ACTIVATIONS] < 320 * MIB
 
 
+@pytest.mark.skipif(not triton_or_none.AVAILABLE, reason="no Triton")
+def test_the_gpus_optimiser_makes_no_temporaries(config_only, monkeypatch):
+    """Beside the random bits, which both are given, the definition makes master, gradient, both
+    moments and denominator in float32, and more; the kernel has all of that in registers."""
+    options = sft.SFTOptions(model=config_only, dtype="bfloat16", **SFT)
+    made = {}
+    for kernels in ("reference", "auto"):
+        monkeypatch.setenv("KERNELS", kernels)
+        peak = rehearsed(options, sft.rehearse, 1).memory.peaks[OPTIMIZER]
+        made[kernels] = peak[ACTIVATIONS]
+    largest = 4 * tiny.config_dict("vl")["vocab_size"] * tiny.config_dict("vl")["hidden_size"]
+    assert made["auto"] >= largest and made["reference"] - made["auto"] >= 5 * largest
+
+
 # --- What is made of it ---------------------------------------------------------------------------
 
 
