@@ -10,6 +10,8 @@ loops": how many instructions of the innermost loops with products read or write
 they do no harm. "KiB": shared memory. "copies": asynchronous ones, behind which it computes.
 """
 
+# ruff: noqa: E402 (paths and the environment are set between the imports)
+
 import argparse
 import os
 import re
@@ -23,13 +25,13 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.pop("TRITON_INTERPRET", None)
 
-import torch  # noqa: E402
-import triton  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
 
-from kernels import adamw_triton, attention_triton, decode_triton, layers_triton, logprob_triton  # noqa: E402
+from kernels import adamw_triton, attention_triton, decode_triton, layers_triton, logprob_triton
 
 # Shared memory that a program may have, in KiB: A100; RTX 30, 40 (8.9) and 50; H100.
 SHARED = {"80": 163, "86": 99, "90": 227}
