@@ -114,14 +114,15 @@ def jobs() -> Iterator[Job]:
 
 def jobs_between_products(dtype: str) -> Iterator[Job]:
     """Yields the kernels of RMSNorm, RoPE and SwiGLU as the 7B's decoder uses them."""
-    norm = {"C": 3584, "WIDTH": 4096, "num_warps": layers_triton.warps(4096)}
+    norm = {"C": 3584, "WIDTH": 4096, "num_warps": layers_triton.warps(4096), **layers_triton.EXACT}
     yield Job(f"{dtype} norm", layers_triton._rms_norm_kernel, norm)
     yield Job(f"{dtype} norm, backward", layers_triton._rms_norm_backward_kernel, norm)
     turn = {"HEADS": 28, "D": 128, "HEAD_TILE": 32, "HALF_TILE": 64, "num_warps": 4}
+    turn |= layers_triton.EXACT
     for backward in (False, True):
         name = f"{dtype} rope" + (", backward" if backward else "")
         yield Job(name, layers_triton._rope_kernel, turn | {"BACKWARD": backward})
-    gate = {"ELEMENTS": layers_triton.ELEMENTS, "num_warps": 4}
+    gate = {"ELEMENTS": layers_triton.ELEMENTS, "num_warps": 4, **layers_triton.EXACT}
     yield Job(f"{dtype} swiglu", layers_triton._swiglu_kernel, gate)
     yield Job(f"{dtype} swiglu, backward", layers_triton._swiglu_backward_kernel, gate)
 

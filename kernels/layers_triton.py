@@ -15,6 +15,9 @@ from torch.autograd.function import once_differentiable
 
 from kernels.triton_or_none import tl, triton
 
+# A product that is rounded and then added shall not become one multiply-add, rounded once.
+EXACT = {"enable_fp_fusion": False}
+
 # --- RMSNorm --------------------------------------------------------------------------------------
 
 WEIGHT_SUMS = 512  # the weight's gradient is summed up by at most so many programs
@@ -73,7 +76,7 @@ class TritonRMSNorm(torch.autograd.Function):
         scales = torch.empty(N, dtype=torch.float32, device=x.device)
         width = triton.next_power_of_2(C)
         _rms_norm_kernel[(N,)](
-            x, weight, out, scales, eps, C=C, WIDTH=width, num_warps=warps(width)
+            x, weight, out, scales, eps, C=C, WIDTH=width, num_warps=warps(width), **EXACT
         )
         ctx.save_for_backward(x, weight, scales)
         return out
@@ -91,7 +94,7 @@ class TritonRMSNorm(torch.autograd.Function):
         width = triton.next_power_of_2(C)
         _rms_norm_backward_kernel[(programs,)](
             x, weight, scales, d_out.contiguous(), dx, weight_sums, N, rows_each,
-            C=C, WIDTH=width, num_warps=warps(width),
+            C=C, WIDTH=width, num_warps=warps(width), **EXACT,
         )  # fmt: skip
         return dx, weight_sums.sum(0).to(weight.dtype), None
 
@@ -158,7 +161,7 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, *, backward: bool) -> Tensor:
     out = torch.empty((tokens, heads, D), dtype=x.dtype, device=x.device)
     _rope_kernel[(tokens,)](
         x, cos, sin, out, x.stride(0), x.stride(1), HEADS=heads, D=D, BACKWARD=backward,
-        HEAD_TILE=triton.next_power_of_2(heads), HALF_TILE=triton.next_power_of_2(D // 2),
+        HEAD_TILE=triton.next_power_of_2(heads), HALF_TILE=triton.next_power_of_2(D // 2), **EXACT,
     )  # fmt: skip
     return out
 
@@ -225,7 +228,7 @@ class TritonSwiGLU(torch.autograd.Function):
         ctx.save_for_backward(gate, up)
         out = torch.empty_like(gate)
         grid = (triton.cdiv(gate.numel(), ELEMENTS),)
-        _swiglu_kernel[grid](gate, up, out, gate.numel(), ELEMENTS=ELEMENTS)
+        _swiglu_kernel[grid](gate, up, out, gate.numel(), ELEMENTS=ELEMENTS, **EXACT)
         return out
 
     @staticmethod
@@ -236,7 +239,7 @@ class TritonSwiGLU(torch.autograd.Function):
         d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
         grid = (triton.cdiv(gate.numel(), ELEMENTS),)
         _swiglu_backward_kernel[grid](
-            gate, up, d_out.contiguous(), d_gate, d_up, gate.numel(), ELEMENTS=ELEMENTS
+            gate, up, d_out.contiguous(), d_gate, d_up, gate.numel(), ELEMENTS=ELEMENTS, **EXACT
         )
         return d_gate, d_up
 
