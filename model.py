@@ -316,6 +316,7 @@ class KVCache:
         self.keys = torch.zeros(L, slots, K, max_length, D, device=device, dtype=dtype)
         self.values = torch.zeros_like(self.keys)
         self.lengths = torch.zeros(slots, dtype=torch.long, device=device)
+        self.slots = torch.arange(slots, device=device)
         self.longest = 0  # an upper bound of the lengths in use, known without asking the device
 
     @staticmethod
@@ -335,8 +336,7 @@ class KVCache:
         caller sets them anew.
         """
         B = k.shape[0]
-        slots = torch.arange(B, device=k.device)
-        lengths = self.lengths[:B]
+        slots, lengths = self.slots[:B], self.lengths[:B]
         self.keys[layer, slots, :, lengths] = k[:, 0]
         self.values[layer, slots, :, lengths] = v[:, 0]
         keys = self.keys[layer, :B, :, : self.longest + 1]

@@ -43,6 +43,8 @@ TYPES = {
     "clip_factor": "*fp32",
     "cu_seqlens": "*i32",
     "delta": "*fp32",
+    "dk": "*fp32",
+    "dv": "*fp32",
     "eps": "fp32",
     "keep": "fp32",
     "key_lengths": "*i64",
@@ -64,7 +66,7 @@ TYPES = {
     "upstream": "*fp32",
     "weight_sums": "*fp32",
 }
-MATRICES = ("q", "k", "v", "out", "d_out", "dq", "dk", "dv", "gradients")
+MATRICES = ("q", "k", "v", "out", "d_out", "dq", "gradients")
 MATRICES += ("x", "dx", "weight", "cos", "sin", "gate", "up", "d_gate", "d_up")
 MATRICES += ("grad", "exp_avg", "exp_avg_sq")
 

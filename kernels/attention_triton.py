@@ -316,17 +316,18 @@ def _key_kernel(
     HEADS: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr,
     D: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """d_k and d_v of one tile of BN keys. One program sums over all queries of all heads of the
-    group, in a fixed order: no atomics, so the same bits every time."""
+    """What one query head adds to d_k and d_v of one tile of BN keys: dk and dv [tokens, HEADS, D].
+    The host sums over the heads of a group. (A program for all of them would save that, but there
+    would be too few programs: the 3B has two groups.) No atomics: the same bits every time."""
     first, length, start = _find_tile(cu_seqlens, segments, BN)
     if start < length:
         # 1. The tile of keys and values.
-        kv_head = tl.program_id(1).to(tl.int64)
+        head = tl.program_id(1).to(tl.int64)
         key = start + tl.arange(0, BN)
         key_stride = HEADS // GROUP * D
-        place = first * key_stride + kv_head * D
-        k_tile = _load_rows(k + place, key, key_stride, length, False, D, WIDTH)
-        v_tile = _load_rows(v + place, key, key_stride, length, False, D, WIDTH)
+        key_place = first * key_stride + head // GROUP * D
+        k_tile = _load_rows(k + key_place, key, key_stride, length, False, D, WIDTH)
+        v_tile = _load_rows(v + key_place, key, key_stride, length, False, D, WIDTH)
         dk_tile = tl.zeros([BN, WIDTH], tl.float32)
         dv_tile = tl.zeros([BN, WIDTH], tl.float32)
         # 2. Down the column of tiles. In a causal segment queries from `border` on see some of
@@ -336,28 +337,25 @@ def _key_kernel(
             border = start // BM * BM
             whole = tl.cdiv(start + BN, BM) * BM
         rest = tl.maximum(length // BM * BM, whole)
-        for member in range(GROUP):
-            head = kv_head * GROUP + member
-            query_place = (first * HEADS + head) * D
-            q_head, d_out_head = q + query_place, d_out + query_place
-            lse_head, delta_head = lse + head * tokens + first, delta + head * tokens + first
-            if CAUSAL:
-                dk_tile, dv_tile = _walk_queries(
-                    dk_tile, dv_tile, k_tile, v_tile, q_head, d_out_head, HEADS * D, lse_head,
-                    delta_head, key, border, tl.minimum(whole, length), length,
-                    "causal", D, WIDTH, BM,
-                )  # fmt: skip
+        place = (first * HEADS + head) * D
+        lse += head * tokens + first
+        delta += head * tokens + first
+        if CAUSAL:
             dk_tile, dv_tile = _walk_queries(
-                dk_tile, dv_tile, k_tile, v_tile, q_head, d_out_head, HEADS * D, lse_head,
-                delta_head, key, whole, rest, length, "none", D, WIDTH, BM,
+                dk_tile, dv_tile, k_tile, v_tile, q + place, d_out + place, HEADS * D, lse, delta,
+                key, border, tl.minimum(whole, length), length, "causal", D, WIDTH, BM,
             )  # fmt: skip
-            dk_tile, dv_tile = _walk_queries(
-                dk_tile, dv_tile, k_tile, v_tile, q_head, d_out_head, HEADS * D, lse_head,
-                delta_head, key, rest, length, length, "end", D, WIDTH, BM,
-            )  # fmt: skip
+        dk_tile, dv_tile = _walk_queries(
+            dk_tile, dv_tile, k_tile, v_tile, q + place, d_out + place, HEADS * D, lse, delta,
+            key, whole, rest, length, "none", D, WIDTH, BM,
+        )  # fmt: skip
+        dk_tile, dv_tile = _walk_queries(
+            dk_tile, dv_tile, k_tile, v_tile, q + place, d_out + place, HEADS * D, lse, delta,
+            key, rest, length, length, "end", D, WIDTH, BM,
+        )  # fmt: skip
         # 3. The results.
-        _store_rows(dk + place, key, key_stride, length, dk_tile * D**-0.5, D, WIDTH)
-        _store_rows(dv + place, key, key_stride, length, dv_tile, D, WIDTH)
+        _store_rows(dk + place, key, HEADS * D, length, dk_tile * D**-0.5, D, WIDTH)
+        _store_rows(dv + place, key, HEADS * D, length, dv_tile, D, WIDTH)
 
 
 # --- The host's side ----------------------------------------------------------------------------
@@ -422,15 +420,20 @@ class TritonAttention(torch.autograd.Function):
         segments, short, constants = ctx.options
         (T, H, _), K = q.shape, k.shape[1]
         d_out = d_out.contiguous()
-        dq, dk, dv, delta = (torch.empty_like(x) for x in (q, k, v, lse))
+        dq, delta = torch.empty_like(q), torch.empty_like(lse)
         common = (lse, delta, cu_seqlens, segments, T)
         # The query kernel goes first: it writes the delta that the key kernel reads.
         sizes = blocks(short, "query", q.dtype)
         grid = (number_of_tiles(T, segments, sizes["BM"]), H)
         _query_kernel[grid](q, k, v, out, d_out, dq, *common, **constants, **sizes)
         sizes = blocks(short, "key", q.dtype)
-        grid = (number_of_tiles(T, segments, sizes["BN"]), K)
+        grid = (number_of_tiles(T, segments, sizes["BN"]), H)
+        # Where a group's heads are summed, their terms are not rounded before.
+        dtype = k.dtype if H == K else torch.float32
+        dk, dv = (torch.empty(q.shape, dtype=dtype, device=q.device) for _ in range(2))
         _key_kernel[grid](q, k, v, d_out, dk, dv, *common, **constants, **sizes)
+        if H != K:
+            dk, dv = (x.unflatten(1, (K, H // K)).sum(2).to(k.dtype) for x in (dk, dv))
         return dq, dk, dv, None, None
 
 
