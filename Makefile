@@ -1,6 +1,6 @@
 # make reproduce [SEED=1]   base -> SFT -> GRPO -> evaluation on the micro world, on a CPU; prints the table
 # make med [SEED=1]         X-Reasoner-Med: on from there, on a second domain's text; prints the table before and after
-# make test                 all tests
+# make test                 all tests, on the CPU also where there is a GPU
 # make gpu                  what needs a GPU: the tests of it, and the benches; -k goes on after a failure
 # Both set up .venv on first use; PYTHON=python3.12 picks another interpreter for it.
 PYTHON ?= python3
@@ -33,6 +33,7 @@ test: .venv/installed
 # What a GPU must answer, the most important first. What is in benchmarks/gpu is not asked again: an
 # interrupted run goes on, and a file that is deleted is made anew. A bench shows everything, and keeps it in
 # NAME.txt, and its last line, the figures, in NAME.json. PEER="--peer PEER/bin/python" runs the peers too.
+# TEST_ON=gpu: the tests see the GPU only if it is said (tests/conftest.py).
 G = benchmarks/gpu
 # Another interpreter, which has torch and pytest already: make gpu RUN=python3
 RUN = .venv/bin/python
@@ -49,9 +50,9 @@ $(G): $(if $(filter .venv/%,$(RUN)),.venv/installed)
 	mkdir -p $@
 
 $(G)/kernels-tests.txt: | $(G)
-	$(RUN) -m pytest -q tests/test_triton_*.py $(KEEP_TESTS)
+	TEST_ON=gpu $(RUN) -m pytest -q -rs tests/test_triton_*.py $(KEEP_TESTS)
 $(G)/gpu-tests.txt: | $(G)
-	$(RUN) -m pytest -q tests -k gpu $(KEEP_TESTS)
+	TEST_ON=gpu $(RUN) -m pytest -q -rs tests -m gpu $(KEEP_TESTS)
 $(G)/sft-%-states-on-host.json: | $(G)
 	$(STEP) --stage sft --shape $* --states-on host $(KEEP)
 $(G)/sft-%.json: | $(G)

@@ -1,12 +1,34 @@
-"""Before anything imports Triton: without a GPU its kernels run in its interpreter, on CPU
-tensors."""
+"""What the tests run on: the CPU, on every machine.
+
+A GPU is hidden, from the tests and from the commands that they start: so `--device auto` is the CPU
+everywhere, and Triton's kernels run in its interpreter, on CPU tensors. The environment variable
+TEST_ON=gpu leaves the GPU in sight. It is for the tests of the kernels and for those that are
+marked `gpu`, as `make gpu` runs them:
+
+    TEST_ON=gpu python -m pytest tests/test_triton_*.py
+    TEST_ON=gpu python -m pytest tests -m gpu
+"""
 
 import os
 
-import torch
+import pytest
+
+# Before anything asks torch for a GPU, or imports Triton.
+WANTS_GPU = os.environ.get("TEST_ON") == "gpu"
+if not WANTS_GPU:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips a test that is marked `gpu` where there is none, or none was asked for."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        missing = "torch finds none" if WANTS_GPU else "TEST_ON=gpu asks for it"
+        pytest.skip(f"needs a GPU: {missing}")
 
 
 def teach_the_interpreter_bfloat16() -> None:

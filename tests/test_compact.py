@@ -8,7 +8,6 @@ from training import compact
 from training.compact import CompactAdamW, join, off_the_grid, random_low, split
 
 NEAREST = 0x80  # the noise with which `split` rounds to the nearest
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -390,7 +389,7 @@ def test_other_weights_are_refused():
 # --- On a GPU ---
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_gpu_states_on_the_host_give_the_same_bits():
     shapes = [torch.randn(33, 31, generator=seeded()), torch.ones(7), torch.randn(5000, 7000)]
     weights = [shape.cuda() for shape in shapes]
@@ -403,7 +402,7 @@ def test_gpu_states_on_the_host_give_the_same_bits():
     assert_same_bits(beside, on_host)
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_gpu_masters_begin_within_the_step():
     weight = every_bfloat16().cuda()
     low = random_low(weight, torch.Generator("cuda").manual_seed(0))

@@ -1,6 +1,9 @@
 """The structure that README.md describes: rooms, arrows that point downwards, lengths."""
 
+import os
 import re
+
+import torch
 
 from tools import lines
 
@@ -53,3 +56,9 @@ def test_the_readme_says_how_long_the_reading_path_is():
     assert list(said) == list(lines.READING_PATH)
     for name, count in said.items():
         assert abs(int(count) - len(lines.lines_of(name))) <= 0.05 * int(count), name
+
+
+def test_a_gpu_is_out_of_sight_unless_it_is_asked_for():
+    """So everything is tested on the CPU, on every machine; commands inherit it."""
+    if os.environ.get("TEST_ON") != "gpu":
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "" and not torch.cuda.is_available()

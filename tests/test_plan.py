@@ -138,6 +138,8 @@ def test_one_process_needs_what_is_planned(folder, torch_only, stage, dtype):
 
 
 def test_two_processes_need_what_is_planned(tmp_path, folder, monkeypatch):
+    """Of the collectives' own memory nothing is counted: when gloo's threads let go of it, is
+    chance (tests/rehearse_on_ranks.py says more)."""
     values = GRPO | {"model": folder, "dtype": "float32"}
     out = tmp_path / "real.json"
     monkeypatch.setenv("KERNELS", "sdpa")

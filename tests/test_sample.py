@@ -381,9 +381,6 @@ def test_ctrl_c_keeps_what_is_finished_and_leaves_a_sampler_that_works(tokenizer
     assert [c.text for [c] in engine.generate(batch, SamplingParams(40, 0.0))] == ["ab", "x" * 40]
 
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
 @pytest.fixture
 def captured(monkeypatch) -> list:
     """The graphs of every rollout."""
@@ -408,7 +405,7 @@ def assert_close_to_plain(engine: Sampler, plain_model: Qwen2_5_VL, params: Samp
         )
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("max_batch", [3, 64])
 def test_gpu_gives_what_the_plain_loop_gives(tmp_path, max_batch, captured):
     """Also where CUDA graphs are replayed, and where more slots are run than are in use."""
@@ -426,7 +423,7 @@ def test_gpu_gives_what_the_plain_loop_gives(tmp_path, max_batch, captured):
     assert captured and all(captured)
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_gpu_rollouts_follow_the_weights(tmp_path, captured):
     """A rollout, an optimiser's step in place, a rollout: no graph has kept the old weights."""
     folder = tiny.make_folder(tmp_path, "vl")
@@ -457,7 +454,7 @@ class EagerGraphs(engine_module.Graphs):
         work()
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("in_place", [True, False], ids=["in place", "a new copy"])
 def test_gpu_graphs_with_an_optimiser_step_between_rollouts(
     tmp_path, captured, monkeypatch, in_place
@@ -486,7 +483,7 @@ def test_gpu_graphs_with_an_optimiser_step_between_rollouts(
     assert texts[0] != texts[1] != texts[2]
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_gpu_memory_is_given_back_after_a_rollout(tmp_path):
     folder = tiny.make_folder(tmp_path, "vl")
     model = Qwen2_5_VL.from_pretrained(folder, device="cuda", dtype=torch.bfloat16)

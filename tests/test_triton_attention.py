@@ -1,5 +1,5 @@
 """The Triton attention kernels against the reference in float64: in Triton's interpreter, or on a
-GPU where there is one."""
+GPU (TEST_ON=gpu, tests/conftest.py)."""
 
 import pytest
 import torch

@@ -1,5 +1,5 @@
 """The Triton kernels of kernels/logprob_triton.py against the reference in float64: in Triton's
-interpreter, or on a GPU where there is one."""
+interpreter, or on a GPU (TEST_ON=gpu, tests/conftest.py)."""
 
 import subprocess
 import sys
@@ -289,7 +289,7 @@ def test_a_pack_has_the_same_scores_with_kernels(monkeypatch, temperature, maske
         torch.testing.assert_close(results[1][name], wanted, atol=atol, rtol=1e-4)
 
 
-@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.gpu
 def test_gpu_memory_at_full_size():
     """Beyond inputs and gradients, at 8,192 tokens of the 7B's head in bfloat16."""
     hidden = torch.randn(8192, 3584, device="cuda", dtype=torch.bfloat16).requires_grad_()
