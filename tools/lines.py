@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 READING_PATH = (
     "model.py",
     "vision.py",
+    "kernels/layers.py",
     "kernels/attention.py",
     "kernels/logprob.py",
     "kernels/sampling.py",

@@ -35,7 +35,8 @@ from training.rehearsal import (
 
 GIB = 2**30
 # What no tensor shows: the CUDA context, buffers of NCCL, workspaces of cuBLAS, CUDA graphs, and
-# the gaps that the allocator leaves. A guess, which no GPU has confirmed yet.
+# the gaps that the allocator leaves. On an H200 torch held 1.1 to 2.2 GiB more than was planned
+# (docs/results.md), and the context some 0.5; NCCL's part has not been seen yet.
 RESERVE = 4 * GIB
 DEFAULT_GIB = 80  # of a GPU that is not there
 NOTHING = "none of 2, 4 or 8 GPUs, --states-on host, and shorter packs"
