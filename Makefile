@@ -30,11 +30,11 @@ claims-quick: .venv/installed
 test: .venv/installed
 	.venv/bin/python -m pytest -q tests
 
-# What a GPU must answer, the most important first. What is in benchmarks/gpu is not asked again: an
-# interrupted run goes on, and a file that is deleted is made anew. A bench shows everything, and keeps it in
+# What a GPU must answer, the most important first, into runs/gpu (an H200's answers are in benchmarks/gpu).
+# What is there is not asked again: an interrupted run goes on, a file that is deleted is made anew. A bench shows everything, and keeps it in
 # NAME.txt, and its last line, the figures, in NAME.json. PEER="--peer PEER/bin/python" runs the peers too.
 # TEST_ON=gpu: the tests see the GPU only if it is said (tests/conftest.py).
-G = benchmarks/gpu
+G = runs/gpu
 # Another interpreter, which has torch and pytest already: make gpu RUN=python3
 RUN = .venv/bin/python
 KEEP = | tee $(@:.json=.txt) && tail -n 1 $(@:.json=.txt) > $@.new && mv $@.new $@

@@ -1,7 +1,7 @@
-"""Plots what `make gpu` recorded: attention.json and logprob.json in benchmarks/gpu, as .png beside
-them. Needs matplotlib.
+"""Plots what `make gpu` recorded: attention.json and logprob.json, as .png beside them. Needs
+matplotlib.
 
-    python benchmarks/plot.py
+    python benchmarks/plot.py [FOLDER]      runs/gpu; benchmarks/gpu has an H200's
 """
 
 import json
@@ -15,8 +15,6 @@ except ImportError:
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
-
-FOLDER = Path(__file__).resolve().parent / "gpu"
 
 
 def about(result: dict) -> str:
@@ -78,8 +76,9 @@ def plot_logprob(path: Path) -> None:
 
 
 if __name__ == "__main__":
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/gpu")
     for name, plot in (("attention", plot_attention), ("logprob", plot_logprob)):
-        path = FOLDER / f"{name}.json"
+        path = folder / f"{name}.json"
         if path.exists():
             plot(path)
             print(path.with_suffix(".png"))
