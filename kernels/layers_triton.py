@@ -4,9 +4,10 @@ There is next to nothing to compute in them, so what counts is how often memory 
 Written in PyTorch, RMSNorm alone is eight kernels that hand [tokens, C] to one another; and where
 there are few tokens, as in decoding, the launch of each takes longer than its work.
 
-Everything is computed in float32 and rounded where the definitions round, so that in 16 bits the
-forward pass has the same bits, up to the order in which a row is summed. The backward passes
-compute again what is cheap, and keep only what went in.
+Everything is computed in float32 and rounded where the definitions round. So in 16 bits the forward
+pass has the same bits, but for the few that the last bits of a float32 decide: a row is summed in
+another order, and exp and rsqrt are the GPU's own. The backward passes compute again what is cheap,
+and keep only what went in.
 """
 
 import torch
@@ -184,10 +185,11 @@ class TritonRope(torch.autograd.Function):
 
 def apply_rope_triton(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Returns what `apply_rope_reference` does."""
-    heads, D = x.shape[-2:]
+    *rows, heads, D = x.shape
+    # Rows may share their angles, but the kernel reads a token's own.
+    cos, sin = (t.expand(*rows, D).reshape(-1, D).contiguous() for t in (cos, sin))
     with torch.cuda.device_of(x):  # Triton launches on the current device
-        angles = (t.reshape(-1, D).contiguous() for t in (cos, sin))
-        return TritonRope.apply(x.reshape(-1, heads, D), *angles).view(x.shape)
+        return TritonRope.apply(x.reshape(-1, heads, D), cos, sin).view(x.shape)
 
 
 # --- SwiGLU ---------------------------------------------------------------------------------------
@@ -197,6 +199,7 @@ ELEMENTS = 1024  # of a program
 
 @triton.jit
 def _swiglu_kernel(gate, up, out, count, ELEMENTS: tl.constexpr):
+    """out = silu(gate) * up. The first factor is rounded, as the definition rounds it."""
     place = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
     inside = place < count
     g = tl.load(gate + place, mask=inside, other=0.0).to(tl.float32)

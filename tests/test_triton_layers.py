@@ -1,5 +1,5 @@
 """The Triton kernels of kernels/layers_triton.py against the definitions in kernels/layers.py: in
-Triton's interpreter, or on a GPU where there is one."""
+Triton's interpreter, or on a GPU (TEST_ON=gpu, tests/conftest.py)."""
 
 import pytest
 import torch
@@ -95,8 +95,7 @@ def test_rope(shape, dtype):
     angles = random(*shape[:-2], shape[-1], dtype=torch.float64, seed=2)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     one, other = check(layers_triton.apply_rope_triton, layers.apply_rope_reference, x, cos, sin)
-    if dtype != torch.float32:  # (there a multiply-add may be rounded once)
-        assert torch.equal(one, other)
+    assert torch.equal(one, other)  # no product is fused with a sum
 
 
 def test_rope_of_slices_with_float32_angles():
@@ -108,6 +107,32 @@ def test_rope_of_slices_with_float32_angles():
         other = layers.apply_rope_reference(x, angles.cos(), angles.sin())
         assert one.dtype == torch.bfloat16 and share_of_equal(one, other) > 0.98
         torch.testing.assert_close(one, other)
+
+
+def test_rope_of_rows_that_share_their_angles():
+    x = random(2, 5, 3, 16, dtype=torch.float32)
+    for shape in ((1, 5, 16), (5, 16)):
+        cos, sin = (random(*shape, dtype=torch.float32, seed=seed) for seed in (2, 3))
+        one = layers_triton.apply_rope_triton(x, cos, sin)
+        assert torch.equal(one, layers.apply_rope_reference(x, cos, sin))
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "apply_rope", "swiglu"])
+def test_inputs_and_gradients_that_are_not_contiguous(name):
+    """Inputs whose last dimension has a stride; and the gradient of a sum, a single number."""
+    x = random(16, 2, 3, dtype=torch.float32).movedim(0, -1)  # [2, 3, 16]
+    others = {
+        "rms_norm": (random(16, dtype=torch.float32, seed=1), 1e-6),
+        "apply_rope": [random(2, 16, dtype=torch.float32, seed=seed) for seed in (1, 2)],
+        "swiglu": (x.flip(0),),
+    }[name]
+    results = []
+    kernel, definition = getattr(layers, f"{name}_triton"), getattr(layers, f"{name}_reference")
+    for function in (kernel, definition):
+        leaf = x.detach().requires_grad_()
+        out = function(leaf, *others)
+        results.append((out, *torch.autograd.grad(out.sum(), leaf)))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
 
 def test_rope_keeps_lengths_and_is_undone_by_its_gradient():
