@@ -1,5 +1,5 @@
 """What our Triton kernels take of a GPU, with no GPU at hand: Triton compiles ahead of time, and
-ptxas says what a program takes. So the tile sizes were chosen.
+ptxas says what a program takes.
 
     python benchmarks/kernel_resources.py                       # all; exit 1 if one does not fit
     python benchmarks/kernel_resources.py 90                    # for compute capability 9.0 alone

@@ -1,5 +1,5 @@
 """The Triton kernel of kernels/adamw_triton.py against the definition in training/compact.py: in
-Triton's interpreter, or on a GPU where there is one."""
+Triton's interpreter, or on a GPU (TEST_ON=gpu, tests/conftest.py)."""
 
 import pytest
 import torch
@@ -203,7 +203,7 @@ def test_who_computes(monkeypatch):
     assert taken == [default, "reference", "reference", asked, "triton"]
 
 
-@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.gpu
 def test_gpu_states_on_the_host_give_the_same_bits(monkeypatch):
     monkeypatch.setenv("KERNELS", "triton")
     weights = [torch.randn(shape, generator=seeded()) for shape in ((33, 31), (7,), (1000, 1000))]
