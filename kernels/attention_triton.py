@@ -361,26 +361,20 @@ def _key_kernel(
 # --- The host's side ----------------------------------------------------------------------------
 
 
-def blocks(short: bool, kernel: str, dtype: torch.dtype) -> dict:
-    """Returns tile sizes (BM queries, BN keys), warps and pipeline stages of a kernel.
+# BM queries, BN keys and pipeline stages of a tile in 16 bits, with 4 warps: of 243 choices that
+# were tried on an H200 the fastest, or nearly (docs/log.md). Windows are a ViT's, of 64 patches.
+TILES = {"forward": (64, 64, 3), "query": (64, 64, 2), "key": (32, 64, 2)}
+TILES_FOR_WINDOWS = {"forward": (64, 32, 2), "query": (64, 32, 1), "key": (32, 64, 1)}
+# No tensor core takes float32 unrounded: small tiles, which fit into shared memory.
+TILE_IN_FLOAT32 = (32, 16, 1)
 
-    `kernel` is forward, query or key; `short`: segments of some 64 tokens, a ViT's windows, which
-    would leave longer tiles half empty. One choice for each, no autotuning at first use. In 16 bits
-    they are the fastest, or nearly, of 243 that were tried on an H200 (docs/log.md); in float32,
-    which no tensor core takes unrounded, tiles that fit into shared memory.
-    """
-    if dtype == torch.float32:
-        return {"BM": 32, "BN": 16, "num_warps": 4, "num_stages": 1}
-    if kernel == "key":  # few queries at a time, where d_k and d_v take most of the registers
-        return {"BM": 32, "BN": 64, "num_warps": 4, "num_stages": 1 if short else 2}
-    if kernel == "query":
-        return {
-            "BM": 64,
-            "BN": 32 if short else 64,
-            "num_warps": 4,
-            "num_stages": 1 if short else 2,
-        }
-    return {"BM": 64, "BN": 32 if short else 64, "num_warps": 4, "num_stages": 2 if short else 3}
+
+def blocks(short: bool, kernel: str, dtype: torch.dtype) -> dict:
+    """Returns the tile of a kernel (forward, query or key). `short`: segments of 64 tokens or fewer
+    on average, which would leave longer tiles half empty. No autotuning at first use."""
+    sizes = (TILES_FOR_WINDOWS if short else TILES)[kernel]
+    BM, BN, stages = TILE_IN_FLOAT32 if dtype == torch.float32 else sizes
+    return {"BM": BM, "BN": BN, "num_warps": 4, "num_stages": stages}
 
 
 def head_constants(q: Tensor, k: Tensor) -> dict:
