@@ -106,7 +106,7 @@ def measure_sft(options: sft.SFTOptions, packs: int, watch: Watch) -> dict:
 def measure_grpo(
     options: grpo.GRPOOptions, tokenizer: Tokenizer, prompt_tokens: int, watch: Watch
 ) -> dict:
-    """Takes the steps. Returns how many tokens were trained on, and the last step's metrics."""
+    """Takes the steps. Returns the number of tokens in the update's packs, and the last metrics."""
     trainer = grpo.Trainer(options, tokenizer)
     questions = []
     for i in range(options.questions_per_step):
@@ -116,12 +116,21 @@ def measure_grpo(
     # The model's responses are noise: they are judged by a coin, so that there is much to learn.
     coin = random.Random(0)
     grpo.reward = lambda example, response: float(coin.random() < 0.5)
+    # Responses share their prompt in a pack: what is run is fewer tokens than they have.
+    run, make_packs = [], grpo.make_response_packs
+
+    def counted_packs(*args):
+        packs = make_packs(*args)
+        run.append(sum(part.pack.input_ids.shape[1] for part in packs))
+        return packs
+
+    grpo.make_response_packs = counted_packs
     rollout, update = grpo.rollout, trainer.update
     grpo.rollout = lambda *args, **rest: watch.run("rollout", lambda: rollout(*args, **rest))
     trainer.update = lambda *args: watch.run("update", lambda: update(*args))
     for number in range(STEPS):
         metrics, _ = trainer.step(questions, number, options.learning_rate)
-    return {"tokens": metrics["tokens"], "metrics": metrics}
+    return {"tokens": run[-1], "metrics": metrics}
 
 
 def training_options(options: TrainStepOptions, folder: str) -> sft.SFTOptions | grpo.GRPOOptions:
