@@ -393,6 +393,7 @@ class TritonAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, cu_seqlens, causal):
+        """Returns attention [T, H, D]."""
         T, H, _ = q.shape
         out = torch.empty_like(q)
         lse = torch.empty((H, T), dtype=torch.float32, device=q.device)
@@ -410,6 +411,7 @@ class TritonAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out):
+        """Returns the gradients of q, k and v, for that of the output [T, H, D]."""
         q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
         segments, short, constants = ctx.options
         (T, H, _), K = q.shape, k.shape[1]

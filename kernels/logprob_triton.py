@@ -155,6 +155,7 @@ class TritonLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, masked, temperature):
+        """Returns log-probs and entropies [N] of hidden states [N, C] and the head [V, C]."""
         N, C = hidden.shape
         scale = 1.0 / temperature
         statistics = torch.zeros((3, N), dtype=torch.float32, device=hidden.device)
