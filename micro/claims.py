@@ -6,8 +6,8 @@
     python micro/claims.py --plan                # what there is to make, and how long that takes
     python micro/claims.py --summary             # what micro/results/claims says, without running
 
-The claims are data (micro/paper_claims.py, micro/further_claims.py): each has a sentence, what
-would refute it, the models and test sets that it needs (micro/experiments.py), and bounds from
+The claims are data (micro/paper_claims.py, further_claims.py, why_claims.py): each has a sentence,
+what would refute it, the models and test sets that it needs (micro/experiments.py), and bounds from
 which the verdict follows (micro/verdicts.py). A seed's table of a claim is written to
 micro/results/claims as soon as all that it needs is there. In the end this prints Markdown, and
 writes it to docs/claims.md; with --quick or --smoke both stay in the folder of the runs.
@@ -26,9 +26,10 @@ from micro.experiments import Place, Task, make_all, print_plan, provenance, tas
 from micro.further_claims import FURTHER_CLAIMS
 from micro.paper_claims import PANELS, PAPER_CLAIMS, curve
 from micro.verdicts import Claim, Table, report, write_results
+from micro.why_claims import WHY_CLAIMS
 from training.journal import git_commit, write_whole
 
-CLAIMS = (*PAPER_CLAIMS, *FURTHER_CLAIMS)
+CLAIMS = (*PAPER_CLAIMS, *FURTHER_CLAIMS, *WHY_CLAIMS)
 RESULTS = ROOT / "micro" / "results" / "claims"
 PAGE = ROOT / "docs" / "claims.md"
 INTRODUCTION = """# The paper's claims, one by one

@@ -4,29 +4,11 @@ What would refute a claim was written down before it was measured (see micro/pap
 """
 
 from collections.abc import Callable
-from statistics import fmean
 
 from micro.claim_data import shipped
-from micro.claim_parts import (
-    HEADLINE,
-    SIX,
-    Rows,
-    base,
-    figure_of,
-    gain,
-    grpo,
-    percent,
-    reading,
-    row,
-    sft,
-    x_reasoner,
-)
-from micro.experiments import Place, Run
-from micro.failures import FAILURES
+from micro.claim_parts import Rows, base, figure_of, gain, grpo, reading, row, sft, x_reasoner
 from micro.paper_claims import MED_UNIT, SHARES, med
-from micro.reproduce import COLUMNS
-from micro.stopping import COUNT, probe_model
-from micro.verdicts import Bound, Claim, Figure, Table
+from micro.verdicts import Bound, Claim, Table
 
 
 def med_mixed(seed: int) -> Rows:
@@ -175,94 +157,5 @@ VARIANTS_CLAIM = Claim(
     unit="accuracy in %, k > 2, after 60 rollouts of 128 answers",
 )
 
-# --- Where it fails -------------------------------------------------------------------------------
 
-COUNTED = ("stopped early", "went on")  # the steps are right, but not their number
-
-
-def failures(seed: int) -> Rows:
-    final = x_reasoner(seed)
-    return {
-        column: {
-            name: figure_of(final, shipped(COLUMNS[column]), percent("failures", name))
-            for name in FAILURES
-        }
-        for column in SIX
-    }
-
-
-def miscounted(column: str) -> Callable[[Table], float]:
-    """Returns what computes the share of failures in which only the number of steps is wrong."""
-
-    def figure(t: Table) -> float:
-        return 100 * sum(t[column][name] for name in COUNTED) / max(0.1, sum(t[column].values()))
-
-    return figure
-
-
-FAILURES_CLAIM = Claim(
-    "failures",
-    "not in the paper",
-    "Where L and G do not follow A, the steps are right and their number is wrong: what does not "
-    "carry over is when to stop.",
-    "on L or on G, text or images, less than 75% of the failures are chains of right steps that "
-    "stop early or go on (the others misread the question, or take a wrong step).",
-    failures,
-    tuple(Bound(f"right steps among the failures, {c}", miscounted(c), 75) for c in SIX[2:]),
-    HEADLINE,
-    "% of the questions with k > 2 that go wrong in each way, after SFT + RL",
-)
-
-PROBED_LAYER = 2  # the third of four, where A as text and A as images are most alike (seed 0)
-SMOKE_PROBES = 20  # chains
-OWN, OF_A = "own", "A's"  # the setting whose probe it is
-
-
-def probed(run: Run, name: str) -> dict[str, Figure]:
-    """Returns a row: the accuracy of a kind of probe in each setting."""
-
-    def figure(setting: str) -> Figure:
-        def read(place: Place) -> float:
-            count = SMOKE_PROBES if place.smoke else COUNT
-            found = probe_model(str(run.model(place)), run.seed, count)
-            return 100 * found[name][setting][PROBED_LAYER]
-
-        return Figure((run,), read)
-
-    return {setting: figure(setting) for setting in SIX}
-
-
-def stopping(seed: int) -> Rows:
-    first, final = base(seed), x_reasoner(seed)
-    return {
-        "base: own probe": probed(first, OWN),
-        "base: A's probe": probed(first, OF_A),
-        "SFT + RL: own probe": probed(final, OWN),
-        "SFT + RL: A's probe": probed(final, OF_A),
-        "SFT + RL: accuracy": row(final, SIX),
-    }
-
-
-def of_base(kind: str, *settings: str) -> Callable[[Table], float]:
-    return lambda t: fmean(t[f"base: {kind} probe"][setting] for setting in settings)
-
-
-STOPPING = Claim(
-    "stopping",
-    "not in the paper",
-    "Every base knows whether another step follows, in all domains; what differs is the form. L "
-    "has it as A does, and follows; G has it in a form of its own, and does not.",
-    "in the bases the probe of A as text is right in less than 85% of L, or in more than 65% of G; "
-    "or G's own in less than 95%. (Chance is 50%. Stated after a look at seed 0.)",
-    stopping,
-    (
-        Bound("base: G's own probe", of_base(OWN, "G text", "G image"), 95),
-        Bound("base: A's probe on L", of_base(OF_A, "L text", "L image"), 85),
-        Bound("base: A's probe on G", of_base(OF_A, "G text", "G image"), at_most=65),
-    ),
-    HEADLINE,
-    "% of the chains of which a linear probe behind the third layer tells whether another step "
-    "follows; last row: accuracy in %, k > 2",
-)
-
-FURTHER_CLAIMS = (MED_MIXED, READING, SIZE, VARIANTS_CLAIM, FAILURES_CLAIM, STOPPING)
+FURTHER_CLAIMS = (MED_MIXED, READING, SIZE, VARIANTS_CLAIM)

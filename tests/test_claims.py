@@ -407,6 +407,8 @@ def test_the_claims_of_the_issue_are_there():
         "variants",
         "failures",
         "stopping",
+        "decisions",
+        "clock",
     ]
     assert [c.name for c in claims.choose(None, quick=True)] == [
         c.name for c in claims.CLAIMS if c.name not in ("reading", "size")

@@ -1,0 +1,240 @@
+"""Claims on why it carries over where it does, and why not where it does not.
+
+They ask the models of the other claims (micro/paper_claims.py) further: what goes wrong, what is
+known, what a decision follows. The paper has nothing like it. What would refute a claim was written
+down before it was measured, or after a look at some seeds, where it says so.
+"""
+
+from collections.abc import Callable
+from statistics import fmean
+
+from micro.claim_data import shipped
+from micro.claim_parts import (
+    FOUR,
+    HEADLINE,
+    SIX,
+    Rows,
+    base,
+    figure_of,
+    percent,
+    row,
+    sft,
+    x_reasoner,
+)
+from micro.decisions import COUNT as JUDGED
+from micro.decisions import DECISIONS, judge_model
+from micro.experiments import Place, Run
+from micro.failures import FAILURES
+from micro.reproduce import COLUMNS
+from micro.stopping import COUNT, probe_model
+from micro.verdicts import Bound, Claim, Figure, Table
+
+# --- Where it goes wrong --------------------------------------------------------------------------
+
+COUNTED = ("stopped early", "went on")  # the steps are right, but not their number
+
+
+def failures(seed: int) -> Rows:
+    final = x_reasoner(seed)
+    return {
+        column: {
+            name: figure_of(final, shipped(COLUMNS[column]), percent("failures", name))
+            for name in FAILURES
+        }
+        for column in SIX
+    }
+
+
+def miscounted(column: str) -> Callable[[Table], float]:
+    """Returns what computes the share of failures in which only the number of steps is wrong."""
+
+    def figure(t: Table) -> float:
+        return 100 * sum(t[column][name] for name in COUNTED) / max(0.1, sum(t[column].values()))
+
+    return figure
+
+
+FAILURES_CLAIM = Claim(
+    "failures",
+    "not in the paper",
+    "Where L and G do not follow A, the steps are right and their number is wrong: what does not "
+    "carry over is when to stop.",
+    "on L or on G, text or images, less than 75% of the failures are chains of right steps that "
+    "stop early or go on (the others misread the question, or take a wrong step).",
+    failures,
+    tuple(Bound(f"right steps among the failures, {c}", miscounted(c), 75) for c in SIX[2:]),
+    HEADLINE,
+    "% of the questions with k > 2 that go wrong in each way, after SFT + RL",
+)
+
+PROBED_LAYER = 2  # the third of four, where A as text and A as images are most alike (seed 0)
+SMOKE_PROBES = 20  # chains
+OWN, OF_A = "own", "A's"  # the setting whose probe it is
+
+
+def probed(run: Run, name: str) -> dict[str, Figure]:
+    """Returns a row: the accuracy of a kind of probe in each setting."""
+
+    def figure(setting: str) -> Figure:
+        def read(place: Place) -> float:
+            count = SMOKE_PROBES if place.smoke else COUNT
+            found = probe_model(str(run.model(place)), run.seed, count)
+            return 100 * found[name][setting][PROBED_LAYER]
+
+        return Figure((run,), read)
+
+    return {setting: figure(setting) for setting in SIX}
+
+
+def stopping(seed: int) -> Rows:
+    first, final = base(seed), x_reasoner(seed)
+    return {
+        "base: own probe": probed(first, OWN),
+        "base: A's probe": probed(first, OF_A),
+        "SFT + RL: own probe": probed(final, OWN),
+        "SFT + RL: A's probe": probed(final, OF_A),
+        "SFT + RL: accuracy": row(final, SIX),
+    }
+
+
+def of_base(kind: str, *settings: str) -> Callable[[Table], float]:
+    return lambda t: fmean(t[f"base: {kind} probe"][setting] for setting in settings)
+
+
+STOPPING = Claim(
+    "stopping",
+    "not in the paper",
+    "Every base knows whether another step follows, in all domains; what differs is the form. L "
+    "has it as A does, and follows; G has it in a form of its own, and does not.",
+    "in the bases the probe of A as text is right in less than 85% of L, or in more than 65% of G; "
+    "or G's own in less than 95%. (Chance is 50%. Stated after a look at seed 0.)",
+    stopping,
+    (
+        Bound("base: G's own probe", of_base(OWN, "G text", "G image"), 95),
+        Bound("base: A's probe on L", of_base(OF_A, "L text", "L image"), 85),
+        Bound("base: A's probe on G", of_base(OF_A, "G text", "G image"), at_most=65),
+    ),
+    HEADLINE,
+    "% of the chains of which a linear probe behind the third layer tells whether another step "
+    "follows; last row: accuracy in %, k > 2",
+)
+
+# --- Which decisions carry over -------------------------------------------------------------------
+
+STEP_BY_STEP = ("operation", "result")
+NEXT = ("go on", "number")
+
+
+def judged(run: Run, part: str, name: str, columns: tuple[str, ...]) -> dict[str, Figure]:
+    """Returns a row: what micro/decisions.py says of a model."""
+
+    def figure(column: str) -> Figure:
+        def read(place: Place) -> float:
+            count = SMOKE_PROBES if place.smoke else JUDGED
+            found = judge_model(str(run.model(place)), run.seed, count)
+            return 100 * found[part][name][column]
+
+        return Figure((run,), read)
+
+    return {column: figure(column) for column in columns}
+
+
+def decisions(seed: int) -> Rows:
+    models = {"base": base(seed), "SFT": sft(base(seed)), "SFT + RL": x_reasoner(seed)}
+    rows = {}
+    for model, run in models.items():
+        # The base ends after two steps: which step comes next is not a question to it.
+        for name in STEP_BY_STEP if model == "base" else DECISIONS:
+            rows[f"{model}: {name}"] = judged(run, "decisions", name, FOUR)
+    return rows
+
+
+def lowest_step(t: Table) -> float:
+    return min(t[f"SFT: {name}"][column] for name in STEP_BY_STEP for column in FOUR[1:])
+
+
+def share_of_next(t: Table) -> float:
+    """Returns how many % of what is wrong after SFT, not on A text, is which step comes next."""
+    wrong = {
+        name: sum(100 - t[f"SFT: {name}"][column] for column in FOUR[1:]) for name in DECISIONS
+    }
+    return 100 * sum(wrong[name] for name in NEXT) / max(0.1, sum(wrong.values()))
+
+
+DECISIONS_CLAIM = Claim(
+    "decisions",
+    "not in the paper",
+    "Every base knows each step, in both domains and modalities, and keeps it; what does not carry "
+    "over at once is which step comes next.",
+    "after SFT on text of A, given a right chain up to there, less than 99% of the operations or "
+    "of their results are right on images of A, or on text or images of L; or less than 90% of the "
+    "wrong decisions there are whether to go on, and with which number. (Stated after a look at "
+    "seeds 0 and 1.)",
+    decisions,
+    (
+        Bound("SFT: operations, results: the worst", lowest_step, 99),
+        Bound("SFT: which step comes next, % of what is wrong", share_of_next, 90),
+    ),
+    HEADLINE,
+    "% of the decisions that are right, along right chains of 3 to 6 steps",
+)
+
+TEXTS = ("A text", "L text")
+CLOCK_ROWS = {
+    "number, as it is": ("swapped", "nothing"),
+    "number, with the other domain's signs": ("swapped", "signs"),
+    "number, with its states": ("swapped", "states"),
+    "number, behind its prompt": ("swapped", "prompt"),
+    "last step replaced: one more than its number": ("displaced", "replaced: by number"),
+    "last step replaced: one more than there are": ("displaced", "replaced: by count"),
+    "steps moved on: one more than there are": ("displaced", "moved on: by count"),
+    "steps moved on: what is due at the place": ("displaced", "moved on: by place"),
+    "steps moved back: one more than there are": ("displaced", "moved back: by count"),
+    "steps moved back: what is due at the place": ("displaced", "moved back: by place"),
+}
+
+
+def clock(seed: int) -> Rows:
+    models = {"SFT": sft(base(seed)), "SFT + RL": x_reasoner(seed)}
+    return {
+        f"{model}: {row_name}": judged(run, part, name, TEXTS)
+        for model, run in models.items()
+        for row_name, (part, name) in CLOCK_ROWS.items()
+    }
+
+
+def left_with_signs(t: Table) -> float:
+    """Returns how many % of the wrong numbers on L stay wrong with the signs of A."""
+    own = 100 - t["SFT + RL: number, as it is"]["L text"]
+    return 100 * (100 - t[f"SFT + RL: {list(CLOCK_ROWS)[1]}"]["L text"]) / max(0.1, own)
+
+
+CLOCK = Claim(
+    "clock",
+    "not in the paper",
+    "What text of A teaches is a clock: the number of the next step says how far the chain has "
+    "come, and does not go on from the one before. Where L follows less, its signs are why.",
+    "after both stages, behind a last step that is another one, more than 5% of the numbers on "
+    "text of A go on from its number; or with all steps moved on by one, more than 10% say how "
+    "many there are; or the signs of A in the chains of L leave more than half of the wrong "
+    "numbers. (Stated after a look at seeds 0 and 1.)",
+    clock,
+    (
+        Bound(
+            "replaced: by the last number",
+            lambda t: t["SFT + RL: last step replaced: one more than its number"]["A text"],
+            at_most=5,
+        ),
+        Bound(
+            "moved on: by how many there are",
+            lambda t: t["SFT + RL: steps moved on: one more than there are"]["A text"],
+            at_most=10,
+        ),
+        Bound("L text: % of wrong numbers left with A's signs", left_with_signs, at_most=50),
+    ),
+    HEADLINE,
+    "% of the numbers of the next step, along right chains, or in such cases",
+)
+
+
+WHY_CLAIMS = (FAILURES_CLAIM, STOPPING, DECISIONS_CLAIM, CLOCK)
