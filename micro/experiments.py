@@ -180,8 +180,8 @@ class Run:
     def command(self, place: Place) -> list[str]:
         """Returns the command, with --resume where it has something to go on from."""
         folder = self.folder(place)
-        words = [sys.executable, str(ROOT / self.script), *arguments(self.options)]
-        words += ["--seed", str(self.seed)]
+        words = [sys.executable, str(ROOT / self.script), "--seed", str(self.seed)]
+        words += arguments(self.options)
         if self.is_base:
             return [*words, "--out", str(folder / "model")]
         words += ["--model", str(self.start.model(place))]

@@ -116,7 +116,7 @@ def test_a_run_is_made_once(place, commands):
     assert len(commands) == 1 and run.done(place)
     words = commands[0]
     assert words[0].endswith("sft.py") and words[-1] == "--overwrite"
-    assert words[1:8] == ["--max-steps", "3", "--answer-only", "--epochs", "2", "--seed", "0"]
+    assert words[1:8] == ["--seed", "0", "--max-steps", "3", "--answer-only", "--epochs", "2"]
     assert words[words.index("--model") + 1] == str(MICRO_BASE) and "--data" not in words
     assert not (run.folder(place) / "checkpoint").exists()  # a finished run needs none
     done = json.loads((run.folder(place) / "done.json").read_text())
@@ -142,7 +142,7 @@ def test_distilling_and_pretraining_have_commands_of_their_own(place):
     (distilled.folder(place) / "distilled.samples.jsonl").touch()
     assert distilled.command(place)[-1] == "--resume"
     words = base(2, image_share=0.2).command(place)[2:]
-    assert words[:4] == ["--image-share", "0.2", "--seed", "2"]
+    assert words[:4] == ["--seed", "2", "--image-share", "0.2"]
     assert words[4] == "--out" and words[5].endswith("2-base,image_share=0.2/model")
 
 
