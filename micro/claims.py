@@ -10,7 +10,8 @@ The claims are data (micro/paper_claims.py, further_claims.py, why_claims.py): e
 what would refute it, the models and test sets that it needs (micro/experiments.py), and bounds from
 which the verdict follows (micro/verdicts.py). A seed's table of a claim is written to
 micro/results/claims as soon as all that it needs is there. In the end this prints Markdown, and
-writes it to docs/claims.md; with --quick or --smoke both stay in the folder of the runs.
+writes it to docs/claims.md, and the verdicts to docs/results.md; with --quick or --smoke all stays
+in the folder of the runs.
 """
 
 import argparse
@@ -27,13 +28,15 @@ from hub.options import ROOT, run_command
 from micro.experiments import Place, Task, make_all, print_plan, provenance, tasks_for
 from micro.further_claims import FURTHER_CLAIMS
 from micro.paper_claims import PANELS, PAPER_CLAIMS, curve
-from micro.verdicts import Claim, Table, report, write_results
+from micro.verdicts import Claim, Table, digest, report, write_results
 from micro.why_claims import WHY_CLAIMS
 from training.journal import git_commit, write_whole
 
 CLAIMS = (*PAPER_CLAIMS, *FURTHER_CLAIMS, *WHY_CLAIMS)
 RESULTS = ROOT / "micro" / "results" / "claims"
 PAGE = ROOT / "docs" / "claims.md"
+DIGEST = ROOT / "docs" / "results.md"  # has the verdicts in short, between two marks
+MARKS = ("<!-- written by micro/claims.py -->\n", "<!-- end of what it writes -->\n")
 INTRODUCTION = """# The paper's claims, one by one
 
 Written by `python micro/claims.py`, from `micro/results/claims`. All on the micro world
@@ -42,7 +45,8 @@ with other symbols, G is of another kind. A seed has a base of its own. 500 ques
 where nothing else is said. What would refute a claim was written down before it was measured; that
 of forced-exit after a look for a model that thinks without end, with 60 questions a cell (log.md).
 A bound holds or does not where the mean over seeds is more than two standard errors from it; else
-it is undecided.
+it is undecided. With three seeds that is weak evidence (chance alone passes it in 9 of 100 cases,
+with five seeds in 6), so the seeds stand beside each mean.
 
 """
 CURVE_STEPS = 5  # of GRPO, whose mean is one point of the picture
@@ -89,6 +93,13 @@ def choose(names: list[str] | None, quick: bool) -> tuple[Claim, ...]:
         if name not in known:
             raise InputError(f"--claim {name}: there is no such claim; {', '.join(known)}")
     return tuple(known[name] for name in names)
+
+
+def insert(text: str, new: str) -> str:
+    """Returns a text with what stands between the marks replaced."""
+    before, _, rest = text.partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    return before + MARKS[0] + new + MARKS[1] + after
 
 
 Pairs = list[tuple[Claim, int]]  # with a seed
@@ -151,6 +162,9 @@ def main(argv: list[str]) -> None:
         failed = measure(pairs, place, results, args.cores)
     # The page has every claim, whichever were asked for.
     write_whole(page, (INTRODUCTION + report(CLAIMS, results)).encode())
+    if not apart:
+        short = insert(DIGEST.read_text(encoding="utf-8"), digest(CLAIMS, results, PAGE.name))
+        write_whole(DIGEST, short.encode())
     print("\n" + report(claims, results))
     print(f"{page} written")
     if failed:

@@ -204,6 +204,30 @@ def section(claim: Claim, results: dict[str, dict]) -> list[str]:
     return [*lines, "", *(f"Commit {source}." for source in sorted(sources))]
 
 
+def in_short(bound: Bound, tables: list[Table]) -> str:
+    """Returns a bound in a few words, in bold if it does not hold."""
+    values = [bound.figure(table) for table in tables]
+    verdict = judge(values, bound)
+    words = f"{bound.text} {spread(values)} ({bound.limits})"
+    return words if verdict == HOLDS else f"**{words}: {verdict}**"
+
+
+def digest(claims: tuple[Claim, ...], folder: Path, page: str) -> str:
+    """Returns the verdicts with the figures that they follow from, as a Markdown table.
+
+    page: where each claim's section is.
+    """
+    lines = head("claim", "paper", "seeds", "verdict", "what it follows from (the bound)")
+    for claim in claims:
+        known = read_results(folder, claim)
+        tables = tables_of(known)
+        link = f"[{claim.name}]({page}#{claim.name}): {claim.says}"
+        figures = "<br>".join(in_short(bound, tables) for bound in claim.bounds) if tables else "-"
+        verdict = f"**{verdict_of(claim, tables)}**"
+        lines.append(line(link, claim.paper, " ".join(known) or "-", verdict, figures))
+    return "\n".join(lines) + "\n"
+
+
 def report(claims: tuple[Claim, ...], folder: Path) -> str:
     """Returns all claims as Markdown: the verdicts, then each with its figures."""
     results = {claim.name: read_results(folder, claim) for claim in claims}

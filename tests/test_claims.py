@@ -478,6 +478,9 @@ def small(monkeypatch, tmp_path) -> Claim:
     monkeypatch.setattr(claims, "CLAIMS", (claim,))
     monkeypatch.setattr(claims, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(claims, "PAGE", tmp_path / "claims.md")
+    monkeypatch.setattr(claims, "DIGEST", tmp_path / "results.md")
+    first, last = claims.MARKS
+    claims.DIGEST.write_text(f"Before.\n{first}stale\n{last}After.\n")
     return claim
 
 
@@ -493,6 +496,11 @@ def test_the_command_measures_what_is_missing_and_reports(small, tmp_path, comma
     page = (tmp_path / "claims.md").read_text()
     assert "| Nothing is gained. | 0 1 | **holds** |" in page
     assert "| SFT | 33.3 +- 0.0 |" in page and "| gain | at most 0 | 0.0 +- 0.0 | 0.0 0.0 |" in page
+    # The verdicts stand between the marks of the other page, whose text stays.
+    short = (tmp_path / "results.md").read_text()
+    assert short.startswith("Before.\n<!--") and short.endswith("-->\nAfter.\n")
+    claim = "| [small](claims.md#small): Nothing is gained. | Table 0 | 0 1 |"
+    assert f"{claim} **holds** | gain 0.0 +- 0.0 (at most 0) |" in short and "stale" not in short
     claims.main(["--summary"])
     assert capsys.readouterr().out.count("### ") == 0 and len(commands) - before == 4
 
@@ -501,10 +509,31 @@ def test_quick_and_smoke_leave_the_committed_results_alone(small, tmp_path, comm
     claims.main(["--quick", "--out", str(tmp_path / "runs")])
     claims.main(["--smoke", "--seeds", "1", "--out", str(tmp_path / "runs")])
     assert not (tmp_path / "results").exists() and not (tmp_path / "claims.md").exists()
+    assert "stale" in (tmp_path / "results.md").read_text()
     assert (tmp_path / "runs" / "claims.md").exists()
     smoke = [words for words in commands if "/runs/smoke/" in " ".join(words)]
     assert all(("--max-steps" in words) or ("--limit" in words) for words in smoke)
     assert (tmp_path / "runs/smoke/1-base/model/model.safetensors").exists()  # the shipped one
+
+
+def test_what_does_not_hold_is_bold():
+    claim = Claim("c", "Table 0", "It is so.", "it is not.", None, (
+        Bound("first", lambda t: t["r"]["c"], at_most=3),
+        Bound("second", lambda t: t["r"]["c"], at_least=3),
+    ))  # fmt: skip
+    tables = [{"r": {"c": 1.0}}, {"r": {"c": 1.0}}]
+    assert verdicts.in_short(claim.bounds[0], tables) == "first 1.0 +- 0.0 (at most 3)"
+    bold = "**second 1.0 +- 0.0 (at least 3): does not hold**"
+    assert verdicts.in_short(claim.bounds[1], tables) == bold
+
+
+def test_the_committed_pages_are_what_the_committed_results_say():
+    page = claims.PAGE.read_text(encoding="utf-8")
+    assert page == claims.INTRODUCTION + verdicts.report(claims.CLAIMS, claims.RESULTS)
+    text = claims.DIGEST.read_text(encoding="utf-8")
+    short = verdicts.digest(claims.CLAIMS, claims.RESULTS, "claims.md")
+    assert all(text.count(mark) == 1 for mark in claims.MARKS)
+    assert claims.insert(text, short) == text
 
 
 def test_a_failure_ends_with_a_line(small, tmp_path, monkeypatch, capsys):
