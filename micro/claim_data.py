@@ -100,6 +100,33 @@ def hesitating_chains() -> Dataset:
     return Dataset("sft_hesitating", write)
 
 
+def pausing(response: str, rng: random.Random, least: int, most: int) -> str:
+    """Returns a worked response with dots behind the start and each step, so many each time.
+
+    >>> pausing("<think>3#1+4;3;#1+4=7;</think><answer>7</answer>", random.Random(0), 2, 2)
+    '<think>3#1+4;3;..#1+4=7;..</think><answer>7</answer>'
+    """
+    thought, end, answer = response.partition("</think>")
+    restated, *steps = thought.split(";")
+    paused = "".join(f"{step};{'.' * rng.randint(least, most)}" for step in steps[:-1])
+    return f"{restated};{paused}{end}{answer}"
+
+
+def pausing_chains(least: int, most: int) -> Dataset:
+    """Returns the shipped chains with pauses: a form of step that no base has seen.
+
+    Pauses of one length leave the places of all steps as regular as they were; pauses of random
+    length do not.
+    """
+
+    def write(place: Place) -> list[dict]:
+        rng = random.Random("pausing 0")
+        records = read_jsonl(MICRO_DATA / "sft.jsonl")
+        return [one | {"response": pausing(one["response"], rng, least, most)} for one in records]
+
+    return Dataset(f"sft_pausing_{least}to{most}", write)
+
+
 def lessons(seed: int) -> Dataset:
     """Returns the worked questions of G from which micro/med.py's teacher learns."""
 

@@ -4,6 +4,7 @@ python micro/plot.py effect      # micro/results/seed-*.json       -> micro/figu
 python micro/plot.py why         # micro/results/why.json          -> micro/figures/why.png
 python micro/plot.py dynamics    # micro/results/claims/dynamics.json
 python micro/plot.py transfer    # micro/results/claims/reading.json, size.json, variants.json
+python micro/plot.py decisions   # micro/results/claims/decisions.json, clock.json
 """
 
 import json
@@ -16,11 +17,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from hub.errors import InputError
 from hub.options import ROOT, run_command
 from micro.claims import CURVE_STEPS
+from micro.decisions import DECISIONS
 from micro.further_claims import CHANCE, IMAGE_SHARES, WIDTHS
 from micro.paper_claims import PANELS
 from micro.reproduce import LIMIT, pooled
 from micro.study import RESULTS, load_results
 from micro.verdicts import mean_and_error
+from micro.why_claims import (
+    AS_IS,
+    BY_COUNT,
+    BY_LAST,
+    MOVED_BY_COUNT,
+    MOVED_BY_PLACE,
+    PROMPT,
+    SIGNS,
+    STATES,
+)
 
 FIGURES = ROOT / "micro" / "figures"
 SETTINGS = {
@@ -218,7 +230,58 @@ def plot_transfer() -> None:
     finish(figure, "transfer.png")
 
 
+def draw_dots(axes, names: list[str], seeds: list[list[float]], colour: str) -> None:
+    """Draws horizontal bars, the means over seeds, and each seed as a dot; seeds: by bar."""
+    axes.barh(names, [fmean(values) for values in seeds], 0.6, color=colour)
+    for place, values in enumerate(seeds):
+        axes.plot(values, [place] * len(values), ".", color="black", markersize=4)
+    axes.invert_yaxis()
+
+
+def draw_wrong(axes, seeds: dict[str, dict]) -> None:
+    """Draws which decisions are wrong after SFT, where nothing was trained."""
+    tables = [result["table"] for result in seeds.values()]
+    columns = {"A image": "#1f618d", "L text": "#e59866", "L image": "#f5cba7"}
+    for i, (column, colour) in enumerate(columns.items()):
+        wrong = [[100 - table[f"SFT: {name}"][column] for table in tables] for name in DECISIONS]
+        places = [y + 0.26 * (i - 1) for y in range(len(DECISIONS))]
+        axes.barh(places, [fmean(values) for values in wrong], 0.25, color=colour, label=column)
+        for place, values in zip(places, wrong):
+            axes.plot(values, [place] * len(values), ".", color="black", markersize=4)
+    axes.set_yticks(range(len(DECISIONS)), DECISIONS)
+    axes.invert_yaxis()
+    axes.legend(fontsize=8)
+
+
+def plot_decisions() -> None:
+    """Draws decisions.png: which decisions do not carry over, and what the number follows."""
+    tables = [result["table"] for result in read_claim("clock").values()]
+    figure, axes = load_pyplot().subplots(1, 3, figsize=(15, 3.6))
+    draw_wrong(axes[0], read_claim("decisions"))
+    axes[0].set_title("decisions that are wrong after SFT on text of A, %", fontsize=10)
+
+    def read(row: str, column: str) -> list[float]:
+        return [table[f"SFT + RL: {row}"][column] for table in tables]
+
+    follows = {
+        "last step replaced:\none more than its number": BY_LAST,
+        "one more than there are": BY_COUNT,
+        "steps moved on:\none more than there are": MOVED_BY_COUNT,
+        "what is due at the place": MOVED_BY_PLACE,
+    }
+    draw_dots(axes[1], list(follows), [read(row, "A text") for row in follows.values()], "#1f618d")
+    axes[1].set_title("what the next number follows (A, SFT + RL), %", fontsize=10)
+    swaps = {"as it is": AS_IS, "A's prompt": PROMPT, "A's states": STATES, "A's signs": SIGNS}
+    wrong = [[100 - value for value in read(row, "L text")] for row in swaps.values()]
+    draw_dots(axes[2], list(swaps), wrong, "#e59866")
+    axes[2].set_title("numbers that are wrong on text of L (SFT + RL), %", fontsize=10)
+    for panel in axes:
+        panel.spines[["top", "right"]].set_visible(False)
+    finish(figure, "decisions.png")
+
+
 FIGURES_BY_NAME = {
+    "decisions": plot_decisions,
     "effect": plot_effect,
     "why": plot_why,
     "dynamics": plot_dynamics,

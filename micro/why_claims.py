@@ -8,7 +8,7 @@ down before it was measured, or after a look at some seeds, where it says so.
 from collections.abc import Callable
 from statistics import fmean
 
-from micro.claim_data import shipped
+from micro.claim_data import pausing_chains, shipped
 from micro.claim_parts import (
     FOUR,
     HEADLINE,
@@ -16,6 +16,7 @@ from micro.claim_parts import (
     Rows,
     base,
     figure_of,
+    grpo,
     percent,
     row,
     sft,
@@ -180,15 +181,21 @@ DECISIONS_CLAIM = Claim(
 )
 
 TEXTS = ("A text", "L text")
+AS_IS, SIGNS = "number, as it is", "number, with the other domain's signs"
+STATES, PROMPT = "number, with its states", "number, behind its prompt"
+BY_LAST = "last step replaced: one more than its number"
+BY_COUNT = "last step replaced: one more than there are"
+MOVED_BY_COUNT = "steps moved on: one more than there are"
+MOVED_BY_PLACE = "steps moved on: what is due at the place"
 CLOCK_ROWS = {
-    "number, as it is": ("swapped", "nothing"),
-    "number, with the other domain's signs": ("swapped", "signs"),
-    "number, with its states": ("swapped", "states"),
-    "number, behind its prompt": ("swapped", "prompt"),
-    "last step replaced: one more than its number": ("displaced", "replaced: by number"),
-    "last step replaced: one more than there are": ("displaced", "replaced: by count"),
-    "steps moved on: one more than there are": ("displaced", "moved on: by count"),
-    "steps moved on: what is due at the place": ("displaced", "moved on: by place"),
+    AS_IS: ("swapped", "nothing"),
+    SIGNS: ("swapped", "signs"),
+    STATES: ("swapped", "states"),
+    PROMPT: ("swapped", "prompt"),
+    BY_LAST: ("displaced", "replaced: by number"),
+    BY_COUNT: ("displaced", "replaced: by count"),
+    MOVED_BY_COUNT: ("displaced", "moved on: by count"),
+    MOVED_BY_PLACE: ("displaced", "moved on: by place"),
     "steps moved back: one more than there are": ("displaced", "moved back: by count"),
     "steps moved back: what is due at the place": ("displaced", "moved back: by place"),
 }
@@ -203,10 +210,14 @@ def clock(seed: int) -> Rows:
     }
 
 
+def after_both(row_name: str, column: str) -> Callable[[Table], float]:
+    return lambda t: t[f"SFT + RL: {row_name}"][column]
+
+
 def left_with_signs(t: Table) -> float:
     """Returns how many % of the wrong numbers on L stay wrong with the signs of A."""
-    own = 100 - t["SFT + RL: number, as it is"]["L text"]
-    return 100 * (100 - t[f"SFT + RL: {list(CLOCK_ROWS)[1]}"]["L text"]) / max(0.1, own)
+    wrong, left = (100 - after_both(name, "L text")(t) for name in (AS_IS, SIGNS))
+    return 100 * left / max(0.1, wrong)
 
 
 CLOCK = Claim(
@@ -220,21 +231,63 @@ CLOCK = Claim(
     "numbers. (Stated after a look at seeds 0 and 1.)",
     clock,
     (
-        Bound(
-            "replaced: by the last number",
-            lambda t: t["SFT + RL: last step replaced: one more than its number"]["A text"],
-            at_most=5,
-        ),
-        Bound(
-            "moved on: by how many there are",
-            lambda t: t["SFT + RL: steps moved on: one more than there are"]["A text"],
-            at_most=10,
-        ),
+        Bound("replaced: by the last number", after_both(BY_LAST, "A text"), at_most=5),
+        Bound("moved on: by how many there are", after_both(MOVED_BY_COUNT, "A text"), at_most=10),
         Bound("L text: % of wrong numbers left with A's signs", left_with_signs, at_most=50),
     ),
     HEADLINE,
     "% of the numbers of the next step, along right chains, or in such cases",
 )
 
+# --- The form of a step ---------------------------------------------------------------------------
 
-WHY_CLAIMS = (FAILURES_CLAIM, STOPPING, DECISIONS_CLAIM, CLOCK)
+DOTS, RANDOM_DOTS = (3, 3), (0, 6)  # behind each step, at least and at most
+
+
+def form(seed: int) -> Rows:
+    start = base(seed)
+    dotted = sft(start, pausing_chains(*DOTS))
+    plainly = {
+        f"three dots: SFT, asked without: {name}": judged(dotted, "decisions", name, FOUR)
+        for name in STEP_BY_STEP
+    }
+    return {
+        "as it is: SFT": row(sft(start)),
+        "as it is: SFT + RL": row(x_reasoner(seed)),
+        "three dots: SFT": row(dotted),
+        "three dots: SFT + RL": row(grpo(dotted)),
+        "random dots: SFT": row(sft(start, pausing_chains(*RANDOM_DOTS))),
+        **plainly,
+    }
+
+
+def best_of_l(t: Table) -> float:
+    return max(t["three dots: SFT + RL"][column] for column in ("L text", "L image"))
+
+
+def plain_steps_of_l(t: Table) -> float:
+    return min(
+        t[f"three dots: SFT, asked without: {name}"][column]
+        for name in STEP_BY_STEP
+        for column in ("L text", "L image")
+    )
+
+
+FORM = Claim(
+    "form",
+    "not in the paper",
+    "What carries over to another domain is what the base has in that form. If SFT on A changes "
+    "the form of a step as well (three dots behind each), images of A follow, but L does not.",
+    "with the dots, images of A are below 50% after both stages; or text or images of L are above "
+    "30%; or, given a right chain without dots, less than 95% of that model's operations or "
+    "results in L are right (then it has forgotten them). (Stated after a look at SFT of seed 0.)",
+    form,
+    (
+        Bound("three dots: A image", lambda t: t["three dots: SFT + RL"]["A image"], 50),
+        Bound("three dots: L, the better one", best_of_l, at_most=30),
+        Bound("asked without dots: L's steps, the worst", plain_steps_of_l, 95),
+    ),
+    unit="accuracy in %, k > 2; asked without: % of the decisions, along right chains without dots",
+)
+
+WHY_CLAIMS = (FAILURES_CLAIM, STOPPING, DECISIONS_CLAIM, CLOCK, FORM)
