@@ -21,8 +21,6 @@ from statistics import fmean
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
-
 from hub.errors import InputError
 from hub.options import ROOT, run_command
 from micro.experiments import Place, Task, make_all, print_plan, provenance, tasks_for
@@ -146,7 +144,6 @@ def main(argv: list[str]) -> None:
     add("--out", type=Path, default=Path("runs/claims"), help="folder of the runs")
     add("--cores", type=int, default=2, help="runs at the same time, of one thread each")
     args = parser.parse_args(argv)
-    torch.set_num_threads(1)  # for the models that are probed here, beside the runs
     claims = choose(args.claim, args.quick)
     place = Place(args.out / "smoke" if args.smoke else args.out, args.smoke)
     apart = args.quick or args.smoke  # from the results that are committed

@@ -25,7 +25,6 @@ import random
 import sys
 from collections import defaultdict
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -184,7 +183,6 @@ class Judge:
         return int(digit) if digit.isdigit() else None
 
 
-@lru_cache
 def judge_model(folder: str, seed: int = 0, count: int = COUNT) -> dict[str, Shares]:
     """Returns the shares of a model: of right decisions, and of what the next number follows."""
     judge = Judge(folder, seed, count)

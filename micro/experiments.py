@@ -3,6 +3,7 @@
     Dataset   a file of questions: a shipped one, or one that is written here from others
     Run       one of our commands with its seed, data and options, from a starting model
     Cell      a model's figures on a test set
+    Probe     what a script of micro/ finds in a model: stopping.py, decisions.py
 
 A run's name says what it is: where it starts from, the command, and the options that are not the
 defaults, as in `0-base+sft+grpo,kl_coef=0.01` (seed 0). The name is that of its folder. So claims
@@ -44,6 +45,8 @@ PRETRAIN_MINUTES = 16.0  # of two cores together, for a model of the shipped wid
 SHIPPED_WIDTH = 128
 DISTILL_MINUTES = 0.7
 CELL_MINUTES = 0.07
+PROBE_MINUTES = 0.4
+SMOKE_PROBES = 20  # chains
 
 
 class Failed(Exception):
@@ -269,6 +272,41 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class Probe:
+    """What a script finds in a model, on chains that it draws itself."""
+
+    script: str
+    run: Run
+    cores = 1
+    minutes = PROBE_MINUTES
+
+    @property
+    def name(self) -> str:
+        return f"{self.run.name}: {self.script}"
+
+    @property
+    def needs(self) -> tuple[Run, ...]:
+        return (self.run,)
+
+    def path(self, place: Place) -> Path:
+        return self.run.folder(place) / "cells" / f"{Path(self.script).stem}.json"
+
+    def done(self, place: Place) -> bool:
+        return self.path(place).exists()
+
+    def make(self, place: Place) -> None:
+        words = [sys.executable, str(ROOT / self.script), "--model", str(self.run.model(place))]
+        words += ["--seed", str(self.run.seed), "--out", str(self.path(place))]
+        words += ["--count", str(SMOKE_PROBES)] if place.smoke else []
+        with locked(self.path(place).with_suffix(".lock")) as lock:
+            call(words, self.path(place).parent / "log.txt", lock)
+
+    def read(self, place: Place) -> dict:
+        (found,) = json.loads(self.path(place).read_text()).values()  # by model; there is one
+        return found
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Cells of one model and the same options: evaluate.py makes them in one go."""
 
@@ -355,11 +393,11 @@ def count_failures(questions: list[list[dict]]) -> dict[str, float]:
 
 # --- Making it ------------------------------------------------------------------------------------
 
-Task = Run | Evaluation
+Task = Run | Evaluation | Probe
 
 
-def tasks_for(groups: Iterable[Iterable[Run | Cell]], place: Place) -> list[Task]:
-    """Returns all that these groups of runs and cells take, in an order in which it can be made.
+def tasks_for(groups: Iterable[Iterable[Run | Cell | Probe]], place: Place) -> list[Task]:
+    """Returns all that these groups take, in an order in which it can be made.
 
     Cells that are there already are left out. What several groups need comes with the first.
     """
@@ -380,7 +418,9 @@ def tasks_for(groups: Iterable[Iterable[Run | Cell]], place: Place) -> list[Task
                 continue
             for run in need.needs:
                 add(run)
-            if need not in seen and not need.done(place):
+            if isinstance(need, Probe):
+                tasks.setdefault(need)
+            elif need not in seen and not need.done(place):
                 missing[need.run, need.options].append(need)
             seen.add(need)
         for cells in missing.values():

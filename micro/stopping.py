@@ -17,7 +17,6 @@ steps done is drawn first and the depth of the question after it, so that the nu
 import argparse
 import random
 import sys
-from functools import lru_cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -120,7 +119,6 @@ def accuracy(probe: tuple[Tensor, Tensor, Tensor], states: Tensor, labels: Tenso
     return ((inputs @ weights > 0) == labels).float().mean().item()
 
 
-@lru_cache
 def probe_model(folder: str, seed: int = 0, count: int = COUNT) -> dict[str, dict]:
     """Returns {"own": {setting: accuracies by layer}, "A's": the same} of a model."""
     model = Qwen2_5_VL.from_pretrained(folder)
@@ -146,9 +144,11 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--model", nargs="+", default=[str(MICRO_BASE)], help="model folders")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count", type=int, default=COUNT, help="chains of each setting")
     parser.add_argument("--out", type=Path, help="JSON to write")
     args = parser.parse_args(argv)
-    results = {folder: probe_model(folder, args.seed) for folder in args.model}
+    torch.set_num_threads(1)
+    results = {folder: probe_model(folder, args.seed, args.count) for folder in args.model}
     for folder, found in results.items():
         print(f"{folder}: % right, by layer")
         for name, columns in found.items():

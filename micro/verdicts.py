@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from hub.errors import InputError
-from micro.experiments import Cell, Place, Run
+from micro.experiments import Cell, Place, Probe, Run
 from training.journal import write_json
 
 HOLDS, FAILS, UNDECIDED, MISSING = "holds", "does not hold", "undecided", "not measured"
@@ -27,7 +27,7 @@ Table = dict[str, dict[str, float]]  # row -> column -> number
 class Figure:
     """A number of a table: what has to be there first, and how it is read from it."""
 
-    needs: tuple[Run | Cell, ...]
+    needs: tuple[Run | Cell | Probe, ...]
     read: Callable[[Place], float]
 
 
@@ -70,7 +70,7 @@ class Claim:
     in_quick: bool = True
     curves: Callable[[int], Run] | None = None
 
-    def needs(self, seed: int) -> Iterator[Run | Cell]:
+    def needs(self, seed: int) -> Iterator[Run | Cell | Probe]:
         """Yields all that a seed's table is read from."""
         for row in self.table(seed).values():
             for figure in row.values():

@@ -22,12 +22,10 @@ from micro.claim_parts import (
     sft,
     x_reasoner,
 )
-from micro.decisions import COUNT as JUDGED
-from micro.decisions import DECISIONS, judge_model
-from micro.experiments import Place, Run
+from micro.decisions import DECISIONS
+from micro.experiments import Probe, Run
 from micro.failures import FAILURES
 from micro.reproduce import COLUMNS
-from micro.stopping import COUNT, probe_model
 from micro.verdicts import Bound, Claim, Figure, Table
 
 # --- Where it goes wrong --------------------------------------------------------------------------
@@ -69,20 +67,15 @@ FAILURES_CLAIM = Claim(
 )
 
 PROBED_LAYER = 2  # the third of four, where A as text and A as images are most alike (seed 0)
-SMOKE_PROBES = 20  # chains
 OWN, OF_A = "own", "A's"  # the setting whose probe it is
 
 
 def probed(run: Run, name: str) -> dict[str, Figure]:
     """Returns a row: the accuracy of a kind of probe in each setting."""
+    probe = Probe("micro/stopping.py", run)
 
     def figure(setting: str) -> Figure:
-        def read(place: Place) -> float:
-            count = SMOKE_PROBES if place.smoke else COUNT
-            found = probe_model(str(run.model(place)), run.seed, count)
-            return 100 * found[name][setting][PROBED_LAYER]
-
-        return Figure((run,), read)
+        return Figure((probe,), lambda place: 100 * probe.read(place)[name][setting][PROBED_LAYER])
 
     return {setting: figure(setting) for setting in SIX}
 
@@ -128,14 +121,10 @@ NEXT = ("go on", "number")
 
 def judged(run: Run, part: str, name: str, columns: tuple[str, ...]) -> dict[str, Figure]:
     """Returns a row: what micro/decisions.py says of a model."""
+    probe = Probe("micro/decisions.py", run)
 
     def figure(column: str) -> Figure:
-        def read(place: Place) -> float:
-            count = SMOKE_PROBES if place.smoke else JUDGED
-            found = judge_model(str(run.model(place)), run.seed, count)
-            return 100 * found[part][name][column]
-
-        return Figure((run,), read)
+        return Figure((probe,), lambda place: 100 * probe.read(place)[part][name][column])
 
     return {column: figure(column) for column in columns}
 

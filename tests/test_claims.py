@@ -26,6 +26,7 @@ from micro import (
     paper_claims,
     pretrain,
     verdicts,
+    why_claims,
 )
 from micro.claim_parts import base, figure_of, gain, grpo, overall, row, sft
 from micro.experiments import Cell, Dataset, Place, Run, make_all, tasks_for
@@ -163,6 +164,28 @@ def test_cells_of_a_model_are_made_in_one_go_and_kept(place, commands):
     assert not list(cells[0].path(place).parent.glob("*records.jsonl*"))
     assert tasks_for([cells], place) == []
     assert len(tasks_for([[cells[0], replace(cells[0], options=())]], place)) == 1
+
+
+def test_what_a_probe_finds_is_kept_by_the_model(place, monkeypatch):
+    def call(words: list[str], log: Path, lock: int) -> None:
+        assert words[1].endswith("micro/stopping.py") and "--count" not in words
+        assert words[words.index("--model") + 1] == str(run.model(place))
+        assert words[words.index("--seed") + 1] == "0"
+        out = Path(words[words.index("--out") + 1])
+        out.write_text(json.dumps({"the model": {"own": {"A text": [0.5, 0.75, 1.0, 0.9]}}}))
+
+    monkeypatch.setattr(experiments, "call", call)
+    run = base(0)
+    probe = experiments.Probe("micro/stopping.py", run)
+    [task] = experiments.tasks_for([[probe, probe]], place)
+    assert task == probe and not task.done(place)
+    assert make_all([task], place, 2) == [] and task.done(place)
+    assert why_claims.probed(run, "own")["A text"].read(place) == 100.0
+    smoke = Place(place.out / "smoke", smoke=True)
+    monkeypatch.setattr(experiments, "call", lambda words, *_: smoke_words.extend(words))
+    smoke_words: list[str] = []
+    probe.make(smoke)
+    assert smoke_words[-2:] == ["--count", "20"]
 
 
 def test_what_a_run_needs_is_made_before_it(place, commands):
