@@ -10,7 +10,9 @@ from pathlib import Path
 
 from hub.options import MICRO_DATA
 from micro.experiments import Dataset, Place, Run
+from micro.failures import parse_form
 from micro.med import write_lessons
+from micro.reproduce import LIMIT
 from micro.world import (
     RL_BUCKETS,
     RL_COUNT,
@@ -66,6 +68,32 @@ def questions_of(domain: str) -> Dataset:
         return records
 
     return Dataset("rl_L", write)
+
+
+def chains_for_rl() -> Dataset:
+    """Returns the questions of rl.jsonl with worked chains: what RL learns from, for SFT."""
+
+    def write(place: Place) -> list[dict]:
+        records = read_jsonl(MICRO_DATA / "rl.jsonl")
+        return [
+            one | {"response": parse_form(one["form"], one["domain"]).chain()} for one in records
+        ]
+
+    return Dataset("rl_worked", write)
+
+
+def deep_strips() -> Dataset:
+    """Returns those images of A that are to be read out which show more than two steps."""
+
+    def write(place: Place) -> list[dict]:
+        records = read_jsonl(MICRO_DATA / "test_transcription.jsonl")
+        return [
+            one | {"image": str(MICRO_DATA / one["image"])}
+            for one in records
+            if one["domain"] == "A" and one["depth"] > LIMIT
+        ]
+
+    return Dataset("test_transcription_deep", write)
 
 
 def hesitating(response: str, dots: int) -> str:

@@ -60,7 +60,6 @@ def tokens(figures: dict) -> float:
 
 beyond = percent("beyond", "accuracy")  # on the questions of more than two steps
 overall = percent("accuracy")
-reading = percent("by_domain", "A")  # of the transcription test's images of A
 
 
 def row(run: Run, columns=FOUR, read=beyond, **options) -> dict[str, Figure]:

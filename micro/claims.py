@@ -23,12 +23,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from hub.errors import InputError
 from hub.options import ROOT, run_command
-from micro.experiments import Place, Task, make_all, print_plan, provenance, tasks_for
+from micro.experiments import Place, Task, make_all, print_plan, sources, tasks_for
 from micro.further_claims import FURTHER_CLAIMS
 from micro.paper_claims import PANELS, PAPER_CLAIMS, curve
 from micro.verdicts import Claim, Table, digest, report, write_results
 from micro.why_claims import WHY_CLAIMS
-from training.journal import git_commit, write_whole
+from training.journal import write_whole
 
 CLAIMS = (*PAPER_CLAIMS, *FURTHER_CLAIMS, *WHY_CLAIMS)
 RESULTS = ROOT / "micro" / "results" / "claims"
@@ -74,9 +74,9 @@ def read_curves(claim: Claim, seed: int, place: Place) -> dict[str, list[float |
     return curves
 
 
-def measured(claim: Claim, seed: int, place: Place, commit: str | None) -> dict:
+def measured(claim: Claim, seed: int, place: Place) -> dict:
     """Returns what is written of a claim and a seed."""
-    result = provenance(commit) | {"table": read_table(claim, seed, place)}
+    result = {"sources": sources(claim.needs(seed), place), "table": read_table(claim, seed, place)}
     if claim.curves:
         result["curves"] = read_curves(claim, seed, place)
     return result
@@ -116,13 +116,12 @@ def plan(pairs: Pairs, place: Place) -> list[Task]:
 def measure(pairs: Pairs, place: Place, results: Path, cores: int) -> list[str]:
     """Makes everything, and writes each table as soon as it can be read. Returns what failed."""
     waiting = list(pairs)
-    commit = git_commit()
 
     def write_complete() -> None:
         for claim, seed in list(waiting):
             if all(need.done(place) for need in claim.needs(seed)):
                 waiting.remove((claim, seed))
-                write_results(results, claim, seed, measured(claim, seed, place, commit))
+                write_results(results, claim, seed, measured(claim, seed, place))
                 print(f"measured: {claim.name}, seed {seed}", flush=True)
 
     write_complete()

@@ -5,25 +5,32 @@
 A right chain is put in the model's mouth, and each token that decides something is asked for at its
 place (teacher forcing), so that one mistake does not hide the next:
 
-    go on       is it another step, or `</think>`?         #1+4=7;[#]
-    number      which step?                                #1+4=7;#[2]
+    go on       behind a step: is there another one?       #1+4=7;[#]
+    end         behind the last step: is it the last?      #2-2=5;[</think>]
+    number      which step is it?                          #1+4=7;#[2]
     operation   which operation has that number?           #1+4=7;#2[-][2]
     result      what does it make of the state?            #1+4=7;#2-2=[5]
 
 Then two interventions on what the number of the next step follows. They are on text.
 
-    swapped     The same chain in other symbols: those of the signs, of the states, or of the
-                prompt are the other domain's. Which of them does it depend on?
-    displaced   The last step is replaced by another of the question: does the number that follows
-                go on from the one before it, or does it say how many steps there are? And with the
-                positions of all steps moved on, or back, by the length of one: does it say how many
-                there are, or how far the chain has come?
+    swapped     The same chain in other symbols: its signs, its states, or the words of the prompt
+                before it are the other domain's. Which of them does the number depend on?
+    displaced   replaced: the last step is another one of the question. Is the number that follows
+                one more than the number of that step, or one more than there are steps? moved: the
+                positions of all steps are further on, or back, by the length of one. Is the number
+                one more than there are steps, or the one that is due at that place?
+
+All steps are of one length, so while nothing is moved, place and count say the same: no training
+could tell them apart. Moved on, the steps leave a hole behind the restatement; moved back, the
+first of them shares its positions with the restatement's end, and what is due at the place is also
+the number of the last step, once more. No model has seen either.
 """
 
 import argparse
 import random
 import sys
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,19 +40,19 @@ import torch
 
 from data import Prompt, Tokenizer
 from hub.options import MICRO_BASE, run_command
-from micro.why import DEPTHS, ask
+from micro.why import DEPTHS, ask, read_on
 from micro.world import SIGNS, STATES, TEST_BUCKETS, Question, draw_question
 from model import Qwen2_5_VL
 from training.journal import write_json
 
 SETTINGS = [f"{domain} {modality}" for domain in "AL" for modality in ("text", "image")]
-DECISIONS = ("go on", "number", "operation", "result")
+DECISIONS = ("go on", "end", "number", "operation", "result")
 COUNT = 200  # chains of each kind
 STEP = 7  # tokens of a step, #1+4=7; (every character is one)
 OTHER = {"A": "L", "L": "A"}
 SWAPS = ("nothing", "signs", "states", "prompt")
 
-Shares = dict[str, dict[str, float]]
+Counts = dict[str, dict[str, list[int]]]  # name -> setting -> [how many, of how many]
 
 
 def head(question: Question) -> str:
@@ -68,66 +75,72 @@ def choose(
 ) -> list[int]:
     """Returns the most likely token at the place of each of `ids`, and behind the last.
 
-    The positions of the last `moved` of them are by `by` further on than they should be.
+    The positions of the last `moved` of them are by `by` further on than they should be (on text).
     """
-    images = {}
-    if prompt.grids:
-        images = {"pixel_values": prompt.pixel_values(), "image_grid_thw": prompt.grids}
-    whole = prompt.ids + ids
+    options = {}
     if by:
-        positions = torch.arange(len(whole)).repeat(3, 1, 1)  # as of text
-        positions[..., len(whole) - moved :] += by
-        images["position_ids"] = positions
-    hidden = model(torch.tensor([whole]), **images)
-    return model.logits(hidden[0, len(prompt.ids) - 1 :]).argmax(-1).tolist()
+        length = len(prompt.ids) + len(ids)
+        positions = torch.arange(length).repeat(3, 1, 1)  # [3, B, T], as of text
+        positions[..., length - moved :] += by
+        options["position_ids"] = positions
+    hidden = read_on(model, prompt, ids, **options)
+    return model.logits(hidden[len(prompt.ids) - 1 :]).argmax(-1).tolist()
 
 
-def judge_steps(chosen: list[int], ids: list[int], start: int, depth: int) -> dict[str, list[bool]]:
-    """Returns for each decision of a chain, of which the steps begin at `start`: was it right?"""
+def right_decisions(
+    chosen: list[int], ids: list[int], start: int, depth: int
+) -> dict[str, list[bool]]:
+    """Returns for each decision of a chain, whose steps begin at `start`: was it right?"""
     right = [one == other for one, other in zip(chosen, ids)]
     places = [start + STEP * i for i in range(depth)]
     return {
-        "go on": [right[place] for place in [*places, start + STEP * depth]],
+        "go on": [right[place] for place in places[1:]],  # every chain has a first step
+        "end": [right[start + STEP * depth]],
         "number": [right[place + 1] for place in places],
         "operation": [right[place + 2] and right[place + 3] for place in places],
         "result": [right[place + 5] for place in places],
     }
 
 
-class Judge:
-    """A model, and what it decides on chains of its own test questions."""
+class Examination:
+    """A model, and what it decides on chains of test questions."""
 
-    def __init__(self, folder: str, seed: int, count: int):
+    def __init__(self, folder: str, seed: int = 0, count: int = COUNT):
         self.model = Qwen2_5_VL.from_pretrained(folder)
         self.tokenizer = Tokenizer.from_pretrained(folder)
         self.seed, self.count = seed, count
 
-    def questions(self, name: str, domain: str, depths: tuple[int, ...] = DEPTHS):
-        """Yields (random numbers, question), of all depths equally often."""
+    def questions(
+        self, name: str, domain: str, depths: tuple[int, ...] = DEPTHS
+    ) -> Iterator[tuple[random.Random, Question]]:
+        """Yields questions of all depths equally often, and the random numbers for the rest."""
         rng = random.Random(f"{self.seed}/{name}")
         for i in range(self.count):
             yield rng, draw_question(rng, domain, depths[i % len(depths)], TEST_BUCKETS)
 
-    def decisions(self) -> Shares:
-        """Returns the share of right decisions, by kind and setting."""
-        shares: Shares = {name: {} for name in DECISIONS}
+    def decide(self, prompt: Prompt, chain: str, question: Question) -> dict[str, list[bool]]:
+        """Returns which decisions are right along a chain, in whichever symbols it is."""
+        ids = self.tokenizer.encode(chain)
+        start = len(self.tokenizer.encode(head(question)))
+        return right_decisions(choose(self.model, prompt, ids), ids, start, question.depth)
+
+    def decisions(self) -> Counts:
+        """Returns how many decisions are right, by kind and setting."""
+        counts: Counts = {name: {} for name in DECISIONS}
         for setting in SETTINGS:
             domain, modality = setting.split()
             found = defaultdict(list)
             for rng, question in self.questions(setting, domain):
                 prompt = ask(question, modality, self.tokenizer, rng)
-                ids = self.tokenizer.encode(question.chain())
-                start = len(self.tokenizer.encode(head(question)))
-                chosen = choose(self.model, prompt, ids)
-                for name, right in judge_steps(chosen, ids, start, question.depth).items():
+                for name, right in self.decide(prompt, question.chain(), question).items():
                     found[name] += right
             for name, right in found.items():
-                shares[name][setting] = sum(right) / len(right)
-        return shares
+                counts[name][setting] = [sum(right), len(right)]
+        return counts
 
-    def swapped(self) -> Shares:
-        """Returns the share of right numbers when a part of the chain is in other symbols."""
-        shares: Shares = {swap: {} for swap in SWAPS}
+    def swapped(self) -> Counts:
+        """Returns how many numbers are right when a part of the chain is in other symbols."""
+        counts: Counts = {swap: {} for swap in SWAPS}
         for domain, swap in [(domain, swap) for domain in "AL" for swap in SWAPS]:
             found = []
             for rng, question in self.questions(f"{domain} swapped", domain):
@@ -135,20 +148,12 @@ class Judge:
                 prompt = ask(other if swap == "prompt" else question, "text", self.tokenizer, rng)
                 chain = (other if swap == "states" else question).chain()
                 chain = with_signs_of(OTHER[domain] if swap == "signs" else domain, chain)
-                ids = self.tokenizer.encode(chain)
-                start = len(self.tokenizer.encode(head(question)))
-                chosen = choose(self.model, prompt, ids)
-                found += judge_steps(chosen, ids, start, question.depth)["number"]
-            shares[swap][f"{domain} text"] = sum(found) / len(found)
-        return shares
+                found += self.decide(prompt, chain, question)["number"]
+            counts[swap][f"{domain} text"] = [sum(found), len(found)]
+        return counts
 
-    def displaced(self) -> Shares:
-        """Returns what the next number follows.
-
-        replaced: the last step is another; is the number one more than that of the last step, or
-        one more than there are steps? moved: all steps stand a step further on, or back; is it what
-        their count says, or what is right at the place where it stands?
-        """
+    def displaced(self) -> Counts:
+        """Returns how often the next number is what count, place, or the last number say."""
         found = defaultdict(lambda: defaultdict(int))
         for domain in "AL":
             hits = found[f"{domain} text"]
@@ -160,7 +165,7 @@ class Judge:
                     number = self.next_number(prompt, question, steps, by * STEP)
                     hits[f"moved {name}: by count"] += number == done + 1
                     hits[f"moved {name}: by place"] += number == done + 1 + by
-                # Any step but this one, and the one before it, whose successor is this one.
+                # Another step than the last, and one whose successor is not due anyway.
                 others = [i for i in range(1, question.depth) if i not in (done - 1, done)]
                 last = rng.choice(others)
                 steps[-1] = question.step(last, question.after(done - 1))
@@ -168,7 +173,7 @@ class Judge:
                 hits["replaced: by number"] += number == last + 1
                 hits["replaced: by count"] += number == done + 1
         names = found["A text"]
-        return {name: {key: found[key][name] / self.count for key in found} for name in names}
+        return {name: {key: [found[key][name], self.count] for key in found} for name in names}
 
     def next_number(
         self, prompt: Prompt, question: Question, steps: list[str], by: int = 0
@@ -183,18 +188,18 @@ class Judge:
         return int(digit) if digit.isdigit() else None
 
 
-def judge_model(folder: str, seed: int = 0, count: int = COUNT) -> dict[str, Shares]:
-    """Returns the shares of a model: of right decisions, and of what the next number follows."""
-    judge = Judge(folder, seed, count)
+def examine(folder: str, seed: int = 0, count: int = COUNT) -> dict[str, Counts]:
+    """Returns the counts of a model: of right decisions, and of what the next number follows."""
+    examination = Examination(folder, seed, count)
     return {
-        "decisions": judge.decisions(),
-        "swapped": judge.swapped(),
-        "displaced": judge.displaced(),
+        "decisions": examination.decisions(),
+        "swapped": examination.swapped(),
+        "displaced": examination.displaced(),
     }
 
 
 def main(argv: list[str]) -> None:
-    """Judges each model, prints the table, and writes it."""
+    """Examines each model, prints the table, and writes it."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -204,12 +209,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", type=Path, help="JSON to write")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    results = {folder: judge_model(folder, args.seed, args.count) for folder in args.model}
+    results = {folder: examine(folder, args.seed, args.count) for folder in args.model}
     for folder, parts in results.items():
         print(f"{folder}: %")
         for part, rows in parts.items():
             for name, columns in rows.items():
-                cells = "  ".join(f"{key} {100 * value:5.1f}" for key, value in columns.items())
+                shares = {key: 100 * hits / asked for key, (hits, asked) in columns.items()}
+                cells = "  ".join(f"{key} {share:5.1f}" for key, share in shares.items())
                 print(f"  {part}: {name:<22}{cells}")
     if args.out:
         write_json(args.out, results)

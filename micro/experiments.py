@@ -8,7 +8,8 @@
 A run's name says what it is: where it starts from, the command, and the options that are not the
 defaults, as in `0-base+sft+grpo,kl_coef=0.01` (seed 0). The name is that of its folder. So claims
 that need the same run share it, what is finished is not run again, and what was interrupted goes
-on. (A name knows nothing of the code: after a change of it that matters, delete the folder.)
+on. A name knows nothing of the code: after a change of it that matters, delete the folders of the
+runs that it changes, or their cells/ alone, where only what is asked of the models has changed.
 """
 
 import fcntl
@@ -171,8 +172,20 @@ class Run:
         heavier = 1.6 if options.get("kl_coef") else 1.0
         return self.steps * STEP_MINUTES[self.script] * heavier
 
+    @property
+    def line(self) -> tuple["Run", ...]:
+        """All runs that this one stands on, and itself; without what is shipped."""
+        before = [run for need in self.needs for run in need.line]
+        return (*before, self) if not self.is_shipped else ()
+
     def folder(self, place: Place) -> Path:
         return place.out / self.name
+
+    def source(self, place: Place) -> str:
+        """Returns what made it: commit, version of torch, date, machine."""
+        done = json.loads((self.folder(place) / "done.json").read_text())
+        commit = (done["commit"] or "no git")[:7]
+        return f"{commit}, torch {done['torch']}, {done['date']}, {done['machine']}"
 
     def model(self, place: Place) -> Path:
         return MICRO_BASE if self.is_shipped else self.folder(place) / "model"
@@ -299,7 +312,8 @@ class Probe:
         words += ["--seed", str(self.run.seed), "--out", str(self.path(place))]
         words += ["--count", str(SMOKE_PROBES)] if place.smoke else []
         with locked(self.path(place).with_suffix(".lock")) as lock:
-            call(words, self.path(place).parent / "log.txt", lock)
+            if not self.done(place):
+                call(words, self.path(place).parent / "log.txt", lock)
 
     def read(self, place: Place) -> dict:
         (found,) = json.loads(self.path(place).read_text()).values()  # by model; there is one
@@ -341,6 +355,8 @@ class Evaluation:
         words += ["--out", str(records), "--overwrite"]
         words += ["--limit", "20"] if place.smoke else []
         with locked(records.with_suffix(".lock")) as lock:
+            if self.done(place):
+                return
             call(words, folder / "log.txt", lock)
             by_file = defaultdict(lambda: defaultdict(list))
             for record, _ in read_records(records, ("file", "id", "correct")):
@@ -364,9 +380,7 @@ def summarise_cell(questions: list[list[dict]]) -> dict:
     beyond = [group for k, groups in by_depth.items() if k > LIMIT for group in groups]
     answers = [record for records in questions for record in records]
     figures = summarise(questions)
-    by_domain = {name: part["accuracy"] for name, part in figures["by_domain"].items()}
     return figures | {
-        "by_domain": by_domain,
         "endless": fmean(record["finish_reason"] == "length" for record in answers),
         "beyond": accuracy(beyond) if beyond else None,
         "failures": count_failures(beyond),
@@ -389,6 +403,12 @@ def count_failures(questions: list[list[dict]]) -> dict[str, float]:
             counts[failure(record["response"], question)] += 1
     answers = max(1, sum(len(records) for records in questions))
     return {name: counts[name] / answers for name in FAILURES}
+
+
+def sources(needs: Iterable[Run | Cell | Probe], place: Place) -> list[str]:
+    """Returns what made all the runs that these stand on, each once."""
+    runs = {run for need in needs for run in ([need] if isinstance(need, Run) else need.needs)}
+    return sorted({one.source(place) for run in runs for one in run.line})
 
 
 # --- Making it ------------------------------------------------------------------------------------

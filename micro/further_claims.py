@@ -5,10 +5,10 @@ What would refute a claim was written down before it was measured (see micro/pap
 
 from collections.abc import Callable
 
-from micro.claim_data import shipped
-from micro.claim_parts import Rows, base, figure_of, gain, grpo, reading, row, sft, x_reasoner
+from micro.claim_data import deep_strips
+from micro.claim_parts import Rows, base, figure_of, gain, grpo, overall, row, sft, x_reasoner
 from micro.paper_claims import MED_UNIT, SHARES, med
-from micro.verdicts import Bound, Claim, Table
+from micro.verdicts import DEEP, Bound, Claim, Table
 
 
 def med_mixed(seed: int) -> Rows:
@@ -29,7 +29,7 @@ def mixed_bounds() -> tuple[Bound, ...]:
 MED_MIXED = Claim(
     "med-mixed",
     "not in the paper",
-    "Mixing general questions into both stages of Med prevents forgetting, and costs Med nothing.",
+    "Mixing general questions into both stages of Med prevents forgetting, and Med is learned.",
     "with a share mixed in, text or images of A still lose more than 1 point, or images of G gain "
     "less than 40. (The smallest share that passes is the remedy.)",
     med_mixed,
@@ -44,6 +44,7 @@ MED_MIXED = Claim(
 IMAGE_SHARES = (0.6, 0.2, 0.05)  # of the base's pre-training; 0.6 is the shipped one's
 WIDTHS = (64, 128, 192)  # of the base; 128 is the shipped one's
 CHANCE = 10  # %, of a blind guess
+READ_UNIT = f"{DEEP}; reading: such strips of A read out without an error, in %"
 
 
 def by_base(seed: int, name: str, values: tuple, default) -> Rows:
@@ -51,7 +52,7 @@ def by_base(seed: int, name: str, values: tuple, default) -> Rows:
     for value in values:
         options = {} if value == default else {name: value}
         final = x_reasoner(seed, **options)
-        read = {"reading": figure_of(base(seed, **options), shipped("test_transcription"), reading)}
+        read = {"reading": figure_of(base(seed, **options), deep_strips(), overall)}
         rows[f"{name} {value}: base"] = read | row(base(seed, **options))
         rows[f"{name} {value}: SFT + RL"] = row(final)
     return rows
@@ -77,14 +78,15 @@ READING = Claim(
     "not in the paper",
     "What carries over to images is as much as the base can read: accuracy on images is reading "
     "times reasoning, plus a guess for the rest.",
-    "for bases that have seen fewer images, images of A after both stages are more than 8 points "
-    "off (share of images read) x (accuracy on text) + (share not read) x 10%.",
+    "for the shipped kind of base or for one that has seen fewer images, images of A after both "
+    "stages are more than 8 points off (share of images read) x (accuracy on text) + (share not "
+    "read) x 10%.",
     reading_claim,
     tuple(
         Bound(f"{share:.0%} images: measured - predicted", over_prediction(share), -8, 8)
         for share in IMAGE_SHARES
     ),
-    unit="accuracy in %, k > 2; reading: whole strips of A read out without an error, in %",
+    unit=READ_UNIT,
     in_quick=False,
 )
 
@@ -113,7 +115,7 @@ SIZE = Claim(
         *(Bound(f"width {w}: gain on A image", size_gain(w, "A image"), 40) for w in WIDTHS),
         *(Bound(f"width {w}: images, % of text's gain", share_of_text(w), 80) for w in WIDTHS),
     ),
-    unit="accuracy in %, k > 2; reading: whole strips of A read out without an error, in %",
+    unit=READ_UNIT,
     in_quick=False,
 )
 
@@ -158,7 +160,7 @@ VARIANTS_CLAIM = Claim(
         ),
         Bound("clip 0.28 - clip 0.2, A image", gain(*CLIPS, "A image"), -3, 3),
     ),
-    unit="accuracy in %, k > 2, after 60 rollouts of 128 answers",
+    unit=f"{DEEP}, after 60 rollouts of 128 answers",
 )
 
 

@@ -24,14 +24,14 @@ from micro.reproduce import LIMIT, pooled
 from micro.study import RESULTS, load_results
 from micro.verdicts import mean_and_error
 from micro.why_claims import (
-    AS_IS,
+    AS_IT_IS,
     BY_COUNT,
     BY_LAST,
     MOVED_BY_COUNT,
     MOVED_BY_PLACE,
-    PROMPT,
-    SIGNS,
-    STATES,
+    OTHER_PROMPT,
+    OTHER_SIGNS,
+    OTHER_STATES,
 )
 
 FIGURES = ROOT / "micro" / "figures"
@@ -271,7 +271,12 @@ def plot_decisions() -> None:
     }
     draw_dots(axes[1], list(follows), [read(row, "A text") for row in follows.values()], "#1f618d")
     axes[1].set_title("what the next number follows (A, SFT + RL), %", fontsize=10)
-    swaps = {"as it is": AS_IS, "A's prompt": PROMPT, "A's states": STATES, "A's signs": SIGNS}
+    swaps = {
+        "as it is": AS_IT_IS,
+        "A's prompt": OTHER_PROMPT,
+        "A's states": OTHER_STATES,
+        "A's signs": OTHER_SIGNS,
+    }
     wrong = [[100 - value for value in read(row, "L text")] for row in swaps.values()]
     draw_dots(axes[2], list(swaps), wrong, "#e59866")
     axes[2].set_title("numbers that are wrong on text of L (SFT + RL), %", fontsize=10)

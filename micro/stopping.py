@@ -9,9 +9,15 @@ layer by layer, on one setting (a domain, as text or as images), and tried on an
     own      trained on the setting that it is tried on: is the knowledge there at all?
     A's      trained on A as text: is it there in the form in which training on A as text finds it?
 
-Training on A can only teach the model to use what A shows. Where another domain has its knowledge
-in another form (own good, A's at chance), what is learned on A does not reach it. The number of
-steps done is drawn first and the depth of the question after it, so that the number says nothing.
+A probe's figure is the chance that it ranks a chain that goes on above one that ends (the area
+under the ROC curve): 0.5 is no knowledge, 1 all of it, and far below 0.5 is the knowledge with the
+sign turned. Training on A can only teach the model to use what A shows. Where another domain has
+its knowledge in another form (own good, A's poor), what is learned on A does not reach it.
+
+The depth of the question is drawn first, and then whether all of its steps are done or all but one.
+So the depth says nothing, and of the numbers of steps only the least and the most do: by the number
+alone the figure is 0.65 in A and L, and 0.72 in G, whose questions have fewer steps. In G a probe
+has it easy: the number of hops to go stands in the chain, just before the place that is read.
 """
 
 import argparse
@@ -25,19 +31,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import ImageConfig, Tokenizer, make_prompt
+from data import Tokenizer
 from hub.options import MICRO_BASE, run_command
-from micro.world import (
-    TEST_BUCKETS,
-    TRAIN_BUCKETS,
-    Question,
-    Walk,
-    draw_image,
-    draw_question,
-    image_prompt,
-    max_depth,
-    text_prompt,
-)
+from micro.why import ask, read_on
+from micro.world import TEST_BUCKETS, TRAIN_BUCKETS, Question, Walk, draw_question, max_depth
 from model import Qwen2_5_VL
 from training.journal import write_json
 
@@ -48,11 +45,9 @@ PENALTY = 1e-2  # on the squared weights of a probe, whose inputs have variance 
 
 def draw_case(rng: random.Random, domain: str, buckets: range) -> tuple[Question | Walk, int, bool]:
     """Returns (question, steps done, does another follow?): each half of the time."""
-    most = max_depth(domain)
-    done = rng.randint(1, most - 1)
+    depth = rng.randint(2, max_depth(domain))
     follows = rng.random() < 0.5
-    depth = rng.randint(done + 1, most) if follows else done
-    return draw_question(rng, domain, depth, buckets), done, follows
+    return draw_question(rng, domain, depth, buckets), depth - follows, follows
 
 
 @torch.no_grad()
@@ -75,16 +70,8 @@ def observe(
     labels = []
     for _ in range(count):
         question, done, follows = draw_case(rng, domain, buckets)
-        if modality == "text":
-            prompt = make_prompt(text_prompt(question, rng), [], tokenizer, ImageConfig())
-        else:
-            image, _ = draw_image(question, rng)
-            prompt = make_prompt(image_prompt(rng), [image], tokenizer, ImageConfig())
         thought = question.chain(done).partition("</think>")[0]
-        images = {}
-        if prompt.grids:
-            images = {"pixel_values": prompt.pixel_values(), "image_grid_thw": prompt.grids}
-        model(torch.tensor([prompt.ids + tokenizer.encode(thought)]), **images)
+        read_on(model, ask(question, modality, tokenizer, rng), tokenizer.encode(thought))
         labels.append(follows)
     for hook in hooks:
         hook.remove()
@@ -112,15 +99,19 @@ def train_probe(states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]
     return mean, scale, weights.detach()
 
 
-def accuracy(probe: tuple[Tensor, Tensor, Tensor], states: Tensor, labels: Tensor) -> float:
-    """Returns the share of states on which a probe is right; 0.5 is chance."""
+def ranking(probe: tuple[Tensor, Tensor, Tensor], states: Tensor, labels: Tensor) -> float:
+    """Returns the share of pairs, one that goes on and one that ends, that a probe ranks rightly.
+
+    A tie counts half.
+    """
     mean, scale, weights = probe
-    inputs = F.pad((states - mean) / scale, (0, 1), value=1.0)
-    return ((inputs @ weights > 0) == labels).float().mean().item()
+    scores = F.pad((states - mean) / scale, (0, 1), value=1.0) @ weights
+    differences = scores[labels][:, None] - scores[~labels][None]
+    return (differences.sign().mean().item() + 1) / 2
 
 
 def probe_model(folder: str, seed: int = 0, count: int = COUNT) -> dict[str, dict]:
-    """Returns {"own": {setting: accuracies by layer}, "A's": the same} of a model."""
+    """Returns {"own": {setting: its probes' figures by layer}, "A's": the same} of a model."""
     model = Qwen2_5_VL.from_pretrained(folder)
     tokenizer = Tokenizer.from_pretrained(folder)
     found: dict[str, dict] = {"own": {}, "A's": {}}
@@ -132,7 +123,7 @@ def probe_model(folder: str, seed: int = 0, count: int = COUNT) -> dict[str, dic
         probes_of_a = probes_of_a or own  # A as text comes first
         states, labels = observe(model, tokenizer, rng, setting, TEST_BUCKETS, count)
         for name, probes in (("own", own), ("A's", probes_of_a)):
-            shares = [accuracy(probe, layer, labels) for probe, layer in zip(probes, states)]
+            shares = [ranking(probe, layer, labels) for probe, layer in zip(probes, states)]
             found[name][setting] = shares
     return found
 
@@ -150,7 +141,7 @@ def main(argv: list[str]) -> None:
     torch.set_num_threads(1)
     results = {folder: probe_model(folder, args.seed, args.count) for folder in args.model}
     for folder, found in results.items():
-        print(f"{folder}: % right, by layer")
+        print(f"{folder}: % of pairs ranked rightly, by layer")
         for name, columns in found.items():
             for setting, shares in columns.items():
                 figures = " ".join(f"{100 * share:6.1f}" for share in shares)

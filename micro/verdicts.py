@@ -1,26 +1,30 @@
 """From figures to plain verdicts: what a claim says, what would refute it, and does it hold?
 
 A claim's figures are a table for each seed (rows, columns, numbers), and its bounds are stated
-before anything is measured. A bound holds, or does not, if the mean over seeds is at least two
-standard errors from it, on one side or the other; in between it is undecided. With one seed there
-is no standard error, and the verdict says so.
+before they are measured; a seed that was seen before that is shown, and not judged. A bound holds,
+or does not, if the mean over seeds is at least two standard errors from it, on one side or the
+other; in between it is undecided. The verdict says so where seeds are missing; with one seed there
+is no standard error.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 from statistics import fmean, stdev
 
 from hub.errors import InputError
-from micro.experiments import Cell, Place, Probe, Run
+from micro.experiments import Cell, Place, Probe, Run, locked
 from training.journal import write_json
 
 HOLDS, FAILS, UNDECIDED, MISSING = "holds", "does not hold", "undecided", "not measured"
 ERRORS = 2  # a mean so many standard errors from a bound is on that side of it
 
+DEEP = "accuracy in %, questions of more than two steps (k > 2)"
+
 Table = dict[str, dict[str, float]]  # row -> column -> number
+Tables = dict[int, Table]  # by seed
 
 
 @dataclass(frozen=True)
@@ -33,10 +37,13 @@ class Figure:
 
 @dataclass(frozen=True)
 class Bound:
-    """A figure, computed from a seed's table, and what it must be on average over the seeds."""
+    """A figure, computed from a seed's table, and what it must be on average over the seeds.
+
+    The figure is None where a seed has nothing to judge, such as failures where nothing fails.
+    """
 
     text: str
-    figure: Callable[[Table], float]
+    figure: Callable[[Table], float | None]
     at_least: float = -inf
     at_most: float = inf
 
@@ -56,7 +63,9 @@ class Claim:
 
     name: as --claim takes it. paper: its table or figure. says: the claim. refuted: what figures
     would refute it, in words; `bounds` has them in numbers. table: of a seed. seeds: those it is
-    measured on. curves: runs whose metrics.jsonl is kept beside the table, for a picture.
+    measured on. looked_at: those of them that were seen before the bounds were stated: they are
+    shown, and not judged. remark: what the figures mean, written after them. curves: runs whose
+    metrics.jsonl is kept beside the table, for a picture.
     """
 
     name: str
@@ -66,7 +75,9 @@ class Claim:
     table: Callable[[int], dict[str, dict[str, Figure]]]
     bounds: tuple[Bound, ...]
     seeds: tuple[int, ...] = (0, 1, 2)
-    unit: str = "accuracy in %, questions of more than two steps (k > 2)"
+    unit: str = DEEP
+    looked_at: tuple[int, ...] = ()
+    remark: str = ""
     in_quick: bool = True
     curves: Callable[[int], Run] | None = None
 
@@ -113,11 +124,30 @@ def overall(verdicts: list[str]) -> str:
     return HOLDS
 
 
-def verdict_of(claim: Claim, tables: list[Table]) -> str:
-    """Returns the verdict on a claim, with a remark where it rests on one seed."""
-    verdicts = [judge([bound.figure(table) for table in tables], bound) for bound in claim.bounds]
-    remark = " (one seed)" if len(tables) == 1 else ""
-    return overall(verdicts) + remark
+def judged_seeds(claim: Claim, tables: Tables) -> list[int]:
+    """Returns the seeds that the verdict rests on: those that were not seen before the bounds.
+
+    Where there is none of them yet, it rests on the others for the time being.
+    """
+    fresh = [seed for seed in tables if seed not in claim.looked_at]
+    return fresh or list(tables)
+
+
+def figures_of(bound: Bound, claim: Claim, tables: Tables) -> list[float]:
+    """Returns a bound's figure in each seed that is judged, without those that have none."""
+    figures = [bound.figure(tables[seed]) for seed in judged_seeds(claim, tables)]
+    return [figure for figure in figures if figure is not None]
+
+
+def verdict_of(claim: Claim, tables: Tables) -> str:
+    """Returns the verdict on a claim, with a remark where seeds are still missing."""
+    verdicts = [judge(figures_of(bound, claim, tables), bound) for bound in claim.bounds]
+    if not tables:
+        return MISSING
+    fresh = set(claim.seeds) - set(claim.looked_at)
+    count = len(fresh & set(tables))
+    remark = f" ({count} of {len(fresh)} seeds)" if count < len(fresh) else ""
+    return overall(verdicts) + (remark if count else " (on seeds that were seen before)")
 
 
 # --- Results on the disk --------------------------------------------------------------------------
@@ -136,15 +166,26 @@ def read_results(folder: Path, claim: Claim) -> dict[str, dict]:
 
 def write_results(folder: Path, claim: Claim, seed: int, result: dict) -> None:
     """Adds a seed to a claim's file, or replaces it there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    seeds = read_results(folder, claim) | {str(seed): result}
-    seeds = dict(sorted(seeds.items(), key=lambda item: int(item[0])))
-    stated = {"claim": claim.says, "refuted": claim.refuted}
-    write_json(folder / f"{claim.name}.json", stated | {"seeds": seeds})
+    with locked(folder / f"{claim.name}.lock"):
+        seeds = read_results(folder, claim) | {str(seed): result}
+        seeds = dict(sorted(seeds.items(), key=lambda item: int(item[0])))
+        stated = {"claim": claim.says, "refuted": claim.refuted}
+        write_json(folder / f"{claim.name}.json", stated | {"seeds": seeds})
 
 
-def tables_of(results: dict[str, dict]) -> list[Table]:
-    return [result["table"] for result in results.values()]
+def tables_of(claim: Claim, results: dict[str, dict]) -> Tables:
+    """Returns the tables of the claim's own seeds, by seed.
+
+    One that has other rows or columns than the claim has now is of an earlier version: it is left
+    out, as if it had not been measured.
+    """
+    tables = {}
+    for seed in claim.seeds:
+        table = results[str(seed)]["table"] if str(seed) in results else {}
+        shape = {name: list(row) for name, row in claim.table(seed).items()}
+        if {name: list(row) for name, row in table.items()} == shape:
+            tables[seed] = table
+    return tables
 
 
 # --- Markdown -------------------------------------------------------------------------------------
@@ -164,67 +205,90 @@ def head(*cells: str) -> list[str]:
     return [line(*cells), line(*["---"] * len(cells))]
 
 
+def names(seeds: Iterable[int]) -> str:
+    return " ".join(map(str, seeds)) or "-"
+
+
 def overview(claims: tuple[Claim, ...], results: dict[str, dict]) -> list[str]:
     """Returns the lines of the table of all verdicts."""
     lines = head("claim", "paper", "what it says", "seeds", "verdict")
     for claim in claims:
-        known = results[claim.name]
+        tables = tables_of(claim, results[claim.name])
         link = f"[{claim.name}](#{claim.name})"
-        verdict = f"**{verdict_of(claim, tables_of(known))}**"
-        lines.append(line(link, claim.paper, claim.says, " ".join(known) or "-", verdict))
+        verdict = f"**{verdict_of(claim, tables)}**"
+        lines.append(line(link, claim.paper, claim.says, names(tables), verdict))
     return lines
+
+
+def each_seed(bound: Bound, claim: Claim, tables: Tables) -> str:
+    """Returns a bound's figure in each seed; those that are not judged stand in brackets."""
+    judged = judged_seeds(claim, tables)
+    words = []
+    for seed, table in tables.items():
+        figure = bound.figure(table)
+        word = "-" if figure is None else f"{figure:.1f}"
+        words.append(word if seed in judged else f"({word})")
+    return " ".join(words)
 
 
 def section(claim: Claim, results: dict[str, dict]) -> list[str]:
     """Returns the lines on one claim: what it says, its table, its bounds and the verdicts."""
-    tables = tables_of(results)
+    tables = tables_of(claim, results)
     lines = [f"## {claim.name}", "", f"{claim.says} ({claim.paper})", ""]
     lines += [f"*Refuted by*: {claim.refuted}", ""]
     if not tables:
         return [*lines, f"{MISSING.capitalize()}."]
-    columns = list(dict.fromkeys(column for row in tables[0].values() for column in row))
-    seeds = f"seeds {' '.join(results)}" if len(tables) > 1 else f"seed {' '.join(results)} alone"
+    first = next(iter(tables.values()))
+    columns = list(dict.fromkeys(column for row in first.values() for column in row))
+    seeds = f"seeds {names(tables)}" if len(tables) > 1 else f"seed {names(tables)} alone"
     lines += [f"{claim.unit[0].upper()}{claim.unit[1:]}; mean +- standard error, {seeds}:", ""]
     lines += head("", *columns)
-    for name in tables[0]:
+    for name, row in first.items():
         cells = []
         for column in columns:
-            values = [table[name][column] for table in tables if column in table.get(name, {})]
+            values = [table[name][column] for table in tables.values()] if column in row else []
             cells.append(spread(values) if values else "-")
         lines.append(line(name, *cells))
     lines += ["", *head("bound", "stated", "measured", "each seed", "verdict")]
     for bound in claim.bounds:
-        values = [bound.figure(table) for table in tables]
-        each = " ".join(f"{value:.1f}" for value in values)
-        verdict = judge(values, bound)
-        lines.append(line(bound.text, bound.limits, spread(values), each, verdict))
-    lines += ["", f"Verdict: **{verdict_of(claim, tables)}**."]
-    sources = {(r["commit"] or "no git")[:7] + f", torch {r['torch']}, {r['date']}, {r['machine']}"
-               for r in results.values()}  # fmt: skip
-    return [*lines, "", *(f"Commit {source}." for source in sorted(sources))]
+        figures = figures_of(bound, claim, tables)
+        mean = spread(figures) if figures else "-"
+        each = each_seed(bound, claim, tables)
+        lines.append(line(bound.text, bound.limits, mean, each, judge(figures, bound)))
+    if claim.looked_at:
+        lines += ["", "In brackets: seen before the bounds were stated, and not judged."]
+    lines += ["", f"Verdict: **{verdict_of(claim, tables)}**. {claim.remark}".rstrip()]
+    made = sorted({one for seed in tables for one in results[str(seed)]["sources"]})
+    return [*lines, "", *(f"Runs: {one}." for one in made)]
 
 
-def in_short(bound: Bound, tables: list[Table]) -> str:
-    """Returns a bound in a few words, in bold if it does not hold."""
-    values = [bound.figure(table) for table in tables]
-    verdict = judge(values, bound)
-    words = f"{bound.text} {spread(values)} ({bound.limits})"
-    return words if verdict == HOLDS else f"**{words}: {verdict}**"
+def in_short(claim: Claim, tables: Tables) -> str:
+    """Returns the bounds that do not hold, with their figures, and how many do."""
+    words, holding = [], 0
+    for bound in claim.bounds:
+        figures = figures_of(bound, claim, tables)
+        verdict = judge(figures, bound)
+        if verdict == HOLDS:
+            holding += 1
+            continue
+        mean = spread(figures) if figures else "-"
+        words.append(f"{bound.text}: {mean} ({bound.limits}): {verdict}")
+    words += [f"{holding} of {len(claim.bounds)} bounds hold"]
+    return "<br>".join(words)
 
 
 def digest(claims: tuple[Claim, ...], folder: Path, page: str) -> str:
-    """Returns the verdicts with the figures that they follow from, as a Markdown table.
+    """Returns the verdicts with what they follow from, as a Markdown table.
 
     page: where each claim's section is.
     """
-    lines = head("claim", "paper", "seeds", "verdict", "what it follows from (the bound)")
+    lines = head("claim", "paper", "seeds", "verdict", "bounds that do not hold")
     for claim in claims:
-        known = read_results(folder, claim)
-        tables = tables_of(known)
+        tables = tables_of(claim, read_results(folder, claim))
         link = f"[{claim.name}]({page}#{claim.name}): {claim.says}"
-        figures = "<br>".join(in_short(bound, tables) for bound in claim.bounds) if tables else "-"
+        figures = in_short(claim, tables) if tables else "-"
         verdict = f"**{verdict_of(claim, tables)}**"
-        lines.append(line(link, claim.paper, " ".join(known) or "-", verdict, figures))
+        lines.append(line(link, claim.paper, names(tables), verdict, figures))
     return "\n".join(lines) + "\n"
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from torch import Tensor
 
 from data import ImageConfig, Prompt, Tokenizer, make_prompt
 from hub.options import MICRO_BASE
@@ -31,6 +32,7 @@ from micro.world import (
     MAX_OPERAND,
     TEST_BUCKETS,
     Question,
+    Walk,
     draw_image,
     draw_question,
     image_prompt,
@@ -53,7 +55,7 @@ def draw_questions(rng: random.Random, count: int) -> list[Question]:
 
 
 def ask(
-    question: Question, modality: str, tokenizer: Tokenizer, rng: random.Random, **noise
+    question: Question | Walk, modality: str, tokenizer: Tokenizer, rng: random.Random, **noise
 ) -> Prompt:
     """Returns the prompt that asks a question in words or as an image."""
     if modality == "text":
@@ -61,6 +63,14 @@ def ask(
     text = image_prompt(rng)
     image, _ = draw_image(question, rng, **noise)
     return make_prompt(text, [image], tokenizer, ImageConfig())
+
+
+def read_on(model: Qwen2_5_VL, prompt: Prompt, ids: list[int], **options) -> Tensor:
+    """Returns the hidden states [T, C] of a prompt with these tokens behind it."""
+    images = {}
+    if prompt.grids:
+        images = {"pixel_values": prompt.pixel_values(), "image_grid_thw": prompt.grids}
+    return model(torch.tensor([prompt.ids + ids]), **images, **options)[0]
 
 
 def respond(sampler: Sampler, prompts: list[Prompt]) -> list[str]:

@@ -9,7 +9,9 @@ import random
 import re
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -338,6 +340,10 @@ def test_a_base_of_another_width_that_sees_fewer_images(tmp_path, monkeypatch):
         ("<think>3#1+4#2-1;3;#1+4=7;#2-1=6;</think><answer>6</answer>", "misread"),
         ("<think>3#1+4#2-2;3;#1+4=8;#2-2=6;</think><answer>6</answer>", "wrong step"),
         ("<think>3#1+4#2-2;4;#1+4=8;</think><answer>8</answer>", "wrong step"),
+        ("<think>3#1+4#2-2;3;#2-2=1;</think><answer>1</answer>", "out of order"),
+        ("<think>3#1+4#2-2;3;#1+4=7;#1+4=1;#2-2=9;</think><answer>9</answer>", "out of order"),
+        ("<think>3#1+4#2-2;3;#1+4=7;#1+4=2;</think><answer>2</answer>", "wrong step"),
+        ("<think>3#1+4#2-2;3;#1+4=7;#3+4=1;</think><answer>1</answer>", "wrong step"),
         ("<think>3#1+4#2-2;3;#1+4=7;</think><answer>7</answer>", "stopped early"),
         ("<think>3#1+4#2-2;3;#1+4=7;#2-2=5;#2-2=3;</think><answer>3</answer>", "went on"),
         ("<think>3#1+4#2-2;3;#1+4=7;#2-2=5;#1+4=9;", "went on"),
@@ -529,20 +535,21 @@ def test_the_command_measures_what_is_missing_and_reports(small, tmp_path, comma
     claims.main(["--summary", *out])
     assert "| Nothing is gained. | - | **not measured** |" in capsys.readouterr().out
     claims.main(["--seeds", "0", *out])
-    assert "**holds (one seed)**" in (tmp_path / "claims.md").read_text()
+    assert "**holds (1 of 3 seeds)**" in (tmp_path / "claims.md").read_text()
     before = len(commands)
     claims.main(["--seeds", "0", "1", *out])  # adds a seed: its base, its SFT, two evaluations
     assert len(commands) - before == 4
     page = (tmp_path / "claims.md").read_text()
-    assert "| Nothing is gained. | 0 1 | **holds** |" in page
+    assert "| Nothing is gained. | 0 1 | **holds (2 of 3 seeds)** |" in page
     assert "| SFT | 33.3 +- 0.0 |" in page and "| gain | at most 0 | 0.0 +- 0.0 | 0.0 0.0 |" in page
     # The verdicts stand between the marks of the other page, whose text stays.
     short = (tmp_path / "results.md").read_text()
     assert short.startswith("Before.\n<!--") and short.endswith("-->\nAfter.\n")
     claim = "| [small](claims.md#small): Nothing is gained. | Table 0 | 0 1 |"
-    assert f"{claim} **holds** | gain 0.0 +- 0.0 (at most 0) |" in short and "stale" not in short
+    assert f"{claim} **holds (2 of 3 seeds)** | 1 of 1 bounds hold |" in short
+    assert "stale" not in short
     claims.main(["--summary"])
-    assert capsys.readouterr().out.count("### ") == 0 and len(commands) - before == 4
+    assert len(commands) - before == 4
 
 
 def test_quick_and_smoke_leave_the_committed_results_alone(small, tmp_path, commands, capsys):
@@ -556,15 +563,70 @@ def test_quick_and_smoke_leave_the_committed_results_alone(small, tmp_path, comm
     assert (tmp_path / "runs/smoke/1-base/model/model.safetensors").exists()  # the shipped one
 
 
-def test_what_does_not_hold_is_bold():
-    claim = Claim("c", "Table 0", "It is so.", "it is not.", None, (
-        Bound("first", lambda t: t["r"]["c"], at_most=3),
-        Bound("second", lambda t: t["r"]["c"], at_least=3),
-    ))  # fmt: skip
-    tables = [{"r": {"c": 1.0}}, {"r": {"c": 1.0}}]
-    assert verdicts.in_short(claim.bounds[0], tables) == "first 1.0 +- 0.0 (at most 3)"
-    bold = "**second 1.0 +- 0.0 (at least 3): does not hold**"
-    assert verdicts.in_short(claim.bounds[1], tables) == bold
+def made_up(*bounds: Bound, **options) -> Claim:
+    """Returns a claim of one figure, r c, that a table gives as it is."""
+
+    def table(seed: int):
+        return {"r": {"c": None}}
+
+    return Claim("c", "Table 0", "It is so.", "it is not.", table, bounds, **options)
+
+
+def results_of(**figures: float) -> dict[str, dict]:
+    """Returns results of these seeds (s0=1.0), as they are read."""
+    return {
+        name[1:]: {"table": {"r": {"c": figure}}, "sources": ["here"]}
+        for name, figure in figures.items()
+    }
+
+
+def the_figure(t):
+    return t["r"]["c"]
+
+
+def test_in_short_what_does_not_hold_is_said():
+    claim = made_up(Bound("first", the_figure, at_most=3), Bound("second", the_figure, at_least=3))
+    tables = verdicts.tables_of(claim, results_of(s0=1.0, s1=1.0))
+    words = "second: 1.0 +- 0.0 (at least 3): does not hold<br>1 of 2 bounds hold"
+    assert verdicts.in_short(claim, tables) == words
+
+
+def test_seeds_that_were_seen_before_are_shown_and_not_judged():
+    claim = made_up(Bound("b", the_figure, at_least=3), looked_at=(0,))
+    verdict = partial(verdicts.verdict_of, claim)
+    tables = verdicts.tables_of(claim, results_of(s0=9.0, s1=2.0, s2=2.0))
+    assert verdict(tables) == FAILS
+    assert verdicts.each_seed(claim.bounds[0], claim, tables) == "(9.0) 2.0 2.0"
+    assert verdict({0: tables[0], 1: tables[1]}) == f"{FAILS} (1 of 2 seeds)"
+    assert verdict({0: tables[0]}) == f"{HOLDS} (on seeds that were seen before)"
+    assert verdict({}) == MISSING
+
+
+def test_only_tables_of_the_claim_as_it_is_count():
+    """Not those of other seeds, nor those that an earlier version of the claim left."""
+    claim = made_up(Bound("b", the_figure, at_least=3))
+    results = results_of(s0=1.0, s1=2.0, s7=3.0)
+    results["1"]["table"]["another"] = {"c": 5.0}
+    assert verdicts.tables_of(claim, results) == {0: {"r": {"c": 1.0}}}
+
+
+def test_a_seed_with_nothing_to_judge_is_left_out():
+    claim = made_up(Bound("b", lambda t: the_figure(t) or None, at_least=3))
+    tables = verdicts.tables_of(claim, results_of(s0=0.0, s1=4.0, s2=4.0))
+    assert verdicts.verdict_of(claim, tables) == HOLDS
+    assert verdicts.each_seed(claim.bounds[0], claim, tables) == "- 4.0 4.0"
+    nothing = verdicts.tables_of(claim, results_of(s0=0.0, s1=0.0, s2=0.0))
+    assert verdicts.verdict_of(claim, nothing) == MISSING
+
+
+def test_two_writers_of_a_claim_lose_no_seed(tmp_path):
+    claim = made_up()
+    results = results_of(s0=1.0)["0"]
+    with ThreadPoolExecutor(8) as pool:
+        list(
+            pool.map(lambda seed: verdicts.write_results(tmp_path, claim, seed, results), range(8))
+        )
+    assert list(verdicts.read_results(tmp_path, claim)) == [str(seed) for seed in range(8)]
 
 
 def test_the_committed_pages_are_what_the_committed_results_say():
