@@ -161,6 +161,7 @@ VARIANTS_CLAIM = Claim(
         Bound("clip 0.28 - clip 0.2, A image", gain(*CLIPS, "A image"), -3, 3),
     ),
     unit=f"{DEEP}, after 60 rollouts of 128 answers",
+    in_quick=False,
 )
 
 
