@@ -24,14 +24,12 @@ from micro.reproduce import LIMIT, pooled
 from micro.study import RESULTS, load_results
 from micro.verdicts import mean_and_error
 from micro.why_claims import (
-    AS_IT_IS,
+    BACK_BY_COUNT,
+    BACK_BY_PLACE,
     BY_COUNT,
     BY_LAST,
     MOVED_BY_COUNT,
     MOVED_BY_PLACE,
-    OTHER_PROMPT,
-    OTHER_SIGNS,
-    OTHER_STATES,
 )
 
 FIGURES = ROOT / "micro" / "figures"
@@ -230,58 +228,49 @@ def plot_transfer() -> None:
     finish(figure, "transfer.png")
 
 
-def draw_dots(axes, names: list[str], seeds: list[list[float]], colour: str) -> None:
-    """Draws horizontal bars, the means over seeds, and each seed as a dot; seeds: by bar."""
-    axes.barh(names, [fmean(values) for values in seeds], 0.6, color=colour)
-    for place, values in enumerate(seeds):
-        axes.plot(values, [place] * len(values), ".", color="black", markersize=4)
-    axes.invert_yaxis()
+def draw_bars_with_seeds(axes, names: list[str], groups: dict[str, list[list[float]]]) -> None:
+    """Draws a horizontal bar for each name and group, the mean over seeds, and seeds as dots.
 
-
-def draw_wrong(axes, seeds: dict[str, dict]) -> None:
-    """Draws which decisions are wrong after SFT, where nothing was trained."""
-    tables = [result["table"] for result in seeds.values()]
-    columns = {"A image": "#1f618d", "L text": "#e59866", "L image": "#f5cba7"}
-    for i, (column, colour) in enumerate(columns.items()):
-        wrong = [[100 - table[f"SFT: {name}"][column] for table in tables] for name in DECISIONS]
-        places = [y + 0.26 * (i - 1) for y in range(len(DECISIONS))]
-        axes.barh(places, [fmean(values) for values in wrong], 0.25, color=colour, label=column)
-        for place, values in zip(places, wrong):
+    groups: what stands in the legend -> for each name, the values of its seeds.
+    """
+    height = 0.8 / len(groups)
+    for i, (label, rows) in enumerate(groups.items()):
+        places = [y + height * (i - (len(groups) - 1) / 2) for y in range(len(names))]
+        axes.barh(places, [fmean(values) for values in rows], 0.95 * height, label=label)
+        for place, values in zip(places, rows):
             axes.plot(values, [place] * len(values), ".", color="black", markersize=4)
-    axes.set_yticks(range(len(DECISIONS)), DECISIONS)
+    axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.legend(fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def plot_decisions() -> None:
     """Draws decisions.png: which decisions do not carry over, and what the number follows."""
+    figure, (wrong, follows) = load_pyplot().subplots(1, 2, figsize=(11, 3.8), width_ratios=(2, 3))
+    tables = [result["table"] for result in read_claim("decisions").values()]
+    columns = {
+        column: [[100 - table[f"SFT: {name}"][column] for table in tables] for name in DECISIONS]
+        for column in ("A image", "L text", "L image")
+    }
+    draw_bars_with_seeds(wrong, list(DECISIONS), columns)
+    wrong.set_title("decisions that are wrong after SFT on text of A, %", fontsize=10)
+
     tables = [result["table"] for result in read_claim("clock").values()]
-    figure, axes = load_pyplot().subplots(1, 3, figsize=(15, 3.6))
-    draw_wrong(axes[0], read_claim("decisions"))
-    axes[0].set_title("decisions that are wrong after SFT on text of A, %", fontsize=10)
-
-    def read(row: str, column: str) -> list[float]:
-        return [table[f"SFT + RL: {row}"][column] for table in tables]
-
-    follows = {
+    rows = {
         "last step replaced:\none more than its number": BY_LAST,
         "one more than there are": BY_COUNT,
         "steps moved on:\none more than there are": MOVED_BY_COUNT,
         "what is due at the place": MOVED_BY_PLACE,
+        "steps moved back:\none more than there are": BACK_BY_COUNT,
+        "what is due at that place": BACK_BY_PLACE,
     }
-    draw_dots(axes[1], list(follows), [read(row, "A text") for row in follows.values()], "#1f618d")
-    axes[1].set_title("what the next number follows (A, SFT + RL), %", fontsize=10)
-    swaps = {
-        "as it is": AS_IT_IS,
-        "A's prompt": OTHER_PROMPT,
-        "A's states": OTHER_STATES,
-        "A's signs": OTHER_SIGNS,
+    columns = {
+        column: [[table[f"SFT + RL: {row}"][column] for table in tables] for row in rows.values()]
+        for column in ("A text", "L text")
     }
-    wrong = [[100 - value for value in read(row, "L text")] for row in swaps.values()]
-    draw_dots(axes[2], list(swaps), wrong, "#e59866")
-    axes[2].set_title("numbers that are wrong on text of L (SFT + RL), %", fontsize=10)
-    for panel in axes:
-        panel.spines[["top", "right"]].set_visible(False)
+    draw_bars_with_seeds(follows, list(rows), columns)
+    follows.set_title("the number of the next step, after SFT + RL, %", fontsize=10)
     finish(figure, "decisions.png")
 
 

@@ -125,9 +125,9 @@ STOPPING = Claim(
 # --- Which decisions carry over -------------------------------------------------------------------
 
 STEP_BY_STEP = ("operation", "result")
-# How many there are in a chain of 3 to 6 steps, on average. The first four say which step is next.
+NEXT = ("go on", "end", "number")  # the decisions that say which step comes next
+# How many decisions there are in a chain of 3 to 6 steps, on average.
 IN_A_CHAIN = {"go on": 3.5, "end": 1.0, "number": 4.5, "operation": 4.5, "result": 4.5}
-NEXT = ("go on", "end", "number")
 
 
 def examined(run: Run, part: str, name: str, columns: tuple[str, ...]) -> dict[str, Figure]:
@@ -203,6 +203,8 @@ BY_LAST = "last step replaced: one more than its number"
 BY_COUNT = "last step replaced: one more than there are"
 MOVED_BY_COUNT = "steps moved on: one more than there are"
 MOVED_BY_PLACE = "steps moved on: what is due at the place"
+BACK_BY_COUNT = "steps moved back: one more than there are"
+BACK_BY_PLACE = "steps moved back: what is due at the place"
 CLOCK_ROWS = {
     AS_IT_IS: ("swapped", "nothing"),
     OTHER_SIGNS: ("swapped", "signs"),
@@ -212,8 +214,8 @@ CLOCK_ROWS = {
     BY_COUNT: ("displaced", "replaced: by count"),
     MOVED_BY_COUNT: ("displaced", "moved on: by count"),
     MOVED_BY_PLACE: ("displaced", "moved on: by place"),
-    "steps moved back: one more than there are": ("displaced", "moved back: by count"),
-    "steps moved back: what is due at the place": ("displaced", "moved back: by place"),
+    BACK_BY_COUNT: ("displaced", "moved back: by count"),
+    BACK_BY_PLACE: ("displaced", "moved back: by place"),
 }
 FEW = 1.0  # %, of 900 numbers: fewer wrong ones say nothing of their cause
 
