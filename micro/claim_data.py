@@ -128,31 +128,25 @@ def hesitating_chains() -> Dataset:
     return Dataset("sft_hesitating", write)
 
 
-def pausing(response: str, rng: random.Random, least: int, most: int) -> str:
-    """Returns a worked response with dots behind the start and each step, so many each time.
+def pausing(response: str, dots: int) -> str:
+    """Returns a worked response with so many dots behind the start and each step.
 
-    >>> pausing("<think>3#1+4;3;#1+4=7;</think><answer>7</answer>", random.Random(0), 2, 2)
+    >>> pausing("<think>3#1+4;3;#1+4=7;</think><answer>7</answer>", 2)
     '<think>3#1+4;3;..#1+4=7;..</think><answer>7</answer>'
     """
     thought, end, answer = response.partition("</think>")
-    restated, *steps = thought.split(";")
-    paused = "".join(f"{step};{'.' * rng.randint(least, most)}" for step in steps[:-1])
-    return f"{restated};{paused}{end}{answer}"
+    restated, steps = thought.split(";", 1)
+    return f"{restated};{steps.replace(';', ';' + '.' * dots)}{end}{answer}"
 
 
-def pausing_chains(least: int, most: int) -> Dataset:
-    """Returns the shipped chains with pauses: a form of step that no base has seen.
-
-    Pauses of one length leave the places of all steps as regular as they were; pauses of random
-    length do not.
-    """
+def pausing_chains(dots: int) -> Dataset:
+    """Returns the shipped chains with pauses: a form of step that no base has seen."""
 
     def write(place: Place) -> list[dict]:
-        rng = random.Random("pausing 0")
         records = read_jsonl(MICRO_DATA / "sft.jsonl")
-        return [one | {"response": pausing(one["response"], rng, least, most)} for one in records]
+        return [one | {"response": pausing(one["response"], dots)} for one in records]
 
-    return Dataset(f"sft_pausing_{least}to{most}", write)
+    return Dataset(f"sft_pausing_{dots}", write)
 
 
 def lessons(seed: int) -> Dataset:

@@ -16,7 +16,6 @@ from micro.claim_parts import (
     Rows,
     base,
     figure_of,
-    grpo,
     percent,
     row,
     sft,
@@ -261,33 +260,28 @@ CLOCK = Claim(
 
 # --- The form of a step ---------------------------------------------------------------------------
 
-DOTS, RANDOM_DOTS = (3, 3), (0, 6)  # behind each step, at least and at most
+DOTS, DOTTED = 3, "three dots, SFT (280)"
 
 
 def form(seed: int) -> Rows:
-    start = base(seed)
-    dotted = sft(start, pausing_chains(*DOTS))
+    """Returns the cells after SFT alone: the new form takes longer to learn than the known one."""
+    long = {"max_steps": 280, "epochs": 7}
+    dotted = sft(base(seed), pausing_chains(DOTS), **long)
     plainly = {
-        f"three dots: SFT, asked without: {name}": examined(dotted, "decisions", name, FOUR)
+        f"{DOTTED}, asked without: {name}": examined(dotted, "decisions", name, FOUR)
         for name in STEP_BY_STEP
     }
-    return {
-        "as it is: SFT": row(sft(start)),
-        "as it is: SFT + RL": row(x_reasoner(seed)),
-        "three dots: SFT": row(dotted),
-        "three dots: SFT + RL": row(grpo(dotted)),
-        "random dots: SFT": row(sft(start, pausing_chains(*RANDOM_DOTS))),
-        **plainly,
-    }
+    as_it_is = sft(base(seed), **long)
+    return {"as it is, SFT (280)": row(as_it_is), DOTTED: row(dotted), **plainly}
 
 
-def best_of_l(t: Table) -> float:
-    return max(t["three dots: SFT + RL"][column] for column in ("L text", "L image"))
+def dotted_l(t: Table) -> float:
+    return max(t[DOTTED][column] for column in ("L text", "L image"))
 
 
 def plain_steps_of_l(t: Table) -> float:
     return min(
-        t[f"three dots: SFT, asked without: {name}"][column]
+        t[f"{DOTTED}, asked without: {name}"][column]
         for name in STEP_BY_STEP
         for column in ("L text", "L image")
     )
@@ -298,17 +292,20 @@ FORM = Claim(
     "not in the paper",
     "What carries over to another domain is what the base has in that form. If SFT on A changes "
     "the form of a step as well (three dots behind each), images of A follow, but L does not.",
-    "with the dots, images of A are below 50% after both stages; or text or images of L are above "
-    "30%; or, given a right chain without dots, less than 95% of that model's operations or "
-    "results in L are right (then it has forgotten them). (Stated after a look at SFT of seed 0.)",
+    "with the dots, text of A is below 80% after 280 steps (then nothing is learned that could "
+    "carry over), or images of A below 50%; or text or images of L are above 30%; or, given a "
+    "right chain without dots, less than 95% of that model's operations or results in L are right "
+    "(then it has forgotten them). (Stated after seeds 0 to 2 with 80 steps and RL, which taught "
+    "two of the three nothing: log.md.)",
     form,
     (
-        Bound("three dots: A image", lambda t: t["three dots: SFT + RL"]["A image"], 50),
-        Bound("three dots: L, the better one", best_of_l, at_most=30),
+        Bound("three dots: A text", lambda t: t[DOTTED]["A text"], 80),
+        Bound("three dots: A image", lambda t: t[DOTTED]["A image"], 50),
+        Bound("three dots: L, the better one", dotted_l, at_most=30),
         Bound("asked without dots: L's steps, the worst", plain_steps_of_l, 95),
     ),
-    unit=f"{DEEP}; asked without: % of the decisions, along right chains without dots",
-    looked_at=(0,),
+    HEADLINE,
+    f"{DEEP}; asked without: % of the decisions, along right chains without dots",
 )
 
 WHY_CLAIMS = (FAILURES_CLAIM, STOPPING, DECISIONS_CLAIM, CLOCK, FORM)

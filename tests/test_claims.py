@@ -6,7 +6,6 @@ Nothing is trained or sampled here: a stub stands where the commands would run.
 import json
 import math
 import random
-import re
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -271,16 +270,11 @@ def test_chains_hesitate_the_longer_the_deeper_they_are(place):
 def test_chains_pause_behind_the_start_and_each_step(place):
     response = "<think>3#1+4#2-2;3;#1+4=7;#2-2=5;</think><answer>5</answer>"
     paused = "<think>3#1+4#2-2;3;...#1+4=7;...#2-2=5;...</think><answer>5</answer>"
-    rng = random.Random(0)
-    assert claim_data.pausing(response, rng, 0, 0) == response
-    assert claim_data.pausing(response, rng, 3, 3) == paused
-    drawn = set()
-    for one in read_examples(claim_data.pausing_chains(0, 6).make(place)):
-        plain = one.response.replace(".", "")
-        assert plain.count(";") == one.meta["depth"] + 2 and "..#" not in plain
-        drawn |= {len(dots) for dots in re.findall(r";(\.*)", one.response.partition(";")[2])}
+    assert claim_data.pausing(response, 0) == response
+    assert claim_data.pausing(response, 3) == paused
+    for one in read_examples(claim_data.pausing_chains(3).make(place)):
+        assert one.response.count("...") == one.meta["depth"] + 1 and "...#1" in one.response
         assert accuracy_reward(one.response, one.answer)
-    assert drawn == set(range(7))
 
 
 def test_a_mix_has_the_share_that_its_name_says():
