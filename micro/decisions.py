@@ -10,6 +10,7 @@ place (teacher forcing), so that one mistake does not hide the next:
     number      which step is it?                          #1+4=7;#[2]
     operation   which operation has that number?           #1+4=7;#2[-][2]
     result      what does it make of the state?            #1+4=7;#2-2=[5]
+    answer      which state was the last?                  </think><answer>[5]
 
 Then two interventions on what the number of the next step follows. They are on text.
 
@@ -46,7 +47,7 @@ from model import Qwen2_5_VL
 from training.journal import write_json
 
 SETTINGS = [f"{domain} {modality}" for domain in "AL" for modality in ("text", "image")]
-DECISIONS = ("go on", "end", "number", "operation", "result")
+DECISIONS = ("go on", "end", "number", "operation", "result", "answer")
 COUNT = 200  # chains of each kind
 STEP = 7  # tokens of a step, #1+4=7; (every character is one)
 OTHER = {"A": "L", "L": "A"}
@@ -93,12 +94,14 @@ def right_decisions(
     """Returns for each decision of a chain, whose steps begin at `start`: was it right?"""
     right = [one == other for one, other in zip(chosen, ids)]
     places = [start + STEP * i for i in range(depth)]
+    end = start + STEP * depth  # where </think><answer> begins, which are six tokens
     return {
         "go on": [right[place] for place in places[1:]],  # every chain has a first step
-        "end": [right[start + STEP * depth]],
+        "end": [right[end]],
         "number": [right[place + 1] for place in places],
         "operation": [right[place + 2] and right[place + 3] for place in places],
         "result": [right[place + 5] for place in places],
+        "answer": [right[end + 6]],
     }
 
 

@@ -135,7 +135,9 @@ STOPPING = Claim(
 STEP_BY_STEP = ("operation", "result")
 NEXT = ("go on", "end", "number")  # the decisions that say which step comes next
 # How many decisions there are in a chain of 3 to 6 steps, on average.
-IN_A_CHAIN = {"go on": 3.5, "end": 1.0, "number": 4.5, "operation": 4.5, "result": 4.5}
+IN_A_CHAIN = {
+    "go on": 3.5, "end": 1.0, "number": 4.5, "operation": 4.5, "result": 4.5, "answer": 1.0
+}  # fmt: skip
 
 
 def examined(run: Run, part: str, name: str, columns: tuple[str, ...]) -> dict[str, Figure]:
@@ -157,7 +159,7 @@ def decisions(seed: int) -> Rows:
     rows = {}
     for model, run in models.items():
         # The base ends after two steps: which step comes next is not a question to it.
-        for name in STEP_BY_STEP if model == "base" else DECISIONS:
+        for name in (*STEP_BY_STEP, "answer") if model == "base" else DECISIONS:
             rows[f"{model}: {name}"] = examined(run, "decisions", name, FOUR)
     return rows
 

@@ -36,7 +36,7 @@ def test_each_decision_is_judged_at_its_place():
         chosen[place] = -1
         found = right_decisions(chosen, ids, start, FIVE.depth)
         assert {name: len(right) for name, right in found.items()} == {
-            "go on": 4, "end": 1, "number": 5, "operation": 5, "result": 5
+            "go on": 4, "end": 1, "number": 5, "operation": 5, "result": 5, "answer": 1
         }  # fmt: skip
         wrong = {name: [i for i, one in enumerate(r) if not one] for name, r in found.items()}
         return {name: places for name, places in wrong.items() if places}
@@ -49,6 +49,7 @@ def test_each_decision_is_judged_at_its_place():
         assert wrong_if(third + place) == ({kind: [number]} if kind else {})
     assert wrong_if(start) == {}
     assert wrong_if(start + 5 * STEP) == {"end": [0]}
+    assert wrong_if(len(ids) - 4) == {"answer": [0]}  # </answer> is behind it, three tokens
 
 
 def test_positions_are_moved_behind_a_place_only(monkeypatch):
