@@ -39,7 +39,7 @@ MED_MIXED = Claim(
     remark=(
         "An eighth is enough in each seed: A loses 0.6 points at most, and G's images end where "
         "they do without it. More is not better: with a quarter or a half, seed 2 loses 3 points "
-        "of A's images, and with a half G's images end lower in seeds 0 and 1."
+        "of A's images, and with a half G's images end lower in two seeds."
     ),
 )
 
