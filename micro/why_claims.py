@@ -260,7 +260,7 @@ CLOCK = Claim(
     "clock",
     "not in the paper",
     "The number of the next step is not made from the number before it, nor by counting the steps: "
-    "it hangs on where the chain stands. Where L follows less, its signs are why.",
+    "it hangs on where the chain stands. Where such numbers are wrong on L, its signs are why.",
     "after both stages, behind a last step that is another one, more than 5% of the numbers on "
     "text of A go on from its number; or with all steps moved on by one, more than 10% say how "
     "many there are; or the signs of A in the chains of L leave more than half of the wrong "
