@@ -67,8 +67,8 @@ FAILURES_CLAIM = Claim(
     "% of the questions with k > 2 that go wrong in each way, after SFT + RL",
     remark=(
         "On L each base has a weakness of its own: the order of the steps (seeds 0 and 1), the "
-        "operations (2), or the answer, which is not the last state of a chain that is right (3). "
-        "See `decisions`."
+        "operations (2), the answer, which is not the last state of a chain that is right (3), or "
+        "stopping early (4). See `decisions`."
     ),
 )
 
@@ -125,9 +125,11 @@ STOPPING = Claim(
     "third layer ranks rightly; last row: accuracy in %, k > 2",
     (0, 1),
     remark=(
-        "A's probe ranks most pairs of G the wrong way round: what it reads is there, with its "
-        "sign turned. Training on A turns it back, and still G does not follow; so this does not "
-        "explain G."
+        "A's probe ranks most pairs of G the wrong way round in four bases: what it reads is "
+        "there, with its sign turned. In the fifth (seed 4) it does not, and that is the one in "
+        "which G goes on after training on A (22 and 41%). Knowing in A's form is not enough, "
+        "though: seed 4's L stops early all the same, and training on A turns the sign on G in "
+        "the other bases, where G still does not follow."
     ),
 )
 
@@ -206,8 +208,8 @@ DECISIONS_CLAIM = Claim(
     remark=(
         "What is weak on L differs by base, and some of it is there before any training on A: the "
         "base of seed 3 answers a whole chain of L with its last state in 59% (one of A in 98%), "
-        "and so do the models that come of it. Seed 2 takes wrong operations in L (1.7%), seeds 0 "
-        "and 1 lose the order."
+        "and so do the models that come of it. Seed 4 stops early on L, and only there. Seeds 2 "
+        "and 4 take wrong operations in L (2 and 4%), seeds 0 and 1 lose the order."
     ),
 )
 
