@@ -277,8 +277,11 @@ CLOCK = Claim(
     "% of the numbers of the next step, along right chains, or in such cases",
     (0, 1),
     remark=(
-        "What is not due at the place nor one more than there are is some other number, or none. "
-        "Moved back, what is due at the place is the last number once more."
+        "So it is in four bases. That of seed 4 looks at both: 14% of its numbers go on from the "
+        "last one, and a third still say how many there are; its numbers are also the only ones "
+        "that are all right on L. What is neither due at the place nor one more than there are is "
+        "another number, or none. Moved back, what is due at the place is the last number once "
+        "more."
     ),
 )
 
