@@ -228,8 +228,9 @@ STAGES = Claim(
     remark=(
         "RL alone cannot gain here: no answer of a base takes more than two steps, so no group "
         "has an advantage. Beside its rewards RL has questions of its own, four in ten of which "
-        "take five or six steps. SFT on worked chains of the same questions (last row) does "
-        "better than RL on images of A; on L mostly worse, and in the base of seed 3 much worse."
+        "take five or six steps. SFT on worked chains of the same questions (last row) is better "
+        "than RL on images of A in the mean; on L it is better in two bases and worse in three, "
+        "in that of seed 3 much worse."
     ),
 )
 
