@@ -226,11 +226,11 @@ STAGES = Claim(
     HEADLINE,
     f"{DEEP}; length: of the responses, in tokens",
     remark=(
-        "RL alone cannot gain here: no answer of a base takes more than two steps, so no group "
-        "has an advantage. Beside its rewards RL has questions of its own, four in ten of which "
-        "take five or six steps. SFT on worked chains of the same questions (last row) is better "
-        "than RL on images of A in the mean; on L it is better in two bases and worse in three, "
-        "in that of seed 3 much worse."
+        "RL alone gains nothing here: the answers of a base hardly ever take more than two steps, "
+        "so nearly no group has an advantage. Beside its rewards RL has questions of its own, "
+        "four in ten of which take five or six steps. SFT on worked chains of the same questions "
+        "(last row) is better than RL on images of A in the mean; on L it is better in two bases "
+        "and worse in three, in that of seed 3 much worse."
     ),
 )
 

@@ -141,9 +141,9 @@ def figures_of(bound: Bound, claim: Claim, tables: Tables) -> list[float]:
 
 def verdict_of(claim: Claim, tables: Tables) -> str:
     """Returns the verdict on a claim, with a remark where seeds are still missing."""
-    verdicts = [judge(figures_of(bound, claim, tables), bound) for bound in claim.bounds]
     if not tables:
         return MISSING
+    verdicts = [judge(figures_of(bound, claim, tables), bound) for bound in claim.bounds]
     fresh = set(claim.seeds) - set(claim.looked_at)
     count = len(fresh & set(tables))
     remark = f" ({count} of {len(fresh)} seeds)" if count < len(fresh) else ""

@@ -77,7 +77,7 @@ OWN, OF_A = "own", "A's"  # the setting whose probe it is
 
 
 def probed(run: Run, name: str) -> dict[str, Figure]:
-    """Returns a row: the accuracy of a kind of probe in each setting."""
+    """Returns a row: how a kind of probe ranks in each setting, in %."""
     probe = Probe("micro/stopping.py", run)
 
     def figure(setting: str) -> Figure:
@@ -196,7 +196,7 @@ DECISIONS_CLAIM = Claim(
     "given a right chain up to there, less than 99% of the operations or of their results are "
     "right, in the base or after a stage, on A or L, text or images; or less than 90% of what is "
     "wrong after SFT, other than on text of A, is whether to go on, or with which number. (Stated "
-    "after a look at seeds 0 and 1.)",
+    "after a look at seeds 0 and 1. The answer is among what can be wrong since seed 3 was seen.)",
     decisions,
     (
         Bound("operations, results: the worst", worst_step, 99),
@@ -279,9 +279,10 @@ CLOCK = Claim(
     remark=(
         "So it is in four bases. That of seed 4 looks at both: 14% of its numbers go on from the "
         "last one, and a third still say how many there are; its numbers are also the only ones "
-        "that are all right on L. What is neither due at the place nor one more than there are is "
-        "another number, or none. Moved back, what is due at the place is the last number once "
-        "more."
+        "that are all right on text of L. The signs are no more than a part: after SFT alone, "
+        "where more numbers are wrong, those of A mend less, in seed 2 nothing. What is neither "
+        "due at the place nor one more than there are is another number, or none. Moved back, "
+        "what is due at the place is the last number once more."
     ),
 )
 
@@ -334,7 +335,7 @@ FORM = Claim(
     HEADLINE,
     f"{DEEP}; asked without: % of the decisions, along right chains without dots",
     remark=(
-        "With dots L is at chance or below in every seed, and images of A are at half and more: "
+        "With dots L is at about chance or below in every seed, and images of A at half and more: "
         "what is learned anew carries over to another modality, and not to another domain. Asked "
         "without dots, the model finds the operations in all seeds, and the results in some; in "
         "the others it misses them on A as well."
