@@ -23,9 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from hub.errors import InputError
 from hub.options import ROOT, run_command
-from micro.experiments import Place, Task, make_all, print_plan, sources, tasks_for
+from micro.experiments import Place, sources
 from micro.further_claims import FURTHER_CLAIMS
 from micro.paper_claims import PANELS, PAPER_CLAIMS, curve
+from micro.schedule import Task, make_all, print_plan, tasks_for
 from micro.verdicts import Claim, Table, digest, report, write_results
 from micro.why_claims import WHY_CLAIMS
 from training.journal import write_whole
@@ -117,7 +118,13 @@ def pair_up(claims: tuple[Claim, ...], seeds: list[int] | None) -> Pairs:
 
 
 def plan(pairs: Pairs, place: Place) -> list[Task]:
-    return tasks_for([claim.needs(seed) for claim, seed in pairs], place)
+    """Returns all that is to be made, seed by seed, and of a seed the bases first.
+
+    A base takes two cores. Between runs of one core it would wait until both are free, and one of
+    them would idle.
+    """
+    tasks = tasks_for([claim.needs(seed) for claim, seed in pairs], place)
+    return sorted(tasks, key=lambda task: (task.seed, task.cores == 1))
 
 
 def measure(pairs: Pairs, place: Place, results: Path, cores: int) -> list[str]:

@@ -30,7 +30,8 @@ from micro import (
     why_claims,
 )
 from micro.claim_parts import base, figure_of, gain, grpo, overall, row, sft
-from micro.experiments import Cell, Dataset, Place, Run, make_all, tasks_for
+from micro.experiments import Cell, Dataset, Place, Run
+from micro.schedule import make_all, print_plan, tasks_for
 from micro.verdicts import FAILS, HOLDS, MISSING, UNDECIDED, Bound, Claim, judge
 from micro.world import TEST_BUCKETS, bucket, draw_question
 from model import Qwen2_5_VL
@@ -178,7 +179,7 @@ def test_what_a_probe_finds_is_kept_by_the_model(place, monkeypatch):
     monkeypatch.setattr(experiments, "call", call)
     run = base(0)
     probe = experiments.Probe("micro/stopping.py", run)
-    [task] = experiments.tasks_for([[probe, probe]], place)
+    [task] = tasks_for([[probe, probe]], place)
     assert task == probe and not task.done(place)
     assert make_all([task], place, 2) == [] and task.done(place)
     assert why_claims.probed(run, "own")["A text"].read(place) == 100.0
@@ -223,6 +224,18 @@ def test_two_runs_go_at_a_time_and_a_base_goes_alone(place, monkeypatch):
     assert len(seen) == 2 and all(len(names) == 1 for names in seen)
 
 
+def test_the_plan_goes_seed_by_seed_and_has_the_bases_first(place):
+    pairs = claims.pair_up((further_claims.READING, further_claims.SIZE), [1, 0])
+    tasks = claims.plan(pairs, place)
+    order = [(task.seed, task.cores) for task in tasks]
+    # Seed 0 has four bases to make: two that see fewer images, two of other widths. 1 has five.
+    assert order[:5] == [(0, 2)] * 4 + [(0, 1)]
+    later = order[order.index((1, 2)) :]
+    assert later[:6] == [(1, 2)] * 5 + [(1, 1)] and {seed for seed, _ in later} == {1}
+    for i, task in enumerate(tasks):
+        assert all(run.is_shipped or run in tasks[:i] for run in task.needs)
+
+
 def test_a_failure_stops_only_what_needs_it(place, monkeypatch, capsys):
     def call(words: list[str], log: Path, lock: int) -> None:
         if "--answer-only" in words:
@@ -247,7 +260,7 @@ def test_a_command_that_fails_is_said_with_its_log(tmp_path):
 def test_plan_says_what_is_left(place, commands, capsys):
     tasks = tasks_for([[grpo(sft(base(0)))]], place)
     tasks[0].make(place)
-    experiments.print_plan(tasks, place, 2)
+    print_plan(tasks, place, 2)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["done", "0-base+sft"]
     assert lines[1].split() == ["2.5", "0-base+sft+grpo"]
