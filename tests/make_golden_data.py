@@ -213,68 +213,82 @@ def picture(height: int, width: int) -> Image.Image:
     return Image.frombytes("RGB", (width, height), bytes(values))
 
 
-def main(folder: str):
-    published = json.loads((Path(folder) / "tokenizer.json").read_text())
+def write_json(name: str, value: dict) -> None:
+    (OUT / name).write_text(json.dumps(value, separators=(",", ":")))
+
+
+def chat_case(
+    hf: PreTrainedTokenizerFast, messages: list[dict], counts: list[int], generation: bool
+) -> tuple[str, dict]:
+    """Returns a chat as text and as a case of data_chat.json; counts: tokens of each image."""
+    rendered = hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
+    for count in counts:  # what the published processor does with its placeholder
+        rendered = rendered.replace("<|image_pad|>", "<|held|>" * count, 1)
+    rendered = rendered.replace("<|held|>", "<|image_pad|>")
+    return rendered, {
+        "messages": messages,
+        "image_tokens": counts,
+        "add_generation_prompt": generation,
+        "ids": hf(rendered, add_special_tokens=False).input_ids,
+    }
+
+
+def write_chats(published: dict) -> None:
+    """Writes data_chat.json, and the excerpt of the tokenizer that suffices for it."""
     core = Tokenizer.from_str(json.dumps(published))
     hf = PreTrainedTokenizerFast(tokenizer_object=core, chat_template=CHAT_TEMPLATE)
     chats, texts = {}, list(PIECES)
-    for name, (messages, counts, generation) in CHATS.items():
-        rendered = hf.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=generation
-        )
-        for count in counts:  # what the published processor does with its placeholder
-            rendered = rendered.replace("<|image_pad|>", "<|held|>" * count, 1)
-        rendered = rendered.replace("<|held|>", "<|image_pad|>")
-        ids = hf(rendered, add_special_tokens=False).input_ids
+    for name, chat in CHATS.items():
+        rendered, chats[name] = chat_case(hf, *chat)
         texts += re.split(r"<\|(?:im_start|im_end|vision_start|vision_end|image_pad)\|>", rendered)
-        chats[name] = {
-            "messages": messages,
-            "image_tokens": counts,
-            "add_generation_prompt": generation,
-            "ids": ids,
-        }
     texts += ["assistant\n"]
+
+    path = OUT / "data_tokenizer" / "tokenizer.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     small = excerpt(published, texts)
-    (OUT / "data_tokenizer").mkdir(parents=True, exist_ok=True)
-    (OUT / "data_tokenizer" / "tokenizer.json").write_text(
-        json.dumps(small, ensure_ascii=False, separators=(",", ":"))
-    )
-    check = PreTrainedTokenizerFast(tokenizer_file=str(OUT / "data_tokenizer" / "tokenizer.json"))
+    path.write_text(json.dumps(small, ensure_ascii=False, separators=(",", ":")))
+    check = PreTrainedTokenizerFast(tokenizer_file=str(path))
     for case in chats.values():
         rendered = core.decode(case["ids"], skip_special_tokens=False)
         assert check(rendered, add_special_tokens=False).input_ids == case["ids"]
+
     core.encode_special_tokens = True
     pieces = {piece: core.encode(piece, add_special_tokens=False).ids for piece in PIECES}
-    (OUT / "data_chat.json").write_text(
-        json.dumps({"chats": chats, "pieces": pieces}, separators=(",", ":"))
-    )
+    write_json("data_chat.json", {"chats": chats, "pieces": pieces})
 
+
+def picture_case(height: int, width: int, low: int, high: int) -> dict:
+    """Returns what the published processor makes of a picture, between two bounds on its pixels."""
+    processor = Qwen2VLImageProcessorPil(min_pixels=low, max_pixels=high)
+    out = processor(images=[picture(height, width)], return_tensors="pt")
+    patches = out["pixel_values"].float().numpy()
+    return {
+        "height": height,
+        "width": width,
+        "min_pixels": low,
+        "max_pixels": high,
+        "grid": out["image_grid_thw"][0].tolist(),
+        "shape": list(patches.shape),
+        "sha256": hashlib.sha256(numpy.ascontiguousarray(patches).tobytes()).hexdigest(),
+        "first": patches[0, :3].tolist(),
+        "last": patches[-1, -3:].tolist(),
+    }
+
+
+def write_images() -> None:
+    """Writes data_images.json: sizes that images are scaled to, and patches of some pictures."""
     sizes = [
         [h, w, low, high, *smart_resize(h, w, factor=28, min_pixels=low, max_pixels=high)]
         for h, w in SIZES
         for low, high in BOUNDS
     ]
-    pictures = []
-    for height, width, low, high in PICTURES:
-        processor = Qwen2VLImageProcessorPil(min_pixels=low, max_pixels=high)
-        out = processor(images=[picture(height, width)], return_tensors="pt")
-        patches = out["pixel_values"].float().numpy()
-        pictures.append(
-            {
-                "height": height,
-                "width": width,
-                "min_pixels": low,
-                "max_pixels": high,
-                "grid": out["image_grid_thw"][0].tolist(),
-                "shape": list(patches.shape),
-                "sha256": hashlib.sha256(numpy.ascontiguousarray(patches).tobytes()).hexdigest(),
-                "first": patches[0, :3].tolist(),
-                "last": patches[-1, -3:].tolist(),
-            }
-        )
-    (OUT / "data_images.json").write_text(
-        json.dumps({"sizes": sizes, "pictures": pictures}, separators=(",", ":"))
-    )
+    pictures = [picture_case(*one) for one in PICTURES]
+    write_json("data_images.json", {"sizes": sizes, "pictures": pictures})
+
+
+def main(folder: str):
+    write_chats(json.loads((Path(folder) / "tokenizer.json").read_text()))
+    write_images()
 
 
 if __name__ == "__main__":
