@@ -1,10 +1,10 @@
 """From figures to plain verdicts: what a claim says, what would refute it, and does it hold?
 
 A claim's figures are a table for each seed (rows, columns, numbers), and its bounds are stated
-before they are measured; a seed that was seen before that is shown, and not judged. A bound holds,
-or does not, if the mean over seeds is at least two standard errors from it, on one side or the
-other; in between it is undecided. The verdict says so where seeds are missing; with one seed there
-is no standard error.
+before they are measured; a seed that was seen before that is shown, and not judged. A bound holds
+if the mean over seeds is on its right side by at least two standard errors, it does not hold if the
+mean is on the wrong side by more than that, and in between it is undecided. Where only one seed has
+been measured its figure alone is compared, and the verdict says how many seeds are missing.
 """
 
 import json
@@ -19,6 +19,7 @@ from micro.experiments import Cell, Place, Probe, Run, locked
 from training.journal import write_json
 
 HOLDS, FAILS, UNDECIDED, MISSING = "holds", "does not hold", "undecided", "not measured"
+NO_CASE = "no case"  # of a bound: it is about something that occurred in no seed
 ERRORS = 2  # a mean so many standard errors from a bound is on that side of it
 
 DEEP = "accuracy in %, questions of more than two steps (k > 2)"
@@ -99,17 +100,21 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
     return fmean(values), error
 
 
-def judge(values: list[float], bound: Bound) -> str:
-    """Returns the verdict on a bound, from its figure in each seed.
+def judge(figures: list[float | None], bound: Bound) -> str:
+    """Returns the verdict on a bound, from its figure in each seed that is judged.
 
     Between two limits the mean must be two standard errors from both; outside of one is enough to
-    refute.
+    refute. Where several seeds are judged and one alone has a figure, its error is not known, so
+    the bound is undecided.
     """
+    values = known(figures)
     if not values:
-        return MISSING
+        return NO_CASE
+    if len(values) == 1 < len(figures):
+        return UNDECIDED
     mean, error = mean_and_error(values)
     margin = 0.0 if len(values) == 1 else ERRORS * error
-    # Rounded to what is printed, so that a figure that reads as the limit is at the limit.
+    # Rounded, so that the noise of floating point does not decide what is exactly at the limit.
     low, high = round(mean - margin, 6), round(mean + margin, 6)
     if high < bound.at_least or low > bound.at_most:
         return FAILS
@@ -117,11 +122,14 @@ def judge(values: list[float], bound: Bound) -> str:
 
 
 def overall(verdicts: list[str]) -> str:
-    """Returns the verdict on a claim from those on its bounds: the weakest."""
-    for verdict in (MISSING, FAILS, UNDECIDED):
+    """Returns the verdict on a claim from those on its bounds: the weakest.
+
+    A bound without a case does not count, unless there is no other.
+    """
+    for verdict in (FAILS, UNDECIDED, HOLDS):
         if verdict in verdicts:
             return verdict
-    return HOLDS
+    return NO_CASE
 
 
 def judged_seeds(claim: Claim, tables: Tables) -> list[int]:
@@ -133,9 +141,13 @@ def judged_seeds(claim: Claim, tables: Tables) -> list[int]:
     return fresh or list(tables)
 
 
-def figures_of(bound: Bound, claim: Claim, tables: Tables) -> list[float]:
-    """Returns a bound's figure in each seed that is judged, without those that have none."""
-    figures = [bound.figure(tables[seed]) for seed in judged_seeds(claim, tables)]
+def figures_of(bound: Bound, claim: Claim, tables: Tables) -> list[float | None]:
+    """Returns a bound's figure in each seed that is judged."""
+    return [bound.figure(tables[seed]) for seed in judged_seeds(claim, tables)]
+
+
+def known(figures: list[float | None]) -> list[float]:
+    """Returns the figures of the seeds that have one."""
     return [figure for figure in figures if figure is not None]
 
 
@@ -191,8 +203,11 @@ def tables_of(claim: Claim, results: dict[str, dict]) -> Tables:
 # --- Markdown -------------------------------------------------------------------------------------
 
 
-def spread(values: list[float]) -> str:
-    """Returns the mean over seeds +- its standard error."""
+def spread(figures: list[float | None]) -> str:
+    """Returns the mean over the seeds that have a figure +- its standard error."""
+    values = known(figures)
+    if not values:
+        return "-"
     mean, error = mean_and_error(values)
     return f"{mean:.1f}" if len(values) == 1 else f"{mean:.1f} +- {error:.1f}"
 
@@ -247,14 +262,14 @@ def section(claim: Claim, results: dict[str, dict]) -> list[str]:
         cells = []
         for column in columns:
             values = [table[name][column] for table in tables.values()] if column in row else []
-            cells.append(spread(values) if values else "-")
+            cells.append(spread(values))
         lines.append(line(name, *cells))
     lines += ["", *head("bound", "stated", "measured", "each seed", "verdict")]
     for bound in claim.bounds:
         figures = figures_of(bound, claim, tables)
-        mean = spread(figures) if figures else "-"
         each = each_seed(bound, claim, tables)
-        lines.append(line(bound.text, bound.limits, mean, each, judge(figures, bound)))
+        verdict = judge(figures, bound)
+        lines.append(line(bound.text, bound.limits, spread(figures), each, verdict))
     if claim.looked_at:
         lines += ["", "In brackets: seen before the bounds were stated, and not judged."]
     lines += ["", f"Verdict: **{verdict_of(claim, tables)}**. {claim.remark}".rstrip()]
@@ -263,7 +278,7 @@ def section(claim: Claim, results: dict[str, dict]) -> list[str]:
 
 
 def in_short(claim: Claim, tables: Tables) -> str:
-    """Returns the bounds that do not hold, with their figures, and how many do."""
+    """Returns the bounds that fail or are undecided, with their figures, and how many hold."""
     words, holding = [], 0
     for bound in claim.bounds:
         figures = figures_of(bound, claim, tables)
@@ -271,8 +286,7 @@ def in_short(claim: Claim, tables: Tables) -> str:
         if verdict == HOLDS:
             holding += 1
             continue
-        mean = spread(figures) if figures else "-"
-        words.append(f"{bound.text}: {mean} ({bound.limits}): {verdict}")
+        words.append(f"{bound.text}: {spread(figures)} ({bound.limits}): {verdict}")
     words += [f"{holding} of {len(claim.bounds)} bounds hold"]
     return "<br>".join(words)
 
@@ -282,7 +296,7 @@ def digest(claims: tuple[Claim, ...], folder: Path, page: str) -> str:
 
     page: where each claim's section is.
     """
-    lines = head("claim", "paper", "seeds", "verdict", "bounds that do not hold")
+    lines = head("claim", "paper", "seeds", "verdict", "bounds that fail or are undecided")
     for claim in claims:
         tables = tables_of(claim, read_results(folder, claim))
         link = f"[{claim.name}]({page}#{claim.name}): {claim.says}"

@@ -32,7 +32,7 @@ from micro import (
 from micro.claim_parts import base, figure_of, gain, grpo, overall, row, sft
 from micro.experiments import Cell, Dataset, Place, Run
 from micro.schedule import make_all, print_plan, tasks_for
-from micro.verdicts import FAILS, HOLDS, MISSING, UNDECIDED, Bound, Claim, judge
+from micro.verdicts import FAILS, HOLDS, MISSING, NO_CASE, UNDECIDED, Bound, Claim, judge
 from micro.world import TEST_BUCKETS, bucket, draw_question
 from model import Qwen2_5_VL
 from rewards import accuracy_reward
@@ -385,13 +385,27 @@ def test_a_form_says_its_question():
         ([1.0, 2.0, 3.0], FAILS),  # 2 +- 0.58
         ([5.1], HOLDS),  # one seed has no error
         ([4.9], FAILS),
-        ([], MISSING),
     ],
 )
 def test_verdict_on_at_least(values, verdict):
     assert judge(values, Bound("", None, at_least=5)) == verdict
     mirrored = Bound("", None, at_most=-5)
     assert judge([-value for value in values], mirrored) == verdict
+
+
+@pytest.mark.parametrize(
+    "figures, verdict",
+    [
+        ([None], NO_CASE),
+        ([None, None], NO_CASE),
+        ([9.0, None, None], UNDECIDED),  # one of three: its error is not known
+        ([1.0, None], UNDECIDED),
+        ([7.0, None, 8.0], HOLDS),
+        ([1.0, None, 2.0], FAILS),
+    ],
+)
+def test_verdict_where_some_seeds_have_no_case(figures, verdict):
+    assert judge(figures, Bound("", None, at_least=5)) == verdict
 
 
 @pytest.mark.parametrize(
@@ -423,6 +437,12 @@ def test_a_claim_is_as_good_as_its_weakest_bound():
     assert verdicts.overall([HOLDS, HOLDS]) == HOLDS
     assert verdicts.overall([HOLDS, UNDECIDED]) == UNDECIDED
     assert verdicts.overall([UNDECIDED, FAILS, HOLDS]) == FAILS
+
+
+def test_a_bound_without_a_case_hides_no_other():
+    assert verdicts.overall([NO_CASE, HOLDS]) == HOLDS
+    assert verdicts.overall([HOLDS, NO_CASE, FAILS]) == FAILS
+    assert verdicts.overall([NO_CASE]) == NO_CASE
 
 
 # The claims
@@ -623,7 +643,7 @@ def test_a_seed_with_nothing_to_judge_is_left_out():
     assert verdicts.verdict_of(claim, tables) == HOLDS
     assert verdicts.each_seed(claim.bounds[0], claim, tables) == "- 4.0 4.0"
     nothing = verdicts.tables_of(claim, results_of(s0=0.0, s1=0.0, s2=0.0))
-    assert verdicts.verdict_of(claim, nothing) == MISSING
+    assert verdicts.verdict_of(claim, nothing) == NO_CASE
 
 
 def test_two_writers_of_a_claim_lose_no_seed(tmp_path):
