@@ -1,7 +1,7 @@
 """What the paper claims, claim by claim, measured on the micro world: what holds, what does not.
 
     python micro/claims.py                       # or: make claims. Hours; goes on where it stopped
-    python micro/claims.py --quick               # or: make claims-quick. One seed, half an hour
+    python micro/claims.py --quick               # or: make claims-quick. One seed of most of them
     python micro/claims.py --claim med --seeds 0 1
     python micro/claims.py --plan                # what there is to make, and how long that takes
     python micro/claims.py --summary             # what micro/results/claims says, without running

@@ -1,4 +1,4 @@
-"""The order in which runs and evaluations are made, as many at a time as there are cores."""
+"""The order in which runs and evaluations are made, as many at a time as cores are given."""
 
 import time
 from collections import defaultdict
