@@ -3,10 +3,10 @@
     python tools/plan_table.py [--models 3B 7B] [--gpus 1 2]
 
 Each row is a model, each column a number of GPUs and their size. A cell has the GiB that the
-fullest phase of the paper's recipe needs of a GPU, in SFT / in GRPO, and in brackets how many slots
-the KV cache has then; `no (GiB)` where it does not fit, and `host` where the optimiser's states must
-be on the host. It is planned, not measured. No model folder is needed: the published shapes stand
-here. All of it takes half an hour on a CPU.
+fullest phase of the paper's recipe needs of a GPU, in SFT / in GRPO, and in brackets how many
+slots the KV cache has then; `no (GiB)` where it does not fit, and `host` where the optimiser's
+states must be on the host. It is planned, not measured. No model folder is needed: the published
+shapes stand here. All of it takes half an hour on a CPU.
 """
 
 import json
