@@ -40,7 +40,7 @@ from hub.device import DEVICE_HELP, DTYPE_HELP, DTYPES, memory_phase
 from hub.disk import follow_links
 from hub.errors import InputError
 from hub.options import MICRO_BASE, MICRO_DATA, option, parse_options, run_command
-from hub.weights import weight_files
+from hub.weights import model_files
 from rewards import accuracy_reward, extract_answer, is_equivalent
 from sample import Completion, Sampler, SamplingParams, load_sampler
 from training.record_file import RecordFile, out_file, short_names, when_all_are_there
@@ -285,8 +285,9 @@ def print_table(results: dict[str, dict]) -> None:
 
 def check_options(options: EvaluateOptions) -> None:
     """Raises InputError for options that do not go together."""
-    if options.runs > 1 and options.temperature == 0:
-        raise InputError("--runs above 1 needs a --temperature above 0: greedy runs are the same")
+    if options.runs > 1 and options.temperature < 0.01:
+        needed = "a --temperature of 0.01 or more"
+        raise InputError(f"--runs above 1 needs {needed}: greedy runs are the same")
     if len({follow_links(path) for path in options.data}) < len(options.data):
         raise InputError("--data names a file twice")
     for path in options.data:  # said before a model is loaded
@@ -296,6 +297,10 @@ def check_options(options: EvaluateOptions) -> None:
             raise InputError(f"--out {options.out} is one of the question files")
     if options.resume and not options.out:
         raise InputError("--resume needs the --out to go on with")
+    limit = options.max_new_tokens
+    if options.think_budget is not None and options.think_budget >= limit:
+        budget = f"--think-budget {options.think_budget}"
+        raise InputError(f"{budget} is never reached: --max-new-tokens is {limit}")
 
 
 def main(argv: list[str]) -> None:
@@ -308,10 +313,10 @@ def main(argv: list[str]) -> None:
     )
     files = {path: load_questions(sampler, images, path, options) for path in options.data}
     # 2. Records go to --out question by question, so that --resume finds what has been answered.
-    inputs = [*options.data, *weight_files(Path(options.model))]
-    journal = RecordFile(
-        options.out, asdict(options), inputs, keys=("file", "id"), size=options.runs
-    )
+    inputs = [*options.data, *model_files(Path(options.model))]
+    # "auto" may be another precision on another machine: what it is here is written down.
+    known = asdict(options) | {"dtype": str(sampler.dtype).removeprefix("torch.")}
+    journal = RecordFile(options.out, known, inputs, keys=("file", "id"), size=options.runs)
     results = {}
     interrupted = False
     for path, loaded in files.items():

@@ -77,7 +77,7 @@ from benchmarks.common import SHAPES, synchronize  # noqa: E402
 from data import ImageConfig, Tokenizer, check_vocabulary, make_pack, make_row  # noqa: E402
 from data.completions import SamplingParams  # noqa: E402
 from hub.config import Config  # noqa: E402
-from hub.device import DEVICE_HELP, DTYPES, in_gib, limit_threads, pick_device  # noqa: E402
+from hub.device import DEVICE_HELP, DTYPES, in_gib, limit_threads, memory_phase, pick_device  # noqa
 from hub.errors import InputError  # noqa: E402
 from hub.options import option, parse_options, run_command  # noqa: E402
 from hub.weights import (  # noqa: E402
@@ -425,10 +425,13 @@ def print_ours(ours: dict, inputs: Inputs) -> None:
 
 def main(argv: list[str]) -> None:
     options = parse_options(CheckOptions, argv)
-    report = check(options)
+    if options.json and not Path(options.json).absolute().parent.is_dir():
+        raise InputError(f"--json {options.json}: there is no folder {Path(options.json).parent}")
+    with memory_phase("the check", "--dtype bfloat16", "--device cpu"):
+        report = check(options)
+    print(f"\n{paragraph(report)}\n\n{report['verdict']}: {report['reason']}")
     if options.json:
         Path(options.json).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    print(f"\n{paragraph(report)}\n\n{report['verdict']}: {report['reason']}")
     if report["verdict"] == "REFUTED":
         sys.exit(1)
 

@@ -42,6 +42,7 @@ from data.fields import (
 )
 from data.options import Ambiguous, read_letter, read_options
 from data.schemas import to_plain
+from data.tokenizer import check_text
 from data.unread import refuse_missing, refuse_unread
 from hub.errors import BEGINNINGS, InputError, unreadable
 
@@ -116,19 +117,21 @@ def read_examples(path: str | Path, bad: list[str] | None = None) -> Iterator[Ex
 def index_base(path: Path) -> int | None:
     """Returns what the indices of a file count from, 0 or 1; None if it does not tell.
 
-    The first record decides that has an index of 0, or one as high as there are options.
+    The first record decides that has an index of 0, or one as high as there are options. Such a
+    record can be read without knowing the base, and with one base only. One that can be read with
+    one base, but not without, tells nothing: its options are numbers.
     """
     for number, (where, record) in enumerate(records(path), 1):
         found = []
-        for base in (0, 1):
+        for base in (None, 0, 1):
             try:
                 parsed = parse_json(record, where) if isinstance(record, bytes) else record
                 to_example(parsed, where, path, number, base)
                 found.append(base)
             except InputError:
                 pass
-        if len(found) == 1:
-            return found[0]
+        if len(found) == 2 and found[0] is None:
+            return found[1]
     return None
 
 
@@ -302,16 +305,26 @@ def table_records(path: Path, delimiter: str) -> Iterator[tuple[str, dict]]:
 
     In an OpenCompass TSV, an `image` of up to 64 characters is the index of another row, before or
     behind, which has the image (VLMEvalKit, vlmeval/dataset/image_base.py). So the whole file is
-    read first.
+    read first. A cell that begins with a quotation mark ends with one,
+    and doubles those within.
     """
     csv.field_size_limit(2**31 - 1)  # images are in base64
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file, delimiter=delimiter))
-    except (csv.Error, UnicodeDecodeError) as error:
-        kind = path.suffix[1:].upper()
-        raise InputError(f"{path}: malformed {kind} ({error})") from None
-    images = {row.get("index"): row["image"] for row in rows if len(row.get("image") or "") > 64}
+    kind = path.suffix[1:].upper()
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        # strict: a stray quotation mark would take the rows behind it into its cell.
+        reader = csv.DictReader(file, delimiter=delimiter, strict=True)
+        try:
+            rows = list(reader)
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}: malformed {kind} ({error})") from None
+        except csv.Error as error:
+            line = reader.line_num
+            raise InputError(f"{path}: malformed {kind} ({error}, up to line {line})") from None
+    images = {
+        row["index"]: row["image"]
+        for row in rows
+        if row.get("index") and len(row.get("image") or "") > 64
+    }
     for number, row in enumerate(rows, 1):
         row = {name: cell for name, cell in row.items() if cell not in (None, "", "nan")}
         if row.get("image") in images:
@@ -384,8 +397,10 @@ def to_example(
     # Fields that say which answer is right stay in meta, as they were published.
     shown = {name for part in ("question", "options", "image") for name in sources.get(part, ())}
     rest = {name: value for name, value in record.items() if name not in shown}
+    name = first("id", str) or f"{path.stem}-{number}"
+    check_text(name)
     return Example(
-        id=first("id", str) or f"{path.stem}-{number}",
+        id=name,
         question=question,
         answer=answers[0],
         options=options.texts if options else None,

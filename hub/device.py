@@ -26,7 +26,8 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0].split(". ")[0]  # torch's may have a thousand letters
+        raise InputError(f"--device {name}: {reason}") from None
     if device.type == "cuda":
         # CUDA graphs and kernels run on the current device, whatever device their tensors are on.
         torch.cuda.set_device(device)
@@ -96,15 +97,16 @@ def in_gib(size: int) -> str:
 
 @contextmanager
 def memory_phase(phase: str, *remedies: str) -> Iterator[None]:
-    """Says in one line in which phase a GPU's memory has run out, and what would help most.
+    """Says in one line in which phase the memory has run out, and what would help most.
 
-    Raises InputError instead of torch.OutOfMemoryError, or of what the driver and Apple's GPUs say
-    in ways of their own. Phase and remedies are nouns: "the rollout", "a lower --max-batch".
+    Raises InputError instead of torch.OutOfMemoryError, or of what the driver, Apple's GPUs and a
+    CPU's allocator say in ways of their own. Phase and remedies are nouns: "the rollout", "a lower
+    --max-batch".
     """
     try:
         yield
     except RuntimeError as error:
-        if "out of memory" not in str(error):
+        if not any(sign in str(error) for sign in ("out of memory", "can't allocate memory")):
             raise
         shortage = describe_shortage(str(error))
         line = f"out of memory in {phase}{shortage}; what helps: {', '.join(remedies)}"

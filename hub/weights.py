@@ -135,6 +135,17 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
+def model_files(folder: Path) -> list[Path]:
+    """Returns the files of a model folder that results depend on: weights, shape, tokenizer, and
+    how images are prepared. Raises InputError where weights are missing."""
+    weights = weight_files(folder)
+    for path in weights:
+        if not path.exists():
+            raise missing_file(path)
+    names = ("config.json", "tokenizer.json", "preprocessor_config.json")
+    return [*weights, *(folder / name for name in names if (folder / name).exists())]
+
+
 @contextmanager
 def opened(path: Path) -> Iterator[safe_open]:
     """Yields a safetensors file. Raises InputError if it cannot be read."""
@@ -215,7 +226,8 @@ def write_model(
     """Writes config.json and model.safetensors in the published form; other files there stay.
 
     `dtype` None keeps the weights' own. Both files are written under other names first and then
-    take their places, so a full disk or a crash while writing leaves the former model whole.
+    take their places, so a full disk or a crash while writing leaves the former model whole. Raises
+    OSError where they cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     stored = {}
@@ -227,10 +239,16 @@ def write_model(
 
     new_config = folder / "config.json.tmp"
     new_weights = folder / "model.safetensors.tmp"
-    new_config.write_text(json.dumps(raw, indent=2) + "\n")
-    save_file(stored, new_weights, metadata={"format": "pt"})
-    new_weights.chmod(new_config.stat().st_mode)  # others may read the one as the other
-    put_in_place(new_weights, folder / "model.safetensors")
-    put_in_place(new_config, folder / "config.json")
+    try:
+        new_config.write_text(json.dumps(raw, indent=2) + "\n")
+        save_file(stored, new_weights, metadata={"format": "pt"})
+        new_weights.chmod(new_config.stat().st_mode)  # others may read the one as the other
+        put_in_place(new_weights, folder / "model.safetensors")
+        put_in_place(new_config, folder / "config.json")
+    except SafetensorError as error:  # what it says of a full disk
+        raise OSError(str(error)) from None
+    finally:
+        new_config.unlink(missing_ok=True)
+        new_weights.unlink(missing_ok=True)
     # An index of shards that stood here before would be read in preference.
     (folder / INDEX).unlink(missing_ok=True)

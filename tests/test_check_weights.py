@@ -122,6 +122,12 @@ def test_a_right_folder_is_plausible(learned, run, tmp_path):
     assert f"**check_weights: PLAUSIBLE**: {report['reason']}" in out
 
 
+def test_a_json_file_in_no_folder_is_said_before_anything_is_computed(learned, run, tmp_path):
+    nowhere = tmp_path / "none" / "report.json"
+    code, out, err = run(check_weights, learned, "--peer", "none", "--json", nowhere)
+    assert code != 0 and "there is no folder" in err and out == ""
+
+
 def roll_embedding(state):
     state["model.embed_tokens.weight"] = state["model.embed_tokens.weight"].roll(1, 0)
 

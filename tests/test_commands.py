@@ -1114,6 +1114,17 @@ def test_out_of_memory_while_loading_is_one_line(run, shop, monkeypatch):
     assert code == 2 and f"out of memory in loading the model{SHORTAGE}--dtype bfloat16" in line
 
 
+def test_chat_drops_images_that_cannot_be_used_and_goes_on(run, tmp_path, shop, monkeypatch):
+    folder = tiny.make_folder(tmp_path / "text", "text")
+    said = f"/image {shop.picture()}\nhello\nhello\n".encode()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(said), "utf-8"))
+    code, out, err = run("chat", "--model", folder, "--max-new-tokens", "2")
+    errors = [line for line in err if "no vision tower" in line]
+    assert code == 0 and len(errors) == 1 and "the images of this message are dropped" in err
+    code, _, err = run("chat", "--model", folder, "--n", "5")
+    assert code == 2 and "--n 5" in err[-1]
+
+
 def test_chat_goes_on_when_memory_has_run_out(run, shop, monkeypatch):
     model = shop.model()
     monkeypatch.setattr(Qwen2_5_VL, "forward", run_out_of_memory)

@@ -1076,3 +1076,37 @@ def test_damaged_bytes(tmp_path):
             read_examples(written(tmp_path, bytes(raw) + b"\n" + json.dumps(GSM8K).encode()), [])
         )  # one is good
     assert 0 < read < 150
+
+
+def test_a_record_that_is_ambiguous_does_not_say_what_indices_count_from(tmp_path):
+    """Its index is also the text of an option: read from 1 it is good, from 0 it is not."""
+    records = [
+        {"question": "Capital?", "choices": ["Rome", "Paris", "Bonn", "Oslo"], "answer": 1},
+        {"question": "Heaviest?", "choices": ["ant", "cat", "whale", "dog"], "answer": 2},
+        {"question": "Least?", "choices": ["1", "2", "3", "4"], "answer": 1},
+        {"question": "Italy?", "choices": ["Rome", "Paris", "Bonn", "Oslo"], "answer": 0},
+    ]
+    path = written(tmp_path, records)
+    examples = load_examples(path, lambda example: example, limit=2).items
+    assert [example.options[example.answer] for example in examples] == ["Paris", "whale"]
+
+
+@pytest.mark.parametrize("name, sep", [("q.tsv", "\t"), ("q.csv", ",")])
+def test_a_stray_quotation_mark_swallows_no_rows(tmp_path, name, sep):
+    rows = ["question,answer", '"Unclosed?,4', "1+1?,2", '"Another?,6', "2+2?,4"]
+    path = written(tmp_path, "\n".join(rows).replace(",", sep) + "\n", name)
+    message = complaint(lambda: list(read_examples(path)))
+    assert "malformed" in message and "line" in message and str(path) in message
+    whole = written(tmp_path, f'question{sep}answer\n"Is ""1{sep}2"" odd?"{sep}4\n', name)
+    assert [example.question for example in read_examples(whole)] == [f'Is "1{sep}2" odd?']
+
+
+def test_a_table_with_images_needs_no_index(tmp_path):
+    rows = f"id,question,answer,image\na,What?,4,{in_base64(10)}\nb,1+1?,2,\n"
+    one, two = read_examples(written(tmp_path, rows, "q.csv"))
+    assert colours(one) == [10] and two.images == []
+
+
+def test_half_a_surrogate_pair_in_an_id_is_a_bad_record(tmp_path):
+    path = written(tmp_path, r'{"id": "\ud83d", "question": "1+1?", "answer": "2"}' + "\n")
+    assert "not valid Unicode" in complaint(lambda: list(read_examples(path)))

@@ -199,30 +199,9 @@ def test_accept_rates_by_domain_and_what_is_written(
         ["words", "1", "1", "3", "0", "1", "0", "1"],
     ]
     assert lines(out) == [
-        {
-            "id": "a-0",
-            "question": "a: 2+2?",
-            "answer": "4",
-            "response": RIGHT,
-            "domain": "sums",
-            "meta": {"level": 3},
-        },
-        {
-            "id": "a-3",
-            "question": "a: 2+2?",
-            "answer": "4",
-            "response": other,
-            "domain": "sums",
-            "meta": {"level": 3},
-        },
-        {
-            "id": "c-1",
-            "question": "c: 2+2?",
-            "answer": "4",
-            "response": RIGHT,
-            "domain": "words",
-            "meta": {"level": 3},
-        },
+        {"id": "a-0", "question": "a: 2+2?", "answer": "4", "response": RIGHT, "domain": "sums"},
+        {"id": "a-3", "question": "a: 2+2?", "answer": "4", "response": other, "domain": "sums"},
+        {"id": "c-1", "question": "c: 2+2?", "answer": "4", "response": RIGHT, "domain": "words"},
     ]
     assert [(r["id"], r["sample"], r["reason"]) for r in lines(tmp_path / "sft.samples.jsonl")] == [
         ("a", 0, None),

@@ -459,8 +459,19 @@ def test_text_only_models_are_evaluated_too(questions, tmp_path, capsys):
         (
             ['{"id": "a", "question": "q", "answer": "1"}'],
             ("--runs", "5"),
-            "--runs above 1 needs a --temperature above 0",
+            "--runs above 1 needs a --temperature of 0.01 or more",
         ),
+        (
+            ['{"id": "a", "question": "q", "answer": "1"}'],
+            ("--runs", "3", "--temperature", "1e-6"),
+            "greedy runs are the same",
+        ),
+        (
+            ['{"id": "a", "question": "q", "answer": "1"}'],
+            ("--think-budget", "4"),
+            "--think-budget 4 is never reached: --max-new-tokens is 4",
+        ),
+        ([r'{"id": "\ud83d", "question": "q", "answer": "1"}'], (), "not valid Unicode"),
         (
             ['{"id": "a", "question": "q", "answer": "1"}'],
             ("--prompt-style", "mcq"),
@@ -748,7 +759,18 @@ def test_resume_is_refused_with_another_model(files, tmp_path):
     arguments = command(folder, files, tmp_path / "out.jsonl", "--limit", "1")
     evaluate.main(arguments)
     tiny.make_folder(folder, "text_tied")
-    with pytest.raises(InputError, match="cannot resume: .*model.safetensors changed since"):
+    with pytest.raises(InputError, match="cannot resume: .*model.safetensors.* changed since"):
+        evaluate.main([*arguments, "--resume"])
+
+
+def test_resume_is_refused_with_another_precision_or_other_bounds_on_images(files, tmp_path):
+    folder = tiny.make_folder(tmp_path / "model")
+    arguments = command(folder, files, tmp_path / "out.jsonl", "--limit", "1")
+    evaluate.main(arguments)
+    with pytest.raises(InputError, match="--dtype was 'float32'"):
+        evaluate.main([*arguments, "--dtype", "bfloat16", "--resume"])
+    (folder / "preprocessor_config.json").write_text('{"max_pixels": 3136, "min_pixels": 3136}')
+    with pytest.raises(InputError, match="preprocessor_config.json changed since"):
         evaluate.main([*arguments, "--resume"])
 
 

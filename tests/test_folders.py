@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import sft
 import tiny
 from data import ImageConfig, InputError, Tokenizer, load_image
 from data.datasets import read_examples
@@ -88,9 +89,13 @@ NO_MODEL_FOLDERS: dict[str, tuple[Callable, str]] = {
 def test_what_is_no_model_folder_is_named(tmp_path, name):
     make, expected = NO_MODEL_FOLDERS[name]
     make(tiny.make_folder(tmp_path / "m"))
-    with pytest.raises(InputError) as caught:
-        load(tmp_path / "m")
-    assert expected in str(caught.value) and "\n" not in str(caught.value)
+    data = tmp_path / "d.jsonl"
+    data.write_text('{"question": "1+1?", "answer": "2", "response": "<answer>2</answer>"}\n')
+    command = ["--model", str(tmp_path / "m"), "--data", str(data), "--out", str(tmp_path / "o")]
+    for use in (lambda: load(tmp_path / "m"), lambda: sft.main([*command, "--device", "cpu"])):
+        with pytest.raises(InputError) as caught:
+            use()
+        assert expected in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_name_of_the_hub_is_told_how_to_get_it(tmp_path, monkeypatch):

@@ -23,6 +23,7 @@ from data import (
 )
 from grpo import group_advantages, grpo_loss, kl_penalty
 from sample import Completion
+from training.metrics import mean_metrics
 
 CLIP = {"clip_eps_low": 0.2, "clip_eps_high": 0.28}
 METRICS = (
@@ -963,3 +964,23 @@ def test_recipes_and_command_line(folder, data, tmp_path):
         json.loads((tmp_path / "run" / "config.json").read_text())["options"]["normalize_std"]
         is False
     )
+
+
+@pytest.mark.parametrize("value", [1, True, 0.5])
+def test_a_reward_may_be_any_number(options, monkeypatch, value):
+    monkeypatch.setattr(grpo, "reward", lambda example, response: value)
+    trainer, questions = make_trainer(options())
+    _, metrics, _ = rollout(trainer, questions[:2])
+    assert metrics["reward"] == value
+
+
+def test_a_reward_that_is_no_finite_number_stops_the_run(options, monkeypatch):
+    monkeypatch.setattr(grpo, "reward", lambda example, response: float("nan"))
+    trainer, questions = make_trainer(options())
+    with pytest.raises(InputError, match="response 1 to question 1 of the batch is nan"):
+        rollout(trainer, questions[:2])
+
+
+def test_the_greatest_difference_of_several_updates_is_kept():
+    steps = [{"loss": 1.0, "logprob_diff_max": 1.0}, {"loss": 2.0, "logprob_diff_max": 3.0}]
+    assert mean_metrics(steps) == {"loss": 1.5, "logprob_diff_max": 3.0}

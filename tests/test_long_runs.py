@@ -154,6 +154,8 @@ def test_validation_changes_no_step(stage, odd_is_right, tmp_path):
 def test_validation_needs_data_without_images(stage, tmp_path):
     with pytest.raises(InputError, match="--eval-every needs --eval-data"):
         sft.train(stage(sft, eval_every=1))
+    with pytest.raises(InputError, match="--eval-data needs --eval-every"):
+        sft.train(stage(sft, eval_data=stage(sft).data))
     data = tmp_path / "images.jsonl"
     data.write_text('{"question": "q", "answer": "1", "image": "x.png"}\n')
     with pytest.raises(InputError, match="images.jsonl.*text only"):

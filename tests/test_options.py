@@ -238,6 +238,7 @@ OUT_OF_MEMORY = (
             ": 256 bytes were asked for",
         ),
         (RuntimeError("CUDA error: out of memory"), ""),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"), ""),
     ],
 )
 def test_out_of_memory_is_one_line(error, shortage):

@@ -20,6 +20,8 @@ from model import Qwen2_5_VL
 from tools import plan_table
 from training import plan as planning
 from training.memory import ACTIVATIONS, HOST, Memory, on_card
+from training.optimizer import update_remedies
+from training.options import disk_needed
 from training.plan import RESERVE, describe, plan_of, rehearsed, remedies
 from training.rehearsal import (
     COPY,
@@ -288,6 +290,25 @@ def test_what_is_printed(grpo_options, seen):
     assert "states are on the device" in text and "prompts of 64 tokens" in text
 
 
+def test_states_on_the_host_help_where_the_optimiser_is_compact_only():
+    assert "--states-on host" in update_remedies(sft.SFTOptions(dtype="bfloat16", device="cpu"))
+    assert "--states-on host" not in update_remedies(sft.SFTOptions(dtype="float32", device="cpu"))
+
+
+def test_the_disk_is_what_the_run_will_ask_for(grpo_options, seen):
+    checkpoint, model = seen.checkpoint_bytes, seen.model_bytes
+    for changes, needed in (
+        ({}, 2 * checkpoint + 2 * model),
+        ({"keep": 0}, 2 * model),
+        ({"eval_every": 3}, 2 * checkpoint + 4 * model),
+        ({"save_every": 0}, checkpoint + model),
+    ):
+        options = replace(grpo_options, **changes)
+        text = describe(plan_of(seen, options, 1, 80 * 2**30))
+        assert f"Disk: {needed / 1e9:.1f} GB" in text
+        assert disk_needed(options, checkpoint, model) == needed
+
+
 def test_what_is_saved(grpo_options, seen):
     """A checkpoint has the trained weights and 5 more bytes each; model/ has the tower, too."""
     sizes = {True: 0, False: 0}
@@ -346,6 +367,10 @@ def test_the_table_has_the_published_models(monkeypatch, capsys):
         assert sum(weight.numel() for weight in model.parameters()) == count
     # A row of a model that is small enough: the width has to be a multiple of 128 for each head.
     monkeypatch.setattr(plan_table, "SHAPES", {"tiny": (256, 1, 2, 1, 64, 512, True, 64)})
+    with pytest.raises(InputError, match="--models 5B: there is tiny"):
+        plan_table.main(["--models", "5B"])
+    with pytest.raises(InputError, match="--gpus 3: there is 1, 2, 4, 8"):
+        plan_table.main(["--models", "tiny", "--gpus", "3"])
     plan_table.main(["--models", "tiny", "--gpus", "1", "8"])
     heading, _, row = capsys.readouterr().out.splitlines()
     assert heading == "| SFT / GRPO (slots) | 1 x 24 GB | 1 x 80 GB | 8 x 80 GB |"

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -418,6 +419,43 @@ def test_another_starting_model_cannot_be_resumed(options, trained, tmp_path):
         Run(options(model=str(source), resume=True))
 
 
+def test_a_starting_model_of_another_shape_cannot_be_resumed(options, trained, tmp_path):
+    source = tiny.make_folder(tmp_path / "source")
+    trained(1, model=str(source)).save()
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"rope_theta": 500.0}))
+    with pytest.raises(InputError, match="cannot resume: .*config.json changed since"):
+        Run(options(model=str(source), resume=True))
+
+
+def test_what_an_older_version_did_not_write_down_is_not_compared(options, trained):
+    trained(1).save()
+    path = Path(options().out) / "config.json"
+    config = json.loads(path.read_text())
+    config["crc32"] = {p: crc for p, crc in config["crc32"].items() if "tokenizer" not in p}
+    path.write_text(json.dumps(config))
+    assert Run(options(resume=True)).step == 1
+
+
+def test_damage_behind_the_checkpoint_is_cut_off(options, trained):
+    """As a file system may leave it after a power failure."""
+    run = trained(2)
+    run.save()
+    metrics = run.folder / "metrics.jsonl"
+    whole = metrics.read_bytes()
+    metrics.write_bytes(whole + bytes(8) + b"\n" + b'{"step": 3}\n')
+    begun(options(resume=True))
+    assert metrics.read_bytes() == whole
+    metrics.write_bytes(bytes(8) + b"\n" + whole)
+    with pytest.raises(InputError, match="line 1: not a record"):
+        begun(options(resume=True))
+
+
+def test_gpus_are_for_the_plan_only(options):
+    with pytest.raises(InputError, match="--gpus is for --plan"):
+        Run(options(gpus=8))
+
+
 def test_a_model_folder_that_was_moved_away_is_made_whole_on_resume(options, trained, tmp_path):
     run = trained(1)
     run.save()
@@ -487,9 +525,27 @@ def test_sigterm_ends_the_step_and_saves(options, capsys):
     with pytest.raises(SystemExit) as stopped:
         take_steps(run, before_step=preempt)
     assert stopped.value.code == 143
-    assert "stopped by SIGTERM after step 2: go on with --resume" in capsys.readouterr().err
+    said = "stopped by SIGTERM after step 2: --resume goes on from the last checkpoint"
+    assert said in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == before
     assert len(take_steps(begun(options(epochs=3, resume=True)))) == 4
+
+
+def test_without_checkpoints_sigterm_promises_no_resume(options, capsys):
+    run = begun(options(epochs=3, keep=0))
+    with pytest.raises(SystemExit):
+        take_steps(run, before_step=lambda run: signal.raise_signal(signal.SIGTERM))
+    assert "after step 1: there is no checkpoint to go on from" in capsys.readouterr().err
+
+
+def test_resuming_a_finished_run_makes_its_model_again(options):
+    take_steps(begun(options(max_steps=2)))
+    path = Path(options().out) / "model" / "model.safetensors"
+    weights = path.read_bytes()
+    for damage in (path.unlink, lambda: path.write_bytes(b"of a later step")):
+        damage()
+        assert take_steps(begun(options(max_steps=2, resume=True))) == []
+        assert path.read_bytes() == weights
 
 
 def test_sigterm_in_the_last_step_changes_nothing(options):
@@ -525,6 +581,21 @@ def test_a_full_disk_while_saving_is_one_line(options, monkeypatch, error):
     monkeypatch.setattr(Run, "write", full)
     with pytest.raises(InputError, match="step 1 cannot be saved .*(No space|unexpected pos)"):
         take_steps(run)
+
+
+def test_a_model_that_does_not_fit_on_the_disk_is_one_line(options):
+    """A limit on the size of files stands for the disk; safetensors has an error of its own."""
+    run = begun(options(max_steps=1))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(InputError, match="step 1 cannot be saved .*File too large"):
+            take_steps(run)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not list(run.folder.rglob("*.tmp"))
 
 
 def test_a_bug_while_saving_is_no_full_disk(options, monkeypatch):
@@ -585,6 +656,14 @@ def test_too_little_disk_is_said_before_the_first_step(options, trained, monkeyp
         assert fits(**changes), changes
         free = int(0.5 * needed)
         assert not fits(**changes), changes
+
+
+def test_with_keep_0_old_checkpoints_are_no_room(options, trained, monkeypatch):
+    run = trained(1)
+    run.save()
+    monkeypatch.setattr(run_module.shutil, "disk_usage", lambda path: Usage(0, 0, 0))
+    with pytest.raises(InputError, match="GB free"):
+        begun(options(resume=True, keep=0))
 
 
 def test_what_the_folder_holds_is_room(options, trained, monkeypatch):

@@ -4,7 +4,7 @@ python tools/chat.py --model micro/base     # then: /image FILE, /reset, /quit, 
 """
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -60,6 +60,10 @@ def chat(
                 images, pending = shown, []
         except InputError as error:  # a bad file or a full context: say so, and go on
             print(f"error: {error}", file=sys.stderr)
+            if pending and line and not command.startswith("/"):
+                # The images may be what was wrong; without them the next message has a chance.
+                print("the images of this message are dropped", file=sys.stderr)
+                pending = []
 
 
 def stream(sampler: Sampler, params: SamplingParams, prompt: Prompt) -> str:
@@ -81,8 +85,10 @@ def stream(sampler: Sampler, params: SamplingParams, prompt: Prompt) -> str:
 
 def main(argv: list[str]) -> None:
     options = parse_options(ChatOptions, argv)
+    if options.n != 1:
+        raise InputError(f"--n {options.n}: a conversation goes on from one answer")
     sampler, image_config = load_sampler(options.model, options.device, options.dtype)
-    chat(sampler, replace(options, n=1), image_config, options.system)
+    chat(sampler, options, image_config, options.system)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from data import STYLES, Example, ImageConfig, Question, format_prompt, load_exa
 from hub.device import DEVICE_HELP, DTYPE_HELP, DTYPES, memory_phase
 from hub.errors import InputError
 from hub.options import MICRO_BASE, option, parse_options, run_command
-from hub.weights import weight_files
+from hub.weights import model_files
 from rewards import accuracy_reward, extract_answer
 from sample import Completion, Sampler, SamplingParams, load_sampler
 from training.journal import json_lines, write_whole
@@ -146,8 +146,7 @@ def chosen(samples: list[dict], at_most: int) -> list[dict]:
 def sft_record(example: Example, sample: dict) -> dict:
     """Returns a kept sample in our plain schema.
 
-    Other fields of the question stay in `meta`: beside the others they could pass for those of a
-    published schema.
+    Other fields of the question are left out: they could pass for a part of it.
     """
     fields = {
         "id": f"{example.id}-{sample['sample']}",
@@ -156,9 +155,8 @@ def sft_record(example: Example, sample: dict) -> dict:
         "options": example.options,
         "response": as_written(sample["text"]),
         "domain": example.domain,
-        "meta": example.meta,
     }
-    return {name: value for name, value in fields.items() if value not in (None, {})}
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def print_accepted(groups: list[list[dict]], max_per_question: int) -> None:
@@ -189,8 +187,10 @@ def main(argv: list[str]) -> None:
     # 1. Every sample goes to the journal, question by question, so that --resume finds it there.
     path = out.with_suffix(".samples.jsonl")
     check_unused(out, Path(f"{path}.config.json"), options.overwrite or options.resume)
-    inputs = [options.data, *weight_files(Path(options.model))]
-    journal = RecordFile(path, asdict(options), inputs, keys=("id",), size=options.n)
+    inputs = [options.data, *model_files(Path(options.model))]
+    # "auto" may be another precision on another machine: what it is here is written down.
+    known = asdict(options) | {"dtype": str(sampler.dtype).removeprefix("torch.")}
+    journal = RecordFile(path, known, inputs, keys=("id",), size=options.n)
     left = [question for question in questions if (question.example.id,) not in journal.groups]
 
     def finish(i: int, completions: list[Completion]) -> None:

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import grpo  # noqa: E402
 import sft  # noqa: E402
+from hub.errors import InputError  # noqa: E402
 from hub.options import option, parse_options, run_command  # noqa: E402
 from training.plan import GIB, Plan, plan_of, rehearsed  # noqa: E402
 
@@ -97,6 +98,12 @@ def columns_of(stage: str, model: str, gpus: list[int]) -> list[str]:
 
 def main(argv: list[str]) -> None:
     options = parse_options(Options, argv)
+    for name in options.models:
+        if name not in SHAPES:
+            raise InputError(f"--models {name}: there is {', '.join(SHAPES)}")
+    for count in options.gpus:
+        if count not in map(str, SIZES):
+            raise InputError(f"--gpus {count}: there is {', '.join(map(str, SIZES))}")
     gpus = [int(count) for count in options.gpus]
     columns = [f"{count} x {size} GB" for count in gpus for size in SIZES[count]]
     print(f"| SFT / GRPO (slots) | {' | '.join(columns)} |")

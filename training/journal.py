@@ -95,8 +95,8 @@ def check_same(results: Path, config_path: Path, config: dict) -> None:
             changed.append(f"--{name.replace('_', '-')} was {before['options'].get(name)!r}")
     if changed:
         raise InputError(f"{results}: cannot resume with other options: {'; '.join(changed)}")
-    for path, crc in config["crc32"].items():
-        if before["crc32"].get(path) != crc:
+    for path, crc in before["crc32"].items():
+        if config["crc32"].get(path) != crc:
             changed.append(path)
     if changed:
         raise InputError(f"{results}: cannot resume: {', '.join(changed)} changed since")

@@ -52,11 +52,13 @@ def update_metrics(parts: list[dict]) -> dict:
 
 
 def mean_metrics(steps: list[dict]) -> dict:
-    """Returns the means over a rollout's optimiser steps; None for what none has measured."""
+    """Returns the means over a rollout's optimiser steps, but of a maximum the greatest; None for
+    what none has measured."""
     means = {}
     for name in steps[0]:
         values = [step[name] for step in steps if step[name] is not None]
-        means[name] = fmean(values) if values else None
+        combine = max if name == "logprob_diff_max" else fmean
+        means[name] = combine(values) if values else None
     return means
 
 

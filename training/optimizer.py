@@ -184,7 +184,8 @@ def update_remedies(options: TrainOptions) -> list[str]:
     remedies = []
     if options.checkpointing == "off":
         remedies.append("--checkpointing on")
-    if parallel.world_size() == 1 and options.states_on != "host":
+    compact = parallel.world_size() == 1 and forward_dtype(options) == torch.bfloat16
+    if compact and options.states_on != "host":
         remedies.append("--states-on host")
     # A row that is longer than a pack gets one of its own, so both must be short.
     return [*remedies, "more GPUs", "a lower --pack-tokens with shorter rows"][:2]

@@ -24,7 +24,7 @@ class TrainOptions:
     weight_decay: float = option(0.0, "weight decay of AdamW", low=0.0)
     beta1: float = option(0.9, "decay of AdamW's first moment", low=0.0, high=0.999999)
     beta2: float = option(0.999, "decay of AdamW's second moment", low=0.0, high=0.999999)
-    max_grad_norm: float = option(1.0, "longer gradients are scaled down to this norm", low=0.0)
+    max_grad_norm: float = option(1.0, "longer gradients are scaled down to this norm", low=1e-6)
     pack_tokens: int = option(
         4096, "tokens of one forward pass; changes memory, not results (but for rounding)", low=1
     )
@@ -54,3 +54,17 @@ class TrainOptions:
     gpu_gib: float | None = option(
         None, "memory of a GPU in GiB; None: that of this machine's, or 80", low=1.0
     )
+
+
+def disk_needed(options: TrainOptions, in_checkpoint: int, in_model: int) -> int:
+    """Returns the bytes that a run's checkpoints and models take on the disk at most, from those of
+    one each. While a new one is written, those before are still there."""
+    checkpoints, models = options.keep + 1, 2
+    # With --save-every 0 a new run writes once, at its end.
+    if options.save_every == 0 and not options.resume:
+        checkpoints, models = 1, 1
+    if options.keep == 0:
+        checkpoints = 0
+    if options.eval_every:
+        models += 2  # best/
+    return checkpoints * in_checkpoint + models * in_model

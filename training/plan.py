@@ -20,7 +20,7 @@ import torch
 from hub.errors import InputError
 from model import slots_that_fit
 from training.memory import HOST, on_card
-from training.options import TrainOptions
+from training.options import TrainOptions, disk_needed
 from training.parallel import is_first, training_device, world_size
 from training.rehearsal import (
     KINDS,
@@ -209,6 +209,7 @@ def describe(plan: Plan) -> str:
     options, rehearsal = plan.options, plan.rehearsal
     gpus = "1 GPU" if plan.num_gpus == 1 else f"each of {plan.num_gpus} GPUs"
     checkpoint, saved = rehearsal.checkpoint_bytes / 1e9, rehearsal.model_bytes / 1e9
+    disk = disk_needed(options, rehearsal.checkpoint_bytes, rehearsal.model_bytes) / 1e9
     on_host, saving = plan.host_bytes / GIB, rehearsal.model_bytes / GIB
     lines = [f"{options.model} on {gpus}: planned, not measured", "", *table(plan), ""]
     lines.append(f"{'It fits' if plan.fits else 'It does not fit'}: {plan.verdict()}.")
@@ -225,9 +226,8 @@ def describe(plan: Plan) -> str:
     lines += [
         f"Host: {on_host:.1f} GiB for each process, and {saving:.1f} for the first one while it "
         "saves model/.",
-        f"Disk: {(options.keep + 1) * checkpoint + 2 * saved:.1f} GB: a checkpoint has "
-        f"{checkpoint:.1f} (--keep {options.keep}, and the next one), model/ {saved:.1f} (twice, "
-        "while it is replaced).",
+        f"Disk: {disk:.1f} GB: a checkpoint has {checkpoint:.1f} (--keep {options.keep}, and the "
+        f"next one), model/ {saved:.1f} (and best/ as much; twice, while it is replaced).",
         "other: activations, logits, temporary tensors, and layers while they are put together.",
         f"Assumed: {options.dtype}; {'; '.join(rehearsal.assumed)}.",
     ]

@@ -8,6 +8,7 @@ from torch import Tensor
 from data.completions import Completion, SamplingParams, random_streams
 from data.prompts import Prompt
 from data.tokenizer import Tokenizer
+from hub.errors import InputError
 from model import Qwen2_5_VL
 from sample import Sampler
 from training.parallel import exchange, gather, rank, world_size
@@ -50,5 +51,11 @@ def rollout(
     # 3. All ranks learn of everything.
     judged = exchange(judged)
     everything = [judged[i] for i in range(len(prompts))]
-    rewards = torch.tensor([rewards for _, rewards in everything])
+    rewards = torch.tensor([rewards for _, rewards in everything], dtype=torch.float32)
+    if not rewards.isfinite().all():
+        i, sample = (~rewards.isfinite()).nonzero()[0].tolist()
+        raise InputError(
+            f"the reward of response {sample + 1} to question {i + 1} of the batch is "
+            f"{rewards[i, sample].item()}: rewards must be finite"
+        )
     return [group for group, _ in everything], rewards

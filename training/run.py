@@ -20,9 +20,10 @@ import torch
 from tqdm import tqdm
 
 from data.sequences import batches, num_steps
+from hub.config import Config
 from hub.disk import follow_links, sync
-from hub.errors import InputError, missing_file, read_json
-from hub.weights import copy_side_files, weight_files, write_model
+from hub.errors import InputError, read_json
+from hub.weights import copy_side_files, model_files, write_model
 from kernels.triton_or_none import wanted_kernels
 from model import Qwen2_5_VL
 from training import checkpoint
@@ -35,7 +36,7 @@ from training.journal import (
     write_json,
 )
 from training.optimizer import Diverged, forward_dtype
-from training.options import TrainOptions
+from training.options import TrainOptions, disk_needed
 from training.parallel import any_rank, barrier, is_first, whole_weights, world_size
 
 JOURNALS = ("metrics.jsonl", "samples.jsonl")
@@ -74,9 +75,10 @@ class Run:
         self.folder = Path(options.out)
         self.step = 0
         self.records: list[dict] = []
+        if options.gpus is not None:
+            raise InputError("--gpus is for --plan; torchrun starts training on several GPUs")
+        Config.from_pretrained(options.model)  # says what is wrong with the folder
         start = follow_links(options.model)
-        if not start.is_dir():
-            raise missing_file(Path(options.model) / "config.json")
         if not options.out:
             raise InputError("--out is empty")
         if follow_links(self.folder) in (start, *start.parents):
@@ -85,8 +87,8 @@ class Run:
             raise InputError(f"--out {options.out}: {self.place()} is a file, not a folder")
         if not options.resume:
             self.check_unused()
-        # The starting weights count too: in GRPO they are the reference of the KL penalty.
-        inputs = [options.data, *weight_files(Path(options.model))]
+        # The starting model counts too: in GRPO it is the reference of the KL penalty.
+        inputs = [options.data, *model_files(Path(options.model))]
         # "auto" may be another precision on another machine: what it is here is written down.
         dtype = str(forward_dtype(options)).removeprefix("torch.")
         self.config = make_config(asdict(options) | {"dtype": dtype}, inputs)
@@ -194,7 +196,8 @@ class Run:
                 if (self.folder / name).is_symlink():
                     (self.folder / name).unlink()
                 shutil.rmtree(self.folder / name, ignore_errors=True)
-            for name in FILES:
+            # config.json last: by it the folder is known as a run's, if this is interrupted.
+            for name in reversed(FILES):
                 (self.folder / name).unlink(missing_ok=True)
             processes = {"processes": world_size(), "warmup_steps": warmup_steps}
             write_json(config_path, self.config | processes)
@@ -219,11 +222,16 @@ class Run:
         """Cuts a journal off behind the last step that the checkpoint holds."""
         if not path.exists():
             return
-        kept = 0
-        for record, end in read_records(path, ("step",)):
-            if record["step"] > self.step:
-                break
-            kept = end
+        kept = last = 0
+        try:
+            for record, end in read_records(path, ("step",)):
+                if record["step"] > self.step:
+                    break
+                kept, last = end, record["step"]
+        except InputError:
+            # Damage behind the checkpoint's step, as after a power failure, is cut off as well.
+            if last < self.step:
+                raise
         os.truncate(path, kept)
 
     def check_disk(self, model: Qwen2_5_VL, state: checkpoint.State) -> None:
@@ -232,18 +240,11 @@ class Run:
         While a new one is written, those before are still there.
         """
         options = self.options
-        in_checkpoint, in_model = checkpoint.sizes(model, state)
-        # 1. With --save-every 0 a new run writes once, at its end. Two more models are for best/.
-        checkpoints, models = options.keep + 1, 2
-        if options.save_every == 0 and not options.resume:
-            checkpoints, models = 1, 1
-        if options.keep == 0:
-            checkpoints = 0
-        if options.eval_every:
-            models += 2
-        needed = checkpoints * in_checkpoint + models * in_model
-        # 2. What is there already is replaced, or is part of it.
+        needed = disk_needed(options, *checkpoint.sizes(model, state))
+        # What is there already is replaced, or is part of it; but --keep 0 leaves old checkpoints.
         for name in FOLDERS:
+            if name == "checkpoint" and options.keep == 0 and options.resume:
+                continue
             for path in (self.folder / name).rglob("*"):
                 needed -= path.stat().st_size
         free = shutil.disk_usage(self.place()).free
@@ -271,8 +272,12 @@ class Run:
         stream = batches(num_items, size, options.seed, first_step=self.step)
         stopped = False
         finished = self.step >= total or stop()
-        if finished and is_first():
-            print(f"{self.folder}: all of {self.step} steps are done", file=sys.stderr)
+        if finished:
+            if is_first():
+                print(f"{self.folder}: all of {self.step} steps are done", file=sys.stderr)
+            # model/ may be lost, or of a later step than the checkpoint.
+            with self.explaining_full_disk():
+                self.write_model(self.folder / "model")
         bar = tqdm(
             initial=self.step,
             total=total,
@@ -295,8 +300,9 @@ class Run:
                     self.save()
         if stopped and not finished:
             if is_first():
-                where = f"stopped by SIGTERM after step {self.step}: go on with --resume"
-                print(where, file=sys.stderr)
+                print(
+                    f"stopped by SIGTERM after step {self.step}: {self.way_on()}", file=sys.stderr
+                )
             sys.exit(143)  # 128 + the number of the signal, as a shell says it
 
     def seconds(self) -> float:
@@ -347,8 +353,20 @@ class Run:
 
         Raises InputError where the disk is full or fails.
         """
-        try:
+        with self.explaining_full_disk():
             self.write()
+
+    def way_on(self) -> str:
+        """Returns how a run goes on that has stopped here."""
+        if checkpoint.find_checkpoints(self.folder / "checkpoint"):
+            return "--resume goes on from the last checkpoint"
+        return "there is no checkpoint to go on from"
+
+    @contextmanager
+    def explaining_full_disk(self) -> Iterator[None]:
+        """Raises InputError instead of what comes of a disk that is full or fails."""
+        try:
+            yield
         except (OSError, RuntimeError) as error:
             # torch's archives say of a full disk that they are at an "unexpected pos".
             if isinstance(error, RuntimeError) and "unexpected pos" not in str(error):
@@ -356,7 +374,7 @@ class Run:
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
             raise InputError(
                 f"{self.folder}: step {self.step} cannot be saved ({reason}); is the disk full? "
-                "--resume goes on from the last checkpoint"
+                f"{self.way_on()}"
             ) from None
 
     def write(self) -> None:

@@ -36,6 +36,8 @@ class Validation:
         self.options, self.tokenizer, self.judge = options, tokenizer, judge
         self.questions: list[Question] = []
         if options.eval_every == 0:
+            if options.eval_data and not options.resume:
+                raise InputError("--eval-data needs --eval-every")
             return
         if not options.eval_data:
             raise InputError("--eval-every needs --eval-data")
@@ -44,9 +46,14 @@ class Validation:
 
     def load_questions(self) -> list[Question]:
         """Returns the questions. Those whose prompt fills the context are dropped and counted."""
-        limit = Config.from_pretrained(self.options.model).max_position_embeddings - 1
-        style = self.options.prompt_style
-        return load_text_questions(self.options.eval_data, self.tokenizer, style=style, limit=limit)
+        options = self.options
+        return load_text_questions(
+            options.eval_data,
+            self.tokenizer,
+            style=options.prompt_style,
+            limit=Config.from_pretrained(options.model).max_position_embeddings - 1,
+            skip_bad=options.skip_bad_lines,
+        )
 
     def after_step(self, run: Run) -> dict[str, float]:
         """Returns what metrics.jsonl is to say about the step that was just taken: nothing, or
