@@ -186,7 +186,7 @@ def draw_reading(axes, seeds: dict[str, dict]) -> None:
         read = [table[f"image_share {share}: base"]["reading"] for table in tables]
         for column in ("A image", "A text"):
             right = [table[f"image_share {share}: SFT + RL"][column] for table in tables]
-            label = f"{share:.0%} images: {column}"
+            label = f"image share {share}: {column}"
             axes.plot(read, right, BASE_MARKS[column], color=f"C{number}", label=label)
     axes.plot([0, 100], [CHANCE, 100], ":", color="black", label="reading, else a guess")
     axes.set_xlabel("images that the base reads without an error, %")
@@ -227,8 +227,8 @@ def plot_transfer() -> None:
     for panel in axes[:2]:
         panel.set_ylabel("after SFT + RL, accuracy in %, k > 2")
     draw_variants(axes[2], read_claim("variants"))
-    for panel in axes:
-        panel.legend(fontsize=7)
+    for panel, empty_corner in zip(axes, ("lower right", "lower center", "upper right")):
+        panel.legend(fontsize=7, loc=empty_corner)
         panel.spines[["top", "right"]].set_visible(False)
     finish(figure, "transfer.png")
 
