@@ -41,7 +41,7 @@ Options = tuple[tuple[str, object], ...]  # names as in a command's options, and
 # Minutes on one idle core (AMD EPYC): of a step, and of a cell of 500 greedy answers.
 STEP_MINUTES = {"sft.py": 0.7 / 80, "grpo.py": 2.5 / 200}
 DEFAULT_STEPS = {"sft.py": 80, "grpo.py": 200}
-PRETRAIN_MINUTES = 16.0  # of two cores together, for a model of the shipped width
+PRETRAIN_MINUTES = 21.0  # of two cores together, for a model of the shipped width
 SHIPPED_WIDTH = 128
 DISTILL_MINUTES = 0.7
 CELL_MINUTES = 0.07
