@@ -102,7 +102,8 @@ READING = Claim(
         "eight: there images are 10 points below the prediction. Most of what fails there are "
         "misread chains all the same (16 and 17 of 19 and 23 points in seeds 0 and 1), but more "
         "than the base misread when it was asked to read (11 and 14%): within a chain, and after "
-        "training on text, the models read worse, so the base's reading is too good a measure. "
+        "training on text, the models read worse (which of the two, was not asked), so the base's "
+        "reading is too good a measure. "
         "With 0.05 hardly a strip is read, and images stay at a guess where text is at 100%."
     ),
 )

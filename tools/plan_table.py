@@ -97,6 +97,7 @@ def columns_of(stage: str, model: str, gpus: list[int]) -> list[str]:
 
 
 def main(argv: list[str]) -> None:
+    """Plans model by model, and prints each row as soon as it is there."""
     options = parse_options(Options, argv)
     for name in options.models:
         if name not in SHAPES:
