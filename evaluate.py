@@ -22,7 +22,7 @@ import json
 import zlib
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -43,6 +43,7 @@ from hub.options import MICRO_BASE, MICRO_DATA, option, parse_options, run_comma
 from hub.weights import model_files
 from rewards import accuracy_reward, extract_answer, is_equivalent
 from sample import Completion, Sampler, SamplingParams, load_sampler
+from training.journal import known_options
 from training.record_file import RecordFile, out_file, short_names, when_all_are_there
 
 MICRO_TESTS = ("test_text", "test_image", "test_text_other", "test_image_other")
@@ -314,8 +315,7 @@ def main(argv: list[str]) -> None:
     files = {path: load_questions(sampler, images, path, options) for path in options.data}
     # 2. Records go to --out question by question, so that --resume finds what has been answered.
     inputs = [*options.data, *model_files(Path(options.model))]
-    # "auto" may be another precision on another machine: what it is here is written down.
-    known = asdict(options) | {"dtype": str(sampler.dtype).removeprefix("torch.")}
+    known = known_options(options, sampler.dtype)
     journal = RecordFile(options.out, known, inputs, keys=("file", "id"), size=options.runs)
     results = {}
     interrupted = False

@@ -14,7 +14,9 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -56,6 +58,12 @@ def git_commit() -> str | None:
     except OSError:
         return None
     return done.stdout.strip() or None
+
+
+def known_options(options: Any, dtype: torch.dtype) -> dict:
+    """Returns a command's options as its config holds them. `--dtype auto` may be another precision
+    on another machine: what it is here is written down."""
+    return asdict(options) | {"dtype": str(dtype).removeprefix("torch.")}
 
 
 def make_config(options: dict, inputs: Iterable[str | Path]) -> dict:

@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -31,6 +30,7 @@ from training.journal import (
     append_records,
     changed_options,
     check_same,
+    known_options,
     make_config,
     read_records,
     write_json,
@@ -89,9 +89,7 @@ class Run:
             self.check_unused()
         # The starting model counts too: in GRPO it is the reference of the KL penalty.
         inputs = [options.data, *model_files(Path(options.model))]
-        # "auto" may be another precision on another machine: what it is here is written down.
-        dtype = str(forward_dtype(options)).removeprefix("torch.")
-        self.config = make_config(asdict(options) | {"dtype": dtype}, inputs)
+        self.config = make_config(known_options(options, forward_dtype(options)), inputs)
         if options.resume:
             check_same(self.folder, self.folder / "config.json", self.config)
             self.step = checkpoint.read_step(self.find_checkpoint())
