@@ -5,9 +5,21 @@ What would refute a claim was written down before it was measured (see micro/pap
 
 from collections.abc import Callable
 
-from micro.claim_data import deep_strips
-from micro.claim_parts import Rows, base, figure_of, gain, grpo, overall, row, sft, x_reasoner
+from micro.claim_data import deep_strips, shipped
+from micro.claim_parts import (
+    Rows,
+    base,
+    figure_of,
+    gain,
+    grpo,
+    overall,
+    percent,
+    row,
+    sft,
+    x_reasoner,
+)
 from micro.paper_claims import MED_UNIT, SHARES, med
+from micro.reproduce import COLUMNS
 from micro.verdicts import DEEP, Bound, Claim, Table
 
 
@@ -52,17 +64,24 @@ MED_MIXED = Claim(
 IMAGE_SHARES = (0.6, 0.2, 0.05)
 WIDTHS = (64, 128, 192)  # of the base's decoder; 128 is the shipped one's
 CHANCE = 10  # %, of a blind guess
-READ_UNIT = f"{DEEP}; reading: such strips of A read out without an error, in %"
+READ_UNIT = (
+    f"{DEEP}; reading: such strips of A read out without an error when it is asked to read, in %; "
+    "misread: images of A answered wrongly by a chain that restates another question, in %"
+)
+misread = percent("failures", "misread")
 
 
 def by_base(seed: int, name: str, values: tuple, default) -> Rows:
     rows = {}
     for value in values:
         options = {} if value == default else {name: value}
-        final = x_reasoner(seed, **options)
-        read = {"reading": figure_of(base(seed, **options), deep_strips(), overall)}
-        rows[f"{name} {value}: base"] = read | row(base(seed, **options))
-        rows[f"{name} {value}: SFT + RL"] = row(final)
+        models = {"base": base(seed, **options), "SFT + RL": x_reasoner(seed, **options)}
+        for stage, model in models.items():
+            rows[f"{name} {value}: {stage}"] = {
+                "reading": figure_of(model, deep_strips(), overall),
+                "misread": figure_of(model, shipped(COLUMNS["A image"]), misread),
+                **row(model),
+            }
     return rows
 
 
