@@ -14,6 +14,7 @@ runs that it changes, or their cells/ alone, where only what is asked of the mod
 
 import fcntl
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -28,6 +29,7 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
+from torch.backends.cpu import get_cpu_capability
 
 from evaluate import accuracy, summarise
 from hub.options import MICRO_BASE, MICRO_DATA, ROOT
@@ -254,7 +256,7 @@ def provenance(commit: str | None) -> dict:
         "commit": commit,
         "date": str(date.today()),
         "torch": torch.__version__,
-        "machine": platform.platform(),
+        "machine": f"{platform.platform()}, {os.cpu_count()} cores, {get_cpu_capability()}",
     }
 
 

@@ -65,7 +65,7 @@ IMAGE_SHARES = (0.6, 0.2, 0.05)
 WIDTHS = (64, 128, 192)  # of the base's decoder; 128 is the shipped one's
 CHANCE = 10  # %, of a blind guess
 READ_UNIT = (
-    f"{DEEP}; reading: such strips of A read out without an error when it is asked to read, in %; "
+    f"{DEEP}; reading: 200 such strips of A read out without an error when asked to read, in %; "
     "misread: images of A answered wrongly by a chain that restates another question, in %"
 )
 misread = percent("failures", "misread")
@@ -75,7 +75,8 @@ def by_base(seed: int, name: str, values: tuple, default) -> Rows:
     rows = {}
     for value in values:
         options = {} if value == default else {name: value}
-        models = {"base": base(seed, **options), "SFT + RL": x_reasoner(seed, **options)}
+        start = base(seed, **options)
+        models = {"base": start, "SFT": sft(start), "SFT + RL": x_reasoner(seed, **options)}
         for stage, model in models.items():
             rows[f"{name} {value}: {stage}"] = {
                 "reading": figure_of(model, deep_strips(), overall),

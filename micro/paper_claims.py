@@ -127,8 +127,9 @@ FORCED_EXIT = Claim(
         Bound("gain on A text", gain(FORCED, "not forced", "A text"), 2),
         Bound("gain on A image", gain(FORCED, "not forced", "A image"), 2),
     ),
-    unit="accuracy in %, all questions; endless: % of the answers cut at 256 tokens",
-    looked_at=(0,),
+    HEADLINE,
+    "accuracy in %, all questions; endless: % of the answers cut at 256 tokens",
+    (0,),
     remark=(
         "Only the first base thinks without end on A (6.8% of the images; the other two 0.2 and "
         "0%). The others do so on L, where they solve little anyway. That accuracy rises when "

@@ -36,7 +36,7 @@ def tasks_for(groups: Iterable[Iterable[Run | Cell | Probe]], place: Place) -> l
                 tasks.setdefault(need)
             elif need not in seen and not need.done(place):
                 missing[need.run, need.options].append(need)
-            seen.add(need)
+                seen.add(need)
         for cells in missing.values():
             tasks.setdefault(Evaluation(tuple(cells)))
     return list(tasks)

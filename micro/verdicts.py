@@ -121,7 +121,7 @@ def judge(figures: list[float | None], bound: Bound) -> str:
     return HOLDS if low >= bound.at_least and high <= bound.at_most else UNDECIDED
 
 
-def overall(verdicts: list[str]) -> str:
+def weakest(verdicts: list[str]) -> str:
     """Returns the verdict on a claim from those on its bounds: the weakest.
 
     A bound without a case does not count, unless there is no other.
@@ -159,7 +159,7 @@ def verdict_of(claim: Claim, tables: Tables) -> str:
     fresh = set(claim.seeds) - set(claim.looked_at)
     count = len(fresh & set(tables))
     remark = f" ({count} of {len(fresh)} seeds)" if count < len(fresh) else ""
-    return overall(verdicts) + (remark if count else " (on seeds that were seen before)")
+    return weakest(verdicts) + (remark if count else " (on seeds that were seen before)")
 
 
 # --- Results on the disk --------------------------------------------------------------------------
@@ -270,9 +270,11 @@ def section(claim: Claim, results: dict[str, dict]) -> list[str]:
         each = each_seed(bound, claim, tables)
         verdict = judge(figures, bound)
         lines.append(line(bound.text, bound.limits, spread(figures), each, verdict))
-    if claim.looked_at:
+    if len(judged_seeds(claim, tables)) < len(tables):
         lines += ["", "In brackets: seen before the bounds were stated, and not judged."]
-    lines += ["", f"Verdict: **{verdict_of(claim, tables)}**. {claim.remark}".rstrip()]
+    # The remark is about all seeds: beside a part of them it might contradict the table.
+    remark = claim.remark if set(tables) == set(claim.seeds) else ""
+    lines += ["", f"Verdict: **{verdict_of(claim, tables)}**. {remark}".rstrip()]
     made = sorted({one for seed in tables for one in results[str(seed)]["sources"]})
     return [*lines, "", *(f"Runs: {one}." for one in made)]
 

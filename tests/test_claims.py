@@ -434,15 +434,15 @@ def test_two_standard_errors_are_the_border():
 
 
 def test_a_claim_is_as_good_as_its_weakest_bound():
-    assert verdicts.overall([HOLDS, HOLDS]) == HOLDS
-    assert verdicts.overall([HOLDS, UNDECIDED]) == UNDECIDED
-    assert verdicts.overall([UNDECIDED, FAILS, HOLDS]) == FAILS
+    assert verdicts.weakest([HOLDS, HOLDS]) == HOLDS
+    assert verdicts.weakest([HOLDS, UNDECIDED]) == UNDECIDED
+    assert verdicts.weakest([UNDECIDED, FAILS, HOLDS]) == FAILS
 
 
 def test_a_bound_without_a_case_hides_no_other():
-    assert verdicts.overall([NO_CASE, HOLDS]) == HOLDS
-    assert verdicts.overall([HOLDS, NO_CASE, FAILS]) == FAILS
-    assert verdicts.overall([NO_CASE]) == NO_CASE
+    assert verdicts.weakest([NO_CASE, HOLDS]) == HOLDS
+    assert verdicts.weakest([HOLDS, NO_CASE, FAILS]) == FAILS
+    assert verdicts.weakest([NO_CASE]) == NO_CASE
 
 
 # The claims
@@ -629,6 +629,16 @@ def test_seeds_that_were_seen_before_are_shown_and_not_judged():
     assert verdict({}) == MISSING
 
 
+def test_a_remark_stands_beside_all_its_seeds_only():
+    """It was written on all of them: one alone might say otherwise."""
+    claim = made_up(Bound("b", the_figure, at_least=3), looked_at=(0,), remark="Seed 2 is odd.")
+    whole = "\n".join(verdicts.section(claim, results_of(s0=9.0, s1=2.0, s2=2.0)))
+    alone = "\n".join(verdicts.section(claim, results_of(s0=9.0)))
+    assert f"Verdict: **{FAILS}**. Seed 2 is odd." in whole and "In brackets: " in whole
+    assert "| 9.0 | 9.0 | holds |" in alone
+    assert "odd" not in alone and "In brackets: " not in alone
+
+
 def test_only_tables_of_the_claim_as_it_is_count():
     """Not those of other seeds, nor those that an earlier version of the claim left."""
     claim = made_up(Bound("b", the_figure, at_least=3))
@@ -663,6 +673,20 @@ def test_the_committed_pages_are_what_the_committed_results_say():
     short = verdicts.digest(claims.CLAIMS, claims.RESULTS, "claims.md")
     assert all(text.count(mark) == 1 for mark in claims.MARKS)
     assert claims.insert(text, short) == text
+    with pytest.raises(InputError, match="the marks of what is written"):
+        claims.insert(text.replace(claims.MARKS[1], ""), short)  # else all behind it were lost
+
+
+def test_seeds_that_no_claim_states_are_refused():
+    both = (paper_claims.THOUGHTS, further_claims.SIZE)  # of five and of three seeds
+    pairs = claims.pair_up(both, [4, 2])
+    assert [(claim.name, seed) for claim, seed in pairs] == [
+        ("thoughts", 2),
+        ("size", 2),
+        ("thoughts", 4),
+    ]
+    with pytest.raises(InputError, match="--seeds 7: it is stated by no claim"):
+        claims.pair_up(both, [2, 7])
 
 
 def test_a_failure_ends_with_a_line(small, tmp_path, monkeypatch, capsys):
