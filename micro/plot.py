@@ -1,6 +1,7 @@
 """Draws the figures of the documents. Needs matplotlib: pip install matplotlib
 
 python micro/plot.py effect      # micro/results/seed-*.json       -> micro/figures/effect.png
+python micro/plot.py stages      # micro/results/claims/stages.json
 python micro/plot.py why         # micro/results/why.json          -> micro/figures/why.png
 python micro/plot.py dynamics    # micro/results/claims/dynamics.json
 python micro/plot.py transfer    # micro/results/claims/reading.json, size.json, variants.json
@@ -21,7 +22,7 @@ from hub.options import ROOT, run_command
 from micro.claims import CURVE_STEPS
 from micro.decisions import DECISIONS
 from micro.further_claims import CHANCE, IMAGE_SHARES, WIDTHS
-from micro.paper_claims import PANELS
+from micro.paper_claims import LONGER, PANELS, TWO
 from micro.reproduce import LIMIT, pooled
 from micro.study import RESULTS, load_results
 from micro.verdicts import mean_and_error
@@ -67,18 +68,29 @@ def finish(figure, name: str) -> None:
     print(FIGURES / name)
 
 
-def draw_bars(axes, tables: list[dict]) -> None:
-    """Draws the accuracy above the base's reach: means and deviations over seeds, seeds as dots."""
-    for i, (stage, colour) in enumerate(STAGES.items()):
-        places = [x + 0.27 * (i - 1) for x in range(len(SETTINGS))]
-        values = [[100 * pooled(table[stage], column) for table in tables] for column in SETTINGS]
+def draw_bars(axes, groups: dict[str, list[list[float]]], colours: list[str]) -> None:
+    """Draws the accuracy by setting: means and deviations over seeds, seeds as dots.
+
+    groups: what stands in the legend -> for each of SETTINGS, the values of its seeds.
+    """
+    width = 0.8 / len(groups)
+    for i, ((label, values), colour) in enumerate(zip(groups.items(), colours)):
+        places = [x + width * (i - (len(groups) - 1) / 2) for x in range(len(SETTINGS))]
         means = [fmean(points) for points in values]
         errors = [stdev(points) if len(points) > 1 else 0.0 for points in values]
-        axes.bar(places, means, 0.25, yerr=errors, color=colour, capsize=3, label=stage)
+        axes.bar(places, means, 0.93 * width, yerr=errors, color=colour, capsize=3, label=label)
         for x, points in zip(places, values):
             axes.plot([x] * len(points), points, ".", color="black", markersize=3)
     axes.set_xticks(range(len(SETTINGS)), SETTINGS.values())
-    axes.legend(fontsize=8, loc="upper left", ncols=3)
+    axes.legend(fontsize=8, loc="upper left", ncols=len(groups))
+
+
+def finish_accuracy(axes) -> None:
+    """Marks what a blind guess would do, and makes room for a legend above 100%."""
+    axes.axhline(CHANCE, color="black", linewidth=0.7, linestyle=":")
+    axes.set_ylim(0, 118)
+    axes.set_ylabel("accuracy, %")
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def draw_lines(axes, tables: list[dict]) -> None:
@@ -102,16 +114,32 @@ def plot_effect(chains: str = "none") -> None:
     if len(tables) > 1:
         count = f"{len(tables)} seeds, each with its own base"
     figure, (bars, lines) = load_pyplot().subplots(1, 2, figsize=(11, 4), width_ratios=(3, 2))
-    draw_bars(bars, tables)
+    groups = {
+        stage: [[100 * pooled(table[stage], column) for table in tables] for column in SETTINGS]
+        for stage in STAGES
+    }
+    draw_bars(bars, groups, list(STAGES.values()))
     draw_lines(lines, tables)
     bars.set_title(f"questions of more than {LIMIT} steps, {count}", fontsize=10)
     lines.set_title("trained domain, by number of steps k", fontsize=10)
-    for axes in (bars, lines):
-        axes.axhline(10, color="black", linewidth=0.7, linestyle=":")
-        axes.set_ylim(0, 118)  # room for the legend
-        axes.set_ylabel("accuracy, %")
-        axes.spines[["top", "right"]].set_visible(False)
+    finish_accuracy(bars)
+    finish_accuracy(lines)
     finish(figure, "effect.png")
+
+
+def plot_stages() -> None:
+    """Draws stages.png: base, SFT, both stages, and SFT of as many tokens, in each setting."""
+    tables = [result["table"] for result in read_claim("stages").values()]
+    groups = {
+        name: [[table[name][column] for table in tables] for column in SETTINGS]
+        for name in ("base", "SFT (80 steps)", LONGER[1], TWO)
+    }
+    figure, axes = load_pyplot().subplots(figsize=(9, 3.8))
+    draw_bars(axes, groups, ["#c9c9c9", "#7fb3d5", "#b9a2cf", "#1f618d"])
+    seeds = f"{len(tables)} seeds, each with its own base"
+    axes.set_title(f"questions of more than {LIMIT} steps, {seeds}", fontsize=10)
+    finish_accuracy(axes)
+    finish(figure, "stages.png")
 
 
 def plot_why() -> None:
@@ -282,6 +310,7 @@ def plot_decisions() -> None:
 FIGURES_BY_NAME = {
     "decisions": plot_decisions,
     "effect": plot_effect,
+    "stages": plot_stages,
     "why": plot_why,
     "dynamics": plot_dynamics,
     "transfer": plot_transfer,
