@@ -44,9 +44,10 @@ with other symbols, G is of another kind. Seed 0 starts from the shipped base, e
 of its own, pre-trained from nothing. The questions to train on and to test on are the same for all:
 their spread (a cell of 500 has a standard error of up to 2.2 points) is not in that over seeds.
 "Runs" names the code and the machine of training; evaluations may be of later code. A gain is
-counted from what the base has, not from chance. Answers are greedy where nothing else is said. Of
-the 500 questions of a cell, 400 take more than two steps (375 of G). There a blind guess is right
-in 10% (G: 17%), and the base, which answers with its state after two steps, in less.
+counted from the row before the training that is tested, never from chance. Answers are greedy where
+nothing else is said. Of the 500 questions of a cell, 400 take more than two steps (375 of G). There
+a blind guess is right in 10% (G: 17%), and the base, which answers with its state after two steps,
+in less.
 
 What would refute a claim was written down before it was measured. Where some seeds had been seen by
 then, the claim says so, and they are shown in brackets and not judged. What the first edition of
@@ -111,19 +112,26 @@ def choose(names: list[str] | None, quick: bool) -> tuple[Claim, ...]:
 
 
 def insert(text: str, new: str) -> str:
-    """Returns a text with what stands between the marks replaced."""
-    if any(text.count(mark) != 1 for mark in MARKS):
-        raise InputError(f"{DIGEST}: the marks of what is written by micro/claims.py are not there")
-    before, _, rest = text.partition(MARKS[0])
-    _, _, after = rest.partition(MARKS[1])
-    return before + MARKS[0] + new + MARKS[1] + after
+    """Returns a text with what stands between the marks replaced.
+
+    Raises InputError without one pair of marks: all that stands behind would be lost.
+    """
+    first, last = MARKS
+    if text.count(first) != 1 or text.count(last) != 1 or text.index(first) > text.index(last):
+        raise InputError(f"{DIGEST}: micro/claims.py needs its two marks there, once, in order")
+    before, _, rest = text.partition(first)
+    _, _, after = rest.partition(last)
+    return before + first + new + last + after
 
 
 Pairs = list[tuple[Claim, int]]  # with a seed
 
 
 def pair_up(claims: tuple[Claim, ...], seeds: list[int] | None) -> Pairs:
-    """Returns each claim with each of its seeds, seed by seed: the first is complete first."""
+    """Returns each claim with each of its seeds, seed by seed: the first is complete first.
+
+    Raises InputError for a seed that none of the claims states: no page would show it.
+    """
     stated = {seed for claim in claims for seed in claim.seeds}
     for seed in seeds or ():
         if seed not in stated:

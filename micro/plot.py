@@ -68,7 +68,7 @@ def finish(figure, name: str) -> None:
     print(FIGURES / name)
 
 
-def draw_bars(axes, groups: dict[str, list[list[float]]], colours: list[str]) -> None:
+def draw_upright_bars(axes, groups: dict[str, list[list[float]]], colours: list[str]) -> None:
     """Draws the accuracy by setting: means and deviations over seeds, seeds as dots.
 
     groups: what stands in the legend -> for each of SETTINGS, the values of its seeds.
@@ -118,7 +118,7 @@ def plot_effect(chains: str = "none") -> None:
         stage: [[100 * pooled(table[stage], column) for table in tables] for column in SETTINGS]
         for stage in STAGES
     }
-    draw_bars(bars, groups, list(STAGES.values()))
+    draw_upright_bars(bars, groups, list(STAGES.values()))
     draw_lines(lines, tables)
     bars.set_title(f"questions of more than {LIMIT} steps, {count}", fontsize=10)
     lines.set_title("trained domain, by number of steps k", fontsize=10)
@@ -135,7 +135,8 @@ def plot_stages() -> None:
         for name in ("base", "SFT (80 steps)", LONGER[1], TWO)
     }
     figure, axes = load_pyplot().subplots(figsize=(9, 3.8))
-    draw_bars(axes, groups, ["#c9c9c9", "#7fb3d5", "#b9a2cf", "#1f618d"])
+    colours = [STAGES["base"], STAGES["SFT"], "#b9a2cf", STAGES["SFT + GRPO"]]
+    draw_upright_bars(axes, groups, colours)
     seeds = f"{len(tables)} seeds, each with its own base"
     axes.set_title(f"questions of more than {LIMIT} steps, {seeds}", fontsize=10)
     finish_accuracy(axes)
@@ -261,7 +262,7 @@ def plot_transfer() -> None:
     finish(figure, "transfer.png")
 
 
-def draw_bars_with_seeds(axes, names: list[str], groups: dict[str, list[list[float]]]) -> None:
+def draw_lying_bars(axes, names: list[str], groups: dict[str, list[list[float]]]) -> None:
     """Draws a horizontal bar for each name and group, the mean over seeds, and seeds as dots.
 
     groups: what stands in the legend -> for each name, the values of its seeds.
@@ -286,7 +287,7 @@ def plot_decisions() -> None:
         column: [[100 - table[f"SFT: {name}"][column] for table in tables] for name in DECISIONS]
         for column in ("A image", "L text", "L image")
     }
-    draw_bars_with_seeds(wrong, list(DECISIONS), columns)
+    draw_lying_bars(wrong, list(DECISIONS), columns)
     wrong.set_title("decisions that are wrong after SFT on text of A, %", fontsize=10)
 
     tables = [result["table"] for result in read_claim("clock").values()]
@@ -302,7 +303,7 @@ def plot_decisions() -> None:
         column: [[table[f"SFT + RL: {row}"][column] for table in tables] for row in rows.values()]
         for column in ("A text", "L text")
     }
-    draw_bars_with_seeds(follows, list(rows), columns)
+    draw_lying_bars(follows, list(rows), columns)
     follows.set_title("the number of the next step, after SFT + RL, %", fontsize=10)
     finish(figure, "decisions.png")
 

@@ -673,8 +673,13 @@ def test_the_committed_pages_are_what_the_committed_results_say():
     short = verdicts.digest(claims.CLAIMS, claims.RESULTS, "claims.md")
     assert all(text.count(mark) == 1 for mark in claims.MARKS)
     assert claims.insert(text, short) == text
-    with pytest.raises(InputError, match="the marks of what is written"):
-        claims.insert(text.replace(claims.MARKS[1], ""), short)  # else all behind it were lost
+
+
+@pytest.mark.parametrize("order", [(0,), (1,), (), (1, 0), (0, 1, 1), (0, 0, 1), (1, 0, 1)])
+def test_a_page_without_its_two_marks_is_left_alone(order):
+    text = "before" + "".join(f"{claims.MARKS[i]}old\n" for i in order)
+    with pytest.raises(InputError, match="needs its two marks there"):
+        claims.insert(text, "new\n")
 
 
 def test_seeds_that_no_claim_states_are_refused():
