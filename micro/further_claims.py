@@ -72,6 +72,10 @@ misread = percent("failures", "misread")
 
 
 def by_base(seed: int, name: str, values: tuple, default) -> Rows:
+    """Returns the rows of bases that differ in one option of micro/pretrain.py, stage by stage.
+
+    name, values: the option. default: the shipped base's value of it.
+    """
     rows = {}
     for value in values:
         options = {} if value == default else {name: value}
