@@ -43,7 +43,7 @@ from hub.options import MICRO_BASE, MICRO_DATA, option, parse_options, run_comma
 from hub.weights import model_files
 from rewards import accuracy_reward, extract_answer, is_equivalent
 from sample import Completion, Sampler, SamplingParams, load_sampler
-from training.journal import known_options
+from training.journal import recorded_options
 from training.record_file import RecordFile, out_file, short_names, when_all_are_there
 
 MICRO_TESTS = ("test_text", "test_image", "test_text_other", "test_image_other")
@@ -315,8 +315,8 @@ def main(argv: list[str]) -> None:
     files = {path: load_questions(sampler, images, path, options) for path in options.data}
     # 2. Records go to --out question by question, so that --resume finds what has been answered.
     inputs = [*options.data, *model_files(Path(options.model))]
-    known = known_options(options, sampler.dtype)
-    journal = RecordFile(options.out, known, inputs, keys=("file", "id"), size=options.runs)
+    recorded = recorded_options(options, sampler.dtype)
+    journal = RecordFile(options.out, recorded, inputs, keys=("file", "id"), size=options.runs)
     results = {}
     interrupted = False
     for path, loaded in files.items():

@@ -305,8 +305,7 @@ def table_records(path: Path, delimiter: str) -> Iterator[tuple[str, dict]]:
 
     In an OpenCompass TSV, an `image` of up to 64 characters is the index of another row, before or
     behind, which has the image (VLMEvalKit, vlmeval/dataset/image_base.py). So the whole file is
-    read first. A cell that begins with a quotation mark ends with one, and
-    doubles those within.
+    read first. A cell that begins with a quotation mark ends with one, and doubles those within.
     """
     csv.field_size_limit(2**31 - 1)  # images are in base64
     kind = path.suffix[1:].upper()

@@ -32,7 +32,7 @@ from hub.options import MICRO_BASE, option, parse_options, run_command
 from hub.weights import model_files
 from rewards import accuracy_reward, extract_answer
 from sample import Completion, Sampler, SamplingParams, load_sampler
-from training.journal import json_lines, known_options, write_whole
+from training.journal import json_lines, recorded_options, write_whole
 from training.record_file import RecordFile, check_unused, out_file, when_all_are_there
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -188,8 +188,8 @@ def main(argv: list[str]) -> None:
     path = out.with_suffix(".samples.jsonl")
     check_unused(out, Path(f"{path}.config.json"), options.overwrite or options.resume)
     inputs = [options.data, *model_files(Path(options.model))]
-    known = known_options(options, sampler.dtype)
-    journal = RecordFile(path, known, inputs, keys=("id",), size=options.n)
+    recorded = recorded_options(options, sampler.dtype)
+    journal = RecordFile(path, recorded, inputs, keys=("id",), size=options.n)
     left = [question for question in questions if (question.example.id,) not in journal.groups]
 
     def finish(i: int, completions: list[Completion]) -> None:

@@ -60,9 +60,11 @@ def git_commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def known_options(options: Any, dtype: torch.dtype) -> dict:
-    """Returns a command's options as its config holds them. `--dtype auto` may be another precision
-    on another machine: what it is here is written down."""
+def recorded_options(options: Any, dtype: torch.dtype) -> dict:
+    """Returns a command's options (a dataclass) as they are written to its config.
+
+    `--dtype auto` may be another precision on another machine: what it is here is written down.
+    """
     return asdict(options) | {"dtype": str(dtype).removeprefix("torch.")}
 
 
@@ -103,6 +105,7 @@ def check_same(results: Path, config_path: Path, config: dict) -> None:
             changed.append(f"--{name.replace('_', '-')} was {before['options'].get(name)!r}")
     if changed:
         raise InputError(f"{results}: cannot resume with other options: {'; '.join(changed)}")
+    # Only what was written down then is compared: an earlier version knew fewer of the files.
     for path, crc in before["crc32"].items():
         if config["crc32"].get(path) != crc:
             changed.append(path)

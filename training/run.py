@@ -30,9 +30,9 @@ from training.journal import (
     append_records,
     changed_options,
     check_same,
-    known_options,
     make_config,
     read_records,
+    recorded_options,
     write_json,
 )
 from training.optimizer import Diverged, forward_dtype
@@ -89,7 +89,7 @@ class Run:
             self.check_unused()
         # The starting model counts too: in GRPO it is the reference of the KL penalty.
         inputs = [options.data, *model_files(Path(options.model))]
-        self.config = make_config(known_options(options, forward_dtype(options)), inputs)
+        self.config = make_config(recorded_options(options, forward_dtype(options)), inputs)
         if options.resume:
             check_same(self.folder, self.folder / "config.json", self.config)
             self.step = checkpoint.read_step(self.find_checkpoint())
